@@ -1,0 +1,43 @@
+"""tidelock: private, distributed parameter-efficient fine-tuning of large language models.
+
+Importing this package is quick: what needs torch is loaded at its first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tidelock.device.generate import GenerationSettings
+    from tidelock.device.model import DeviceModel
+    from tidelock.errors import TidelockError
+    from tidelock.run.connect import connect
+    from tidelock.wire.channel import Credentials
+    from tidelock.wire.ledger import Ledger
+
+__all__ = ["Credentials", "DeviceModel", "GenerationSettings", "Ledger", "TidelockError", "connect"]
+
+_HOMES = {
+    "Credentials": "tidelock.wire.channel",
+    "DeviceModel": "tidelock.device.model",
+    "GenerationSettings": "tidelock.device.generate",
+    "Ledger": "tidelock.wire.ledger",
+    "TidelockError": "tidelock.errors",
+    "connect": "tidelock.run.connect",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its home at its first use."""
+    if name not in _HOMES:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    value: object = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Where the frozen blocks run: in this process, or in a cloud."""

@@ -1,0 +1,166 @@
+"""A device's connection to one cloud: what the cloud holds, and its public files.
+
+May import `wire`, errors and libraries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+import grpc
+import torch
+
+from tidelock.errors import ConfigError, StorageError, WireError
+from tidelock.wire import tidelock_pb2 as pb
+from tidelock.wire import tidelock_pb2_grpc as pb_grpc
+from tidelock.wire.channel import Credentials, explain, open_channel
+from tidelock.wire.codec import WIRE_DTYPES
+from tidelock.wire.egress import Egress
+from tidelock.wire.ledger import Kind
+from tidelock.wire.limits import CALL_SECONDS, FETCH_SECONDS, PROTOCOL_VERSION
+
+if TYPE_CHECKING:
+    from tidelock.errors import TidelockError
+    from tidelock.wire.address import Address
+
+
+@final
+class Connection:
+    """An open connection to a cloud that has said what it holds.
+
+    Args:
+        address: Where the cloud listens.
+        credentials: Token and certificates.
+        egress: Counts and checks what is sent.
+        codec: How activations and gradients are written on the wire: `fp32` or `bf16`.
+        patience_seconds: How long to wait for a cloud that went away.
+
+    Attributes:
+        description: What the cloud holds.
+        cloud_seconds: Seconds in which the cloud computed for this device's training passes.
+
+    Raises:
+        CloudUnreachable: Nobody answers.
+        TlsError, TokenRefused: The cloud is not trusted, or does not trust this device.
+        WireError: It speaks another version of the protocol.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        credentials: Credentials,
+        egress: Egress,
+        *,
+        codec: str = "fp32",
+        patience_seconds: float = 120.0,
+    ) -> None:
+        if codec not in WIRE_DTYPES:
+            msg = f"Codec: expected one of {sorted(WIRE_DTYPES)}, got {codec!r}. Choose one of those."
+            raise ConfigError(msg)
+        self.address = address
+        self.credentials = credentials
+        self.egress = egress
+        self.activation_dtype: torch.dtype = WIRE_DTYPES[codec]
+        self.gradient_dtype: torch.dtype = WIRE_DTYPES[codec]
+        self.patience_seconds = patience_seconds
+        self.cloud_seconds = 0.0
+        self._channel = open_channel(address, credentials)
+        self.stub = pb_grpc.BackboneStub(self._channel)
+        self.description = self._describe()
+
+    def explain(self, error: grpc.RpcError) -> TidelockError:
+        """Return our error for one of gRPC's."""
+        return explain(error, self.address, self.credentials)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def fetch_model(self, cache: Path) -> Path:
+        """Return a folder with all that a device needs of the cloud's model, fetched once and kept.
+
+        Every file is checked against the hash in the cloud's description. That tells a damaged file, not a lying
+        cloud: a device that must not trust the cloud's word brings its own model folder.
+
+        Args:
+            cache: Folder for fetched models, by fingerprint.
+
+        Raises:
+            WireError: A file has another hash or size than described, or a name that is no plain file name.
+            StorageError: The file system refused to write.
+        """
+        folder = cache / self.description.fingerprint
+        if folder.is_dir():
+            return folder
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
+            try:
+                for artefact in self.description.files:
+                    self._fetch_file(artefact, partial)
+                _rename_unless_there(partial, folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        except OSError as error:
+            msg = f"Keeping the fetched model: expected to write there, got {error.strerror} ({cache}). Make room."
+            raise StorageError(msg) from error
+        return folder
+
+    def _describe(self) -> pb.Description:
+        try:
+            description: pb.Description = self.stub.Describe(
+                pb.DescribeRequest(), metadata=self.credentials.metadata(), timeout=CALL_SECONDS
+            )
+        except grpc.RpcError as error:
+            self._channel.close()
+            raise self.explain(error) from error
+        self.egress.ledger.received(Kind.CONTROL, description.ByteSize())
+        if description.protocol != PROTOCOL_VERSION:
+            msg = (
+                f"Cloud at {self.address.url}: expected protocol {PROTOCOL_VERSION}, got {description.protocol} (its "
+                f"tidelock is {description.version}). Install the same version on both sides."
+            )
+            raise WireError(msg)
+        if not all(len(text) == 64 and text.isalnum() for text in (description.fingerprint,)):
+            msg = (
+                f"Cloud at {self.address.url}: expected a fingerprint of 64 hex digits, got another. Restart the cloud."
+            )
+            raise WireError(msg)
+        return description
+
+    def _fetch_file(self, artefact: pb.Artefact, folder: Path) -> None:
+        if Path(artefact.name).name != artefact.name or artefact.name.startswith("."):
+            msg = f"Fetching from the cloud: expected plain file names, got {artefact.name!r}. Do not use this cloud."
+            raise WireError(msg)
+        digest, size = hashlib.sha256(), 0
+        request = pb.FetchRequest(name=artefact.name)
+        try:
+            with (folder / artefact.name).open("wb") as file:
+                for part in self.stub.Fetch(request, metadata=self.credentials.metadata(), timeout=FETCH_SECONDS):
+                    self.egress.ledger.received(Kind.MODEL, part.ByteSize())
+                    size += len(part.data)
+                    if size > artefact.size_bytes:
+                        break
+                    digest.update(part.data)
+                    file.write(part.data)
+        except grpc.RpcError as error:
+            raise self.explain(error) from error
+        if size != artefact.size_bytes or digest.hexdigest() != artefact.sha256:
+            msg = (
+                f"Fetching {artefact.name} from the cloud: expected {artefact.size_bytes} bytes with the hash that it "
+                f"announced, got {size} bytes or another hash. Try again, or use a model folder of your own."
+            )
+            raise WireError(msg)
+
+
+def _rename_unless_there(partial: Path, folder: Path) -> None:
+    """Give a finished folder its name; another process may have been faster, with the same content."""
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise

@@ -1,0 +1,79 @@
+"""What the device asks of whatever runs the frozen blocks, wherever that is.
+
+May import `model` and libraries.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tidelock.model.geometry import Geometry
+    from tidelock.model.walk import Batch, Sites
+
+
+class AttemptSites(Protocol):
+    """The device's half of a pass, which can be told to begin again when an attempt is lost."""
+
+    def begin(self) -> Sites:
+        """Return the answering half for a new attempt; whatever an earlier one computed is forgotten."""
+        ...
+
+
+class Pass(Protocol):
+    """One micro-batch that has been run forward.
+
+    Attributes:
+        final_MD: The decoder's final states at the selected tokens, shape (M, D), detached.
+    """
+
+    final_MD: Tensor
+
+    def backward(self, grad_MD: Tensor) -> None:
+        """Take the gradient of `final_MD` and hand every active site its own; once, and only when training."""
+        ...
+
+    def close(self) -> None:
+        """Free what was kept for backward; harmless when that is done already."""
+        ...
+
+
+class Generation(Protocol):
+    """A batch of rows that grows by one token at a time, with keys and values kept where the blocks are.
+
+    Attributes:
+        final_BD: The final state of the last token of each row, shape (B, D).
+    """
+
+    final_BD: Tensor
+
+    def extend(self, embeddings_BE: Tensor) -> Tensor:
+        """Return the final states, shape (B, D), after one more token in each row."""
+        ...
+
+    def close(self) -> None:
+        """Free the keys and values."""
+        ...
+
+
+class Backbone(Protocol):
+    """The frozen blocks of one model."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """The shape of the model."""
+        ...
+
+    def forward(self, batch: Batch, sites: AttemptSites) -> Pass:
+        """Run a batch through the blocks, asking `sites` at every active site."""
+        ...
+
+    def generate(self, batch: Batch, sites: AttemptSites) -> Generation:
+        """Run the prompts of a batch, padded at the left, and keep keys and values for more tokens."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the model or of the connection."""
+        ...

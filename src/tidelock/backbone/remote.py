@@ -1,0 +1,272 @@
+"""The frozen blocks in a cloud, over gRPC.
+
+Each micro-batch is one stream. Whatever breaks it (a lost connection, a restarted cloud), the device has all that is
+needed to repeat the micro-batch, and repeats it until its patience is over; the cloud keeps nothing that a repeat
+could contradict.
+
+Shapes: N tokens, M selected tokens, D hidden width, W targeted widths together, B rows.
+May import `backbone`, `wire`, `model`, errors and libraries.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from typing import TYPE_CHECKING, TypeVar, final
+
+import grpc
+import torch
+
+from tidelock.errors import CloudUnreachable, WireError
+from tidelock.wire import tidelock_pb2 as pb
+from tidelock.wire.codec import TensorReader, dtype_to_pb
+from tidelock.wire.ledger import Kind
+from tidelock.wire.limits import PASS_SECONDS, PROTOCOL_VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor
+
+    from tidelock.backbone.connection import Connection
+    from tidelock.backbone.protocol import AttemptSites
+    from tidelock.model.geometry import Geometry
+    from tidelock.model.walk import Batch, Sites
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_FIRST_RETRY_SECONDS = 0.2
+_SLOWEST_RETRY_SECONDS = 5.0
+
+
+@final
+class _Stream:
+    """One Pass stream: one attempt at one micro-batch."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._outbox: queue.SimpleQueue[pb.DeviceMessage | None] = queue.SimpleQueue()
+        self._call = connection.stub.Pass(
+            iter(self._outbox.get, None), metadata=connection.credentials.metadata(), timeout=PASS_SECONDS
+        )
+
+    def send(self, messages: Iterable[pb.DeviceMessage]) -> None:
+        for message in messages:
+            self._outbox.put(message)
+
+    def receive(self, kind: Kind, shape: tuple[int, ...], dtype: torch.dtype, *, block: int = 0) -> Tensor:
+        """Return the tensor that must come next; `Kind` and the message's field have the same names."""
+        reader = TensorReader(kind.value, shape, dtype, block=block)
+        while not reader.complete:
+            reader.add(getattr(self._next(kind), kind.value))
+        return reader.tensor()
+
+    def receive_done(self) -> pb.Done:
+        return self._next(Kind.CONTROL, "done").done
+
+    def close(self) -> None:
+        self._outbox.put(None)
+        self._call.cancel()
+
+    def _next(self, kind: Kind, field: str | None = None) -> pb.CloudMessage:
+        message: pb.CloudMessage | None = next(self._call, None)
+        if message is None:
+            msg = "The cloud ended a pass before it was complete."
+            raise CloudUnreachable(msg)
+        self._connection.egress.ledger.received(kind, message.ByteSize())
+        got = message.WhichOneof("body")
+        if got != (field or kind.value):
+            msg = (
+                f"Reading from the cloud: expected {field or kind.value}, got {got}. Use the same version on both "
+                "sides."
+            )
+            raise WireError(msg)
+        return message
+
+
+@final
+class _Attempts:
+    """Runs one batch on a stream, as often as it takes."""
+
+    def __init__(self, backbone: RemoteBackbone, batch: Batch, sites: AttemptSites, mode: pb.Mode) -> None:
+        self._backbone = backbone
+        self.connection = backbone.connection
+        self._batch = batch
+        self._attempt_sites = sites
+        self._mode = mode
+        self._blocks = sorted(batch.active)
+        self.sites: Sites = sites.begin()
+        self.stream: _Stream | None = None
+
+    def forward(self) -> Tensor:
+        """Return the final states of a first or a repeated attempt, shape (M, D)."""
+        self.close()
+        self.sites = self._attempt_sites.begin()
+        connection, batch = self.connection, self._batch
+        self.stream = stream = _Stream(connection)
+        stream.send([connection.egress.open(self._open_message())])
+        stream.send(connection.egress.tensor(Kind.EMBEDDING, batch.embeddings_NE, connection.activation_dtype))
+        return self.answer_sites(batch.rows.num_tokens, len(batch.select_M))
+
+    def answer_sites(self, tokens: int, selected: int) -> Tensor:
+        """Answer at every active site on the way up; return the final states at its end."""
+        stream, geometry, dtype = self._open_stream(), self._backbone.geometry, self.connection.activation_dtype
+        for block in self._blocks:
+            x_ND = stream.receive(Kind.SITE_INPUT, (tokens, geometry.sites[block].width), dtype, block=block)
+            y_NW = self.sites.forward(block, x_ND)
+            stream.send(self.connection.egress.tensor(Kind.SITE_OUTPUT, y_NW, dtype, block=block))
+        return stream.receive(Kind.FINAL_STATE, (selected, geometry.final_width), dtype)
+
+    def backward(self, grad_MD: Tensor) -> None:
+        """Answer at every active site on the way down."""
+        stream, dtype = self._open_stream(), self.connection.gradient_dtype
+        egress, sites = self.connection.egress, self._backbone.geometry.sites
+        stream.send(egress.tensor(Kind.FINAL_GRADIENT, grad_MD, dtype))
+        for block in reversed(self._blocks):
+            width = sites[block].output_width(self._batch.active[block])
+            shape = (self._batch.rows.num_tokens, width)
+            grad_NW = stream.receive(Kind.SITE_GRADIENT, shape, dtype, block=block)
+            grad_ND = self.sites.backward(block, grad_NW, need_input=block != self._blocks[0])
+            if grad_ND is not None:
+                stream.send(egress.tensor(Kind.INPUT_GRADIENT, grad_ND, dtype, block=block))
+        self.connection.cloud_seconds += stream.receive_done().compute_seconds
+        self.close()
+
+    def extend(self, embeddings_BE: Tensor) -> Tensor:
+        """Return the final states after one more token a row, shape (B, D)."""
+        connection = self.connection
+        self._open_stream().send(connection.egress.tensor(Kind.EMBEDDING, embeddings_BE, connection.activation_dtype))
+        return self.answer_sites(len(embeddings_BE), len(embeddings_BE))
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
+
+    def persist(self, action: Callable[[], _T]) -> _T:
+        """Return what an action returns, repeated while the cloud is away and the device has patience."""
+        give_up = time.monotonic() + self.connection.patience_seconds
+        delay = _FIRST_RETRY_SECONDS
+        while True:
+            try:
+                return action()
+            except (grpc.RpcError, CloudUnreachable) as error:
+                self.close()
+                ours = self.connection.explain(error) if isinstance(error, grpc.RpcError) else error
+                if not isinstance(ours, CloudUnreachable) or time.monotonic() + delay > give_up:
+                    raise ours from error
+                logger.warning("%s Trying again.", ours)
+            time.sleep(delay)
+            delay = min(2 * delay, _SLOWEST_RETRY_SECONDS)
+
+    def _open_stream(self) -> _Stream:
+        if self.stream is None:
+            msg = "The stream of this pass is closed."
+            raise CloudUnreachable(msg)
+        return self.stream
+
+    def _open_message(self) -> pb.Open:
+        batch, connection = self._batch, self.connection
+        every = len(batch.select_M) == batch.rows.num_tokens
+        return pb.Open(
+            protocol=PROTOCOL_VERSION,
+            fingerprint=connection.description.fingerprint,
+            mode=self._mode,
+            starts=batch.rows.starts,
+            lengths=batch.rows.lengths,
+            width=batch.rows.width,
+            selected=[] if every else batch.select_M.tolist(),
+            active=[pb.ActiveSite(block=block, projections=batch.active[block]) for block in self._blocks],
+            activation_dtype=dtype_to_pb(connection.activation_dtype),
+            gradient_dtype=dtype_to_pb(connection.gradient_dtype),
+        )
+
+
+@final
+class RemotePass:
+    """A pass in a cloud; see `backbone.protocol.Pass`."""
+
+    def __init__(self, attempts: _Attempts) -> None:
+        self._attempts = attempts
+        self.final_MD = attempts.persist(attempts.forward)
+
+    def backward(self, grad_MD: Tensor) -> None:
+        """Hand every active site its gradient; repeats the forward pass first when its stream is lost."""
+
+        def attempt() -> None:
+            if self._attempts.stream is None:
+                self._attempts.forward()
+            self._attempts.backward(grad_MD)
+
+        self._attempts.persist(attempt)
+
+    def close(self) -> None:
+        """End the stream, which frees what the cloud kept."""
+        self._attempts.close()
+
+    def __del__(self) -> None:
+        """A pass whose loss is thrown away must not hold memory in the cloud until its deadline."""
+        self._attempts.close()
+
+
+@final
+class RemoteGeneration:
+    """A growing batch in a cloud; see `backbone.protocol.Generation`.
+
+    Keys and values live in the stream, so that a stream lost in mid-answer ends it with `CloudUnreachable`.
+    """
+
+    def __init__(self, attempts: _Attempts) -> None:
+        self._attempts = attempts
+        self.final_BD = attempts.persist(attempts.forward)
+
+    def extend(self, embeddings_BE: Tensor) -> Tensor:
+        """Return the final states after one more token in each row, shape (B, D)."""
+        try:
+            self.final_BD = self._attempts.extend(embeddings_BE)
+        except grpc.RpcError as error:
+            raise self._attempts.connection.explain(error) from error
+        return self.final_BD
+
+    def close(self) -> None:
+        """End the stream, which frees keys and values."""
+        self._attempts.close()
+
+
+@final
+class RemoteBackbone:
+    """Asks a cloud to run the frozen blocks; see `backbone.protocol.Backbone`.
+
+    Args:
+        connection: An open connection whose cloud is known to hold the right model.
+        geometry: The shape of that model.
+    """
+
+    def __init__(self, connection: Connection, geometry: Geometry) -> None:
+        self.connection = connection
+        self._geometry = geometry
+
+    @property
+    def geometry(self) -> Geometry:
+        """The shape of the model."""
+        return self._geometry
+
+    def forward(self, batch: Batch, sites: AttemptSites) -> RemotePass:
+        """Run a batch through the cloud's blocks.
+
+        Raises:
+            CloudUnreachable: The cloud stayed away for longer than the connection's patience.
+            ModelMismatch: It came back with another model.
+            WireError: It broke the protocol.
+        """
+        return RemotePass(_Attempts(self, batch, sites, pb.TRAIN if batch.training else pb.EVALUATE))
+
+    def generate(self, batch: Batch, sites: AttemptSites) -> RemoteGeneration:
+        """Run prompts through the cloud's blocks and have it keep keys and values; errors as for `forward`."""
+        return RemoteGeneration(_Attempts(self, batch, sites, pb.GENERATE))
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.connection.close()

@@ -1,0 +1,1 @@
+"""The server that holds a frozen model; it has no code that reads text."""

@@ -1,0 +1,238 @@
+"""Runs one pass on one stream: reads what the device sends, walks through the blocks, answers.
+
+Every number that a device sends is checked against the model and the limits before memory is taken for it. Nothing of
+a pass outlives it.
+
+May import `wire`, `model`, `cloud`, errors and libraries; never a tokenizer or code that reads data.
+
+Shapes: N tokens, M selected tokens, D hidden width, W targeted widths together, B rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import grpc
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from tidelock.cloud.turns import Turn
+from tidelock.errors import WireError
+from tidelock.model.rows import Rows
+from tidelock.model.walk import Batch, Walk
+from tidelock.wire import tidelock_pb2 as pb
+from tidelock.wire.codec import TensorReader, dtype_from_pb, write_parts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tidelock.cloud.turns import ComputeQueue
+    from tidelock.model.cut import CutModel
+    from tidelock.model.geometry import Geometry
+
+
+@final
+class PassAbandoned(Exception):
+    """The device closed its stream in the middle of a pass."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PassOrder:
+    """What an `Open` message asks for, checked."""
+
+    mode: pb.Mode
+    rows: Rows
+    select_M: Tensor
+    active: dict[int, tuple[str, ...]]
+    activation_dtype: torch.dtype
+    gradient_dtype: torch.dtype
+
+    @property
+    def training(self) -> bool:
+        """Whether a backward pass will follow."""
+        return self.mode == pb.TRAIN
+
+
+def read_open(message: pb.Open, geometry: Geometry, max_tokens: int) -> PassOrder:
+    """Return a pass's order.
+
+    Args:
+        message: As it came from the device.
+        geometry: The model's.
+        max_tokens: Most tokens, padding included, that a pass may have.
+
+    Raises:
+        WireError: Something in it is out of range or contradicts itself.
+    """
+    starts, lengths, width = tuple(message.starts), tuple(message.lengths), message.width
+    padded = len(lengths) * width
+    _require(0 < padded <= max_tokens, f"1 to {max_tokens} tokens, padding included", f"{len(lengths)} x {width}")
+    fits = len(starts) == len(lengths) and all(
+        length > 0 and start + length <= width for start, length in zip(starts, lengths, strict=True)
+    )
+    _require(fits, f"runs of real tokens within {width} positions", f"starts {starts[:8]}, lengths {lengths[:8]}")
+    limit = geometry.max_positions
+    _require(limit is None or width <= limit, f"rows of at most {limit} tokens", f"{width}")
+    rows = Rows(starts, lengths, width)
+    selected = tuple(message.selected)
+    ascending = all(a < b for a, b in itertools.pairwise(selected))
+    _require(
+        ascending and (not selected or selected[-1] < rows.num_tokens),
+        f"ascending token numbers below {rows.num_tokens}",
+        f"{selected[:8]}",
+    )
+    _require(message.mode in {pb.TRAIN, pb.EVALUATE, pb.GENERATE}, "a known mode", f"{message.mode}")
+    at_right = all(start + length == width for start, length in zip(starts, lengths, strict=True))
+    _require(message.mode != pb.GENERATE or at_right, "prompts padded at the left", "padding at the right")
+    return PassOrder(
+        mode=message.mode,
+        rows=rows,
+        select_M=torch.tensor(selected) if selected else torch.arange(rows.num_tokens),
+        active=_read_active(message, geometry),
+        activation_dtype=dtype_from_pb(message.activation_dtype),
+        gradient_dtype=dtype_from_pb(message.gradient_dtype),
+    )
+
+
+def _read_active(message: pb.Open, geometry: Geometry) -> dict[int, tuple[str, ...]]:
+    blocks = [site.block for site in message.active]
+    _require(
+        all(block < geometry.num_blocks for block in blocks) and len(set(blocks)) == len(blocks),
+        f"different blocks below {geometry.num_blocks}",
+        f"{blocks[:8]}",
+    )
+    _require(message.mode != pb.TRAIN or bool(blocks), "an active site to train", "none")
+    active: dict[int, tuple[str, ...]] = {}
+    for site in message.active:
+        known = tuple(projection.name for projection in geometry.sites[site.block].projections)
+        named = tuple(site.projections)
+        in_order = tuple(name for name in known if name in named)
+        _require(bool(named) and named == in_order, f"projections out of {known}, in order", f"{named}")
+        active[site.block] = named
+    return active
+
+
+def _require(holds: bool, expected: str, got: str) -> None:  # noqa: FBT001
+    if not holds:
+        msg = f"Opening a pass: expected {expected}, got {got}."
+        raise WireError(msg)
+
+
+@final
+class Line:
+    """The two ends of a stream as the engine sees them.
+
+    Args:
+        incoming: The device's messages.
+        send: Takes a message for the device.
+    """
+
+    def __init__(self, incoming: Iterator[pb.DeviceMessage], send: Callable[[pb.CloudMessage], None]) -> None:
+        self._incoming = incoming
+        self.send = send
+
+    def open(self) -> pb.Open:
+        """Return the message that opens a pass.
+
+        Raises:
+            WireError: Another one came.
+            PassAbandoned: The device closed the stream.
+        """
+        return self._next("open").open
+
+    def tensor(self, field: str, shape: tuple[int, ...], dtype: torch.dtype, *, block: int = 0) -> Tensor:
+        """Return the tensor that must come next; errors as for `open`."""
+        reader = TensorReader(field, shape, dtype, block=block)
+        while not reader.complete:
+            reader.add(getattr(self._next(field), field))
+        return reader.tensor()
+
+    def _next(self, field: str) -> pb.DeviceMessage:
+        try:
+            message = next(self._incoming, None)
+        except grpc.RpcError as error:
+            raise PassAbandoned from error
+        if message is None:
+            raise PassAbandoned
+        got = message.WhichOneof("body")
+        if got != field:
+            msg = f"Reading from a device: expected {field}, got {got}. Use the same version on both sides."
+            raise WireError(msg)
+        return message
+
+
+@final
+class StreamSites:
+    """Has the device at the other end of a stream answer at the active sites; see `model.walk.Sites`."""
+
+    def __init__(self, line: Line, order: PassOrder, geometry: Geometry, turn: Turn) -> None:
+        self._line = line
+        self._order = order
+        self._geometry = geometry
+        self._turn = turn
+
+    def forward(self, block: int, x_ND: Tensor) -> Tensor:
+        """Send a site's input; return the device's answer, shape (N, W)."""
+        dtype = self._order.activation_dtype
+        width = self._geometry.sites[block].output_width(self._order.active[block])
+        with self._turn.waiting():
+            for part in write_parts(x_ND, dtype, block=block):
+                self._line.send(pb.CloudMessage(site_input=part))
+            return self._line.tensor("site_output", (x_ND.shape[0], width), dtype, block=block)
+
+    def backward(self, block: int, grad_NW: Tensor, *, need_input: bool) -> Tensor | None:
+        """Send a site's gradient; return that of its input, shape (N, D), if it is needed."""
+        dtype = self._order.gradient_dtype
+        with self._turn.waiting():
+            for part in write_parts(grad_NW, dtype, block=block):
+                self._line.send(pb.CloudMessage(site_gradient=part))
+            if not need_input:
+                return None
+            shape = (grad_NW.shape[0], self._geometry.sites[block].width)
+            return self._line.tensor("input_gradient", shape, dtype, block=block)
+
+
+def run_pass(cut: CutModel, order: PassOrder, line: Line, compute: ComputeQueue) -> float:
+    """Run one pass to its end; return the seconds that it computed.
+
+    Raises:
+        WireError: The device broke the protocol.
+        PassAbandoned: The device closed the stream.
+    """
+    geometry, turn = cut.geometry, Turn(compute)
+    shape = (order.rows.num_tokens, geometry.embedding_width)
+    embeddings_NE = line.tensor("embedding", shape, order.activation_dtype)
+    batch = Batch(embeddings_NE, order.rows, order.select_M, order.active, order.training)
+    walk = Walk(cut, batch, StreamSites(line, order, geometry, turn), turn.give_way)
+    cache = DynamicCache(config=cut.config) if order.mode == pb.GENERATE else None
+    with turn.computing():
+        final_MD = walk.forward(cache)
+    _send_final(line, final_MD, order)
+    if cache is not None:
+        _generate(walk, cache, order, line, turn, geometry)
+    elif order.training:
+        grad_MD = line.tensor("final_gradient", tuple(final_MD.shape), order.gradient_dtype)
+        with turn.computing():
+            walk.backward(grad_MD)
+        line.send(pb.CloudMessage(done=pb.Done(compute_seconds=turn.seconds)))
+    return turn.seconds
+
+
+def _generate(walk: Walk, cache: DynamicCache, order: PassOrder, line: Line, turn: Turn, geometry: Geometry) -> None:
+    """Run one more token a row, again and again, until the device closes the stream."""
+    rows = order.rows
+    shape = (len(rows.lengths), geometry.embedding_width)
+    for _ in range((geometry.max_positions or rows.width + 4096) - rows.width):
+        embeddings_BE = line.tensor("embedding", shape, order.activation_dtype)
+        with turn.computing():
+            final_BD = walk.extend(embeddings_BE, cache)
+        _send_final(line, final_BD, order)
+
+
+def _send_final(line: Line, final_MD: Tensor, order: PassOrder) -> None:
+    for part in write_parts(final_MD, order.activation_dtype):
+        line.send(pb.CloudMessage(final_state=part))

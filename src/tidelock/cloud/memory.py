@@ -1,0 +1,125 @@
+"""How much memory a pass takes, measured on the model at hand, and who may take it.
+
+May import `model`, errors and libraries.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import torch
+from torch import Tensor
+
+from tidelock.model.rows import Rows
+from tidelock.model.walk import Batch, Walk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tidelock.model.cut import CutModel
+
+_PROBE_WIDTHS = (16, 64)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PassCost:
+    """What a training pass keeps until its backward.
+
+    Attributes:
+        per_token: Bytes for each of a row's T tokens.
+        per_token_squared: Bytes for each of its T x T pairs, where a family's attention keeps its scores.
+    """
+
+    per_token: float
+    per_token_squared: float
+
+    def bytes_for(self, rows: int, width: int) -> int:
+        """Return the bytes that a training pass of so many rows of that width keeps."""
+        return int(rows * (self.per_token * width + self.per_token_squared * width * width))
+
+
+def measure_cost(cut: CutModel) -> PassCost:
+    """Return what passes through this model keep, from two small ones."""
+    narrow, wide = _PROBE_WIDTHS
+    kept_narrow, kept_wide = (_kept_bytes(cut, width) for width in _PROBE_WIDTHS)
+    squared = max(0.0, (kept_wide / wide - kept_narrow / narrow) / (wide - narrow))
+    return PassCost(max(0.0, kept_narrow / narrow - squared * narrow), squared)
+
+
+@final
+class _ZeroSites:
+    """Answers zero at every site."""
+
+    def __init__(self, cut: CutModel) -> None:
+        self._sites = cut.geometry.sites
+
+    def forward(self, block: int, x_ND: Tensor) -> Tensor:
+        width = sum(projection.width for projection in self._sites[block].projections)
+        return x_ND.new_zeros(x_ND.shape[0], width)
+
+    def backward(self, block: int, grad_NW: Tensor, *, need_input: bool) -> Tensor | None:
+        return grad_NW.new_zeros(grad_NW.shape[0], self._sites[block].width) if need_input else None
+
+
+def _kept_bytes(cut: CutModel, width: int) -> int:
+    """Return the bytes of all tensors that one row of that width saves for backward, weights not counted."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in cut.parameters()}
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = Batch(
+        embeddings_NE=torch.zeros(width, cut.geometry.embedding_width),
+        rows=Rows((0,), (width,), width),
+        select_M=torch.arange(width),
+        active={site.block: tuple(p.name for p in site.projections) for site in cut.geometry.sites},
+        training=True,
+    )
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        walk = Walk(cut, batch, _ZeroSites(cut))
+        walk.forward()
+    return sum(storages.values())
+
+
+@final
+class MemoryBudget:
+    """Lets passes in as long as their memory fits; the others wait, first come first served.
+
+    Args:
+        limit_bytes: What all passes together may keep; None for no limit.
+    """
+
+    def __init__(self, limit_bytes: int | None) -> None:
+        self.limit_bytes = limit_bytes
+        self._condition = threading.Condition()
+        self._used = 0
+        self._line: list[object] = []
+
+    def fits(self, size_bytes: int) -> bool:
+        """Return whether a pass of this size could ever run."""
+        return self.limit_bytes is None or size_bytes <= self.limit_bytes
+
+    @contextmanager
+    def reserve(self, size_bytes: int) -> Iterator[None]:
+        """Hold that much memory inside; wait for it before."""
+        ticket = object()
+        with self._condition:
+            self._line.append(ticket)
+            self._condition.wait_for(lambda: self._line[0] is ticket and self.fits(self._used + size_bytes))
+            self._line.pop(0)
+            self._used += size_bytes
+            self._condition.notify_all()
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._used -= size_bytes
+                self._condition.notify_all()

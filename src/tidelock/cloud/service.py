@@ -1,0 +1,193 @@
+"""The cloud's gRPC service: who calls, what the model is, and one engine a stream.
+
+May import `wire`, `model`, `cloud`, errors and libraries; never a tokenizer or code that reads data.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn, final
+
+import grpc
+
+from tidelock.cloud.engine import Line, PassAbandoned, read_open, run_pass
+from tidelock.cloud.memory import MemoryBudget, measure_cost
+from tidelock.cloud.turns import ComputeQueue
+from tidelock.errors import ConfigError, ModelMismatch, TidelockError, TokenRefused, WireError
+from tidelock.units import format_bytes
+from tidelock.wire import tidelock_pb2 as pb
+from tidelock.wire import tidelock_pb2_grpc as pb_grpc
+from tidelock.wire.limits import PART_BYTES, PASS_SECONDS, PROTOCOL_VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tidelock.cloud.metrics import Metrics
+    from tidelock.cloud.tenants import Tenants
+    from tidelock.model.cut import CutModel
+
+logger = logging.getLogger(__name__)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one cloud gives.
+
+    Attributes:
+        max_sessions: Passes that are open at once; more wait.
+        max_tokens: Tokens, padding included, in one pass.
+        max_memory_bytes: What open passes may keep together; None for no limit.
+    """
+
+    max_sessions: int = 8
+    max_tokens: int = 1 << 16
+    max_memory_bytes: int | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a cloud tells devices of its model, and the folder with the files that it lists."""
+
+    description: pb.Description
+    folder: Path
+
+
+@final
+class BackboneService(pb_grpc.BackboneServicer):
+    """Serves one frozen model to several devices.
+
+    Args:
+        cut: The model.
+        offer: What devices are told of it, and the files that they may fetch.
+        tenants: Who may call.
+        limits: What one cloud gives.
+        metrics: Counts passes; None counts nothing.
+    """
+
+    def __init__(
+        self,
+        cut: CutModel,
+        offer: Offer,
+        tenants: Tenants,
+        limits: Limits,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self._cut = cut
+        self._description = offer.description
+        self._folder = offer.folder
+        self._tenants = tenants
+        self._limits = limits
+        self._metrics = metrics
+        self._compute = ComputeQueue()
+        self._memory = MemoryBudget(limits.max_memory_bytes)
+        self._cost = measure_cost(cut)
+        # A pass keeps one of these threads from its Open to its end; further passes wait in the executor's line.
+        self._engines = ThreadPoolExecutor(limits.max_sessions, thread_name_prefix="pass")
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
+        """Say what this cloud holds."""
+        del request
+        self._require_tenant(context)
+        return self._description
+
+    def Fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[pb.FetchPart]:
+        """Stream one of the described files."""
+        self._require_tenant(context)
+        if request.name not in {artefact.name for artefact in self._description.files}:
+            _refuse(context, WireError(f"Fetching: expected a name from the description, got {request.name[:80]!r}."))
+        with (self._folder / request.name).open("rb") as file:
+            while data := file.read(PART_BYTES):
+                yield pb.FetchPart(data=data)
+
+    def Pass(
+        self, request_iterator: Iterator[pb.DeviceMessage], context: grpc.ServicerContext
+    ) -> Iterator[pb.CloudMessage]:
+        """Run one micro-batch."""
+        tenant = self._require_tenant(context)
+        remaining = context.time_remaining()
+        if remaining is None or remaining > PASS_SECONDS + 60:
+            _refuse(context, WireError(f"Opening a pass: expected a deadline of at most {PASS_SECONDS} s, got none."))
+        outbox: queue.SimpleQueue[pb.CloudMessage | TidelockError | None] = queue.SimpleQueue()
+        line = Line(request_iterator, outbox.put)
+        running = self._engines.submit(self._run, line, outbox, tenant)
+        # A device that leaves before its pass has begun: nobody else would end the loop below.
+        context.add_callback(lambda: outbox.put(None) if running.cancel() else None)
+        while (item := outbox.get()) is not None:
+            if isinstance(item, TidelockError):
+                _refuse(context, item)
+            yield item
+
+    def close(self) -> None:
+        """Take no more passes."""
+        self._engines.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, line: Line, outbox: queue.SimpleQueue[pb.CloudMessage | TidelockError | None], tenant: str) -> None:
+        """Run a pass in an engine thread; whatever happens, the outbox is closed."""
+        try:
+            message = line.open()
+            self._check_identity(message)
+            order = read_open(message, self._cut.geometry, self._limits.max_tokens)
+            rows = order.rows
+            size_bytes = self._cost.bytes_for(len(rows.lengths), rows.width) if order.training else 0
+            self._check_memory(size_bytes)
+            with self._memory.reserve(size_bytes):
+                seconds = run_pass(self._cut, order, line, self._compute)
+            logger.debug("Pass of %s: %d tokens, %.3f s computing.", tenant, rows.num_tokens, seconds)
+            if self._metrics is not None:
+                self._metrics.count_pass(tenant, rows.num_tokens, seconds)
+        except PassAbandoned:
+            logger.debug("Pass of %s: the device left.", tenant)
+        except TidelockError as error:
+            logger.warning("Pass of %s refused: %s", tenant, error)
+            outbox.put(error)
+        except Exception as error:
+            logger.exception("Pass of %s failed.", tenant)
+            outbox.put(TidelockError(f"Computing a pass: expected it to succeed, got {type(error).__name__}."))
+        finally:
+            outbox.put(None)
+
+    def _check_identity(self, message: pb.Open) -> None:
+        if message.protocol != PROTOCOL_VERSION:
+            msg = f"Opening a pass: expected protocol {PROTOCOL_VERSION}, got {message.protocol}. Install one version."
+            raise WireError(msg)
+        if message.fingerprint != self._description.fingerprint:
+            msg = (
+                f"Opening a pass: expected a model with fingerprint {self._description.fingerprint[:12]}…, which this "
+                f"cloud holds, got {message.fingerprint[:12]!r}. The cloud was restarted with other weights: start it "
+                "with those that the run began with."
+            )
+            raise ModelMismatch(msg)
+
+    def _check_memory(self, size_bytes: int) -> None:
+        if not self._memory.fits(size_bytes):
+            msg = (
+                f"Opening a pass: expected it to keep at most {format_bytes(self._memory.limit_bytes or 0)}, as "
+                f"--max-memory says, got one of {format_bytes(size_bytes)}. Use smaller or shorter batches."
+            )
+            raise ConfigError(msg)
+
+    def _require_tenant(self, context: grpc.ServicerContext) -> str:
+        tenant = self._tenants.tenant_of(context.invocation_metadata())
+        if tenant is None:
+            msg = "Token: expected one that this cloud knows, got another or none. Ask whoever runs it for yours."
+            _refuse(context, TokenRefused(msg))
+        return tenant
+
+
+_STATUS: dict[type[TidelockError], grpc.StatusCode] = {
+    TokenRefused: grpc.StatusCode.UNAUTHENTICATED,
+    ModelMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    ConfigError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    WireError: grpc.StatusCode.INVALID_ARGUMENT,
+}
+
+
+def _refuse(context: grpc.ServicerContext, error: TidelockError) -> NoReturn:
+    context.abort(_STATUS.get(type(error), grpc.StatusCode.UNKNOWN), error.message)
+    raise error

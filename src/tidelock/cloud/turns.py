@@ -1,0 +1,93 @@
+"""Whose turn it is to compute: one pass at a time, first come first served, given up after every segment.
+
+May import errors and libraries.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@final
+class ComputeQueue:
+    """A fair lock: whoever asked first computes next.
+
+    One pass at a time uses all cores, or the whole GPU, better than several that get in each other's way.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._line: deque[object] = deque()
+
+    def enter(self) -> object:
+        """Wait for the turn; return the ticket to give back."""
+        ticket = object()
+        with self._condition:
+            self._line.append(ticket)
+            self._condition.wait_for(lambda: self._line[0] is ticket)
+        return ticket
+
+    def leave(self, ticket: object) -> None:
+        """Give the turn to the next in line."""
+        with self._condition:
+            self._line.remove(ticket)
+            self._condition.notify_all()
+
+    @property
+    def waiting(self) -> int:
+        """How many are in line, the one whose turn it is included."""
+        return len(self._line)
+
+
+@final
+class Turn:
+    """One pass's use of the compute queue.
+
+    Attributes:
+        seconds: How long it has computed.
+    """
+
+    def __init__(self, line: ComputeQueue) -> None:
+        self._line = line
+        self._ticket: object | None = None
+        self._since = 0.0
+        self.seconds = 0.0
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Hold the turn inside, so far as it is not given up."""
+        self._take()
+        try:
+            yield
+        finally:
+            self._give()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Give the turn up inside, while something else than the processor is waited for."""
+        self._give()
+        try:
+            yield
+        finally:
+            self._take()
+
+    def give_way(self) -> None:
+        """Let those compute who asked meanwhile."""
+        if self._line.waiting > 1:
+            with self.waiting():
+                pass
+
+    def _take(self) -> None:
+        self._ticket = self._line.enter()
+        self._since = time.perf_counter()
+
+    def _give(self) -> None:
+        self.seconds += time.perf_counter() - self._since
+        self._line.leave(self._ticket)

@@ -1,0 +1,1 @@
+"""The person's side: the model to train and its PEFT modules."""

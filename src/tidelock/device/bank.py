@@ -1,0 +1,126 @@
+"""The bank of PEFT modules on the device, and its half of a pass: answering at the sites.
+
+May import `peft`, `model` and libraries.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from tidelock.errors import NonFiniteError, WireError
+from tidelock.peft.lora import LoraModule, lora_targets
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peft import LoraConfig
+
+    from tidelock.model.geometry import Geometry
+
+
+@final
+class Bank(nn.Module):
+    """All PEFT modules of a model, one a block, and nothing else: these are the parameters that training moves.
+
+    Args:
+        config: The checked LoRA configuration.
+        geometry: The model's sites.
+
+    Raises:
+        ConfigError: The configuration targets nothing, or something that is not a site.
+    """
+
+    def __init__(self, config: LoraConfig, geometry: Geometry) -> None:
+        super().__init__()
+        self.targets = lora_targets(config, geometry)
+        self.blocks = nn.ModuleDict(
+            {
+                str(block): LoraModule(geometry.sites[block], names, config, geometry)
+                for block, names in self.targets.items()
+            }
+        )
+
+    def module(self, block: int) -> LoraModule:
+        """Return the PEFT module of a block."""
+        return cast("LoraModule", self.blocks[str(block)])
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a training pass draws random numbers."""
+        return any(self.module(block).dropout > 0 for block in self.targets)
+
+
+@final
+class BankPass:
+    """The bank's half of one pass; can begin again when an attempt is lost, with the same dropout masks.
+
+    Args:
+        bank: The PEFT modules.
+        parameters: The parameters whose gradients are wanted, in the order in which they are returned.
+        training: Whether graphs are kept for backward.
+        dropout_seed: Fixes every dropout mask of the pass; None leaves dropout off.
+    """
+
+    def __init__(
+        self, bank: Bank, parameters: Sequence[nn.Parameter], *, training: bool, dropout_seed: int | None
+    ) -> None:
+        self._bank = bank
+        self._parameters = parameters
+        self._training = training
+        self._dropout_seed = dropout_seed
+        self._graphs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._grads: dict[int, Tensor] = {}
+
+    def begin(self) -> BankPass:
+        """Forget what an earlier attempt computed."""
+        self._graphs.clear()
+        self._grads.clear()
+        return self
+
+    def forward(self, block: int, x_ND: Tensor) -> Tensor:
+        """Return the module's addition at a site, shape (N, W), detached."""
+        module = self._bank.module(block)
+        parameter = next(module.parameters())
+        x_ND = x_ND.to(parameter).requires_grad_(self._training)
+        # One seed a pass and one step of it a block: the same masks whatever is repeated or re-ordered.
+        seed = None if self._dropout_seed is None else self._dropout_seed + block
+        with torch.set_grad_enabled(self._training):
+            y_NW = module(x_ND, seed)
+        if self._training:
+            self._graphs[block] = (x_ND, y_NW)
+        return cast("Tensor", y_NW.detach())
+
+    def backward(self, block: int, grad_NW: Tensor, *, need_input: bool) -> Tensor | None:
+        """Keep the gradients of a module's parameters; return that of its input, shape (N, D), if it is needed."""
+        x_ND, y_NW = self._graphs.pop(block)
+        parameters = [p for p in self._bank.module(block).parameters() if p.requires_grad]
+        wanted = [*parameters, x_ND] if need_input else parameters
+        grads = torch.autograd.grad(y_NW, wanted, grad_NW.to(y_NW))
+        self._grads.update({id(p): grad for p, grad in zip(parameters, grads, strict=False)})
+        return grads[-1] if need_input else None
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradient of each wanted parameter, in order.
+
+        Raises:
+            WireError: A parameter got no gradient.
+            NonFiniteError: A gradient is infinite or not a number.
+        """
+        missing = [index for index, p in enumerate(self._parameters) if id(p) not in self._grads]
+        if missing:
+            msg = (
+                f"Backward pass: expected a gradient for each of {len(self._parameters)} PEFT tensors, got none for "
+                f"{len(missing)} of them. The step was not taken; please report this."
+            )
+            raise WireError(msg)
+        grads = [self._grads[id(p)] for p in self._parameters]
+        if not all(bool(torch.isfinite(grad).all()) for grad in grads):
+            msg = (
+                "Backward pass: expected finite gradients, got an infinite or undefined one. The step was not taken. "
+                "Lower the learning rate, or use fp32 on the wire and in the cloud."
+            )
+            raise NonFiniteError(msg)
+        return grads

@@ -1,0 +1,301 @@
+"""The device's model: an ordinary `nn.Module` that any training loop for causal language models can train.
+
+Its parameters are the PEFT modules. Embedding, head and loss are computed here, so neither text nor labels leave; the
+frozen blocks run wherever the backbone is. To autograd the whole way through the blocks is one function, whose
+backward asks the backbone to walk back.
+
+Shapes: B rows, T positions, N real tokens, M tokens whose final state is wanted, D hidden width, V vocabulary.
+May import `backbone`, `peft`, `model`, `device` and libraries.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Protocol, final
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import GenerationConfig
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+
+from tidelock.device.bank import Bank, BankPass
+from tidelock.device.generate import GenerationSettings, generate
+from tidelock.errors import ConfigError, NonFiniteError, WireError
+from tidelock.model.rows import Rows
+from tidelock.model.walk import Batch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from peft import LoraConfig
+    from transformers import PretrainedConfig
+
+    from tidelock.backbone.protocol import Backbone, Pass
+    from tidelock.model.ends import Ends
+
+logger = logging.getLogger(__name__)
+
+_IGNORED = -100
+# Arguments of Hugging Face models that change nothing here, or ask for what is so anyway.
+_HARMLESS = frozenset({"use_cache", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep"})
+
+
+class _PassContext(Protocol):
+    """What the forward pass leaves for the backward pass."""
+
+    sites: BankPass
+    run: Pass | None
+
+
+@final
+class _ThroughBackbone(torch.autograd.Function):
+    """From embeddings to final states; its gradient is that of the PEFT parameters."""
+
+    @staticmethod
+    def forward(ctx: _PassContext, backbone: Backbone, batch: Batch, sites: BankPass, *_parameters: Tensor) -> Tensor:
+        ctx.sites = sites
+        ctx.run = run = backbone.forward(batch, sites)
+        return run.final_MD.to(torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _PassContext, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
+        run = ctx.run
+        if run is None:
+            msg = (
+                "Backward pass: expected one for each forward pass, got a second one. What the frozen blocks kept is "
+                "freed by the first; run the forward pass again."
+            )
+            raise WireError(msg)
+        ctx.run = None
+        run.backward(grad_MD)
+        return (None, None, None, *ctx.sites.gradients())
+
+
+@final
+class DeviceModel(nn.Module):
+    """A causal language model whose frozen blocks are elsewhere; made by `tidelock.connect`.
+
+    Args:
+        ends: The model's embedding and head.
+        backbone: Runs the frozen blocks.
+        peft_config: The checked LoRA configuration.
+
+    Attributes:
+        config: The model's Hugging Face configuration.
+        generation_config: How the model's makers would have it generate.
+        peft_config: As given, with the targets resolved.
+        bank: The PEFT modules, by block.
+    """
+
+    # Read by `transformers.Trainer`: our loss divides by `num_items_in_batch`, as its own models' do.
+    accepts_loss_kwargs = True
+    base_model_prefix = "base_model"
+
+    def __init__(self, ends: Ends, backbone: Backbone, peft_config: LoraConfig) -> None:
+        super().__init__()
+        self.config: PretrainedConfig = ends.config
+        self.generation_config = GenerationConfig.from_model_config(ends.config)
+        self.peft_config = peft_config
+        self.bank = Bank(peft_config, ends.geometry)
+        self.ends = ends
+        self.backbone = backbone
+
+    @property
+    def device(self) -> torch.device:
+        """Where the PEFT modules, the embedding and the head are."""
+        return next(self.bank.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the PEFT modules."""
+        return next(self.bank.parameters()).dtype
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        """Return the loss, if there are labels, and the logits.
+
+        Args:
+            input_ids: Token ids, int64 of shape (B, T).
+            attention_mask: 1 at real tokens, shape (B, T); None means that all are real.
+            labels: Target ids of shape (B, T), not shifted, -100 where there is no loss.
+            num_items_in_batch: What the summed loss is divided by; None means the number of labelled tokens.
+            **kwargs: Arguments of Hugging Face models that change nothing here (`use_cache=False`, ...).
+
+        Returns:
+            `logits` of shape (B, T, V), fp32. With labels they are computed only where there is one, and are zero
+            elsewhere; without labels, at every real token.
+
+        Raises:
+            ConfigError: The batch has padding in the middle of a row or labels at padding, or an argument is unknown.
+            NonFiniteError: The loss is infinite or not a number.
+            WireError, CloudUnreachable, ...: The backbone cannot be reached or does not answer as it should.
+        """
+        ids_BT, rows = self._read_batch(input_ids, attention_mask, kwargs)
+        if labels is None:
+            select_N = torch.arange(rows.num_tokens)
+            final_MD = self._through_backbone(ids_BT, rows, select_N)
+            return CausalLMOutput(logits=self._spread(self.ends.logits(final_MD), rows, select_N, ids_BT.shape[1]))
+        select_M, targets_M = _labelled(labels, rows)
+        logits_MV = self.ends.logits(self._through_backbone(ids_BT, rows, select_M))
+        loss = ForCausalLMLoss(
+            logits_MV,
+            None,
+            self.ends.geometry.vocab_size,
+            num_items_in_batch=_as_tensor(num_items_in_batch, logits_MV),
+            shift_labels=targets_M.to(logits_MV.device),
+        )
+        if not torch.isfinite(loss):
+            msg = (
+                f"Loss: expected a finite number, got {loss.item()}. The optimizer was not moved. Lower the learning "
+                "rate, clip gradients, or look for damaged examples."
+            )
+            raise NonFiniteError(msg)
+        return CausalLMOutput(loss=loss, logits=self._spread(logits_MV, rows, select_M, ids_BT.shape[1]))
+
+    def base_model(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutput:
+        """Return the decoder's final state at every token, shape (B, T, D), zero at padding.
+
+        This and `get_output_embeddings` are what TRL's fused language-model head asks of a model.
+        """
+        ids_BT, rows = self._read_batch(input_ids, attention_mask, kwargs)
+        select_N = torch.arange(rows.num_tokens)
+        final_ND = self._through_backbone(ids_BT, rows, select_N)
+        return BaseModelOutput(last_hidden_state=self._spread(final_ND, rows, select_N, ids_BT.shape[1]))
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """Return the frozen head."""
+        return self.ends.head
+
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, settings: GenerationSettings | None = None
+    ) -> Tensor:
+        """Return the prompts with their continuations, int64 of shape (B, T + new tokens).
+
+        Args:
+            input_ids: Prompts, shape (B, T), padded at the left.
+            attention_mask: 1 at real tokens; None means that all are real.
+            settings: How tokens are chosen and when to stop. A finished row repeats its stop id.
+        """
+        columns = [token_B[:, None] for token_B in self.stream(input_ids, attention_mask, settings)]
+        return torch.cat([input_ids.to(self.device), *columns], dim=1)
+
+    def stream(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, settings: GenerationSettings | None = None
+    ) -> Iterator[Tensor]:
+        """Yield the continuations token by token, each int64 of shape (B,); arguments as for `generate`."""
+        ids_BT, rows = self._read_batch(input_ids, attention_mask, {})
+        return generate(self, ids_BT, rows, settings or GenerationSettings())
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Take the tags that TRL gives to models for their model cards; a device model has none, so they are let go."""
+        logger.debug("Model tags %s are not kept: a device model has no model card.", tags)
+
+    def activation_checkpointing_enable(self, **_kwargs: Any) -> None:
+        """Say that there is nothing to recompute here; TRL's default settings ask for it."""
+        logger.info("Activation checkpointing has no effect: the frozen blocks' activations are not on this device.")
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
+
+    def close(self) -> None:
+        """Let go of the backbone."""
+        self.backbone.close()
+
+    def open_batch(self, ids_BT: Tensor, rows: Rows, select_M: Tensor) -> Batch:
+        """Return a micro-batch at the cut: embedded, without padding."""
+        indices_N = rows.indices().to(ids_BT.device)
+        ids_N = ids_BT[:, : rows.width].flatten().index_select(0, indices_N)
+        training = torch.is_grad_enabled() and bool(self._trained())
+        return Batch(self.ends.embed(ids_N), rows, select_M, self.bank.targets, training=training)
+
+    def open_sites(self) -> BankPass:
+        """Return the bank's half of a pass; draws one random number if it will drop out."""
+        seed = None
+        if self.training and self.bank.has_dropout:
+            # From the global generator, whose state Trainer saves and restores: resumed runs draw the same masks.
+            seed = int(torch.randint(2**62, ()))
+        parameters = self._trained()
+        training = torch.is_grad_enabled() and bool(parameters)
+        return BankPass(self.bank, parameters, training=training, dropout_seed=seed)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.bank.parameters() if parameter.requires_grad]
+
+    def _through_backbone(self, ids_BT: Tensor, rows: Rows, select_M: Tensor) -> Tensor:
+        batch = self.open_batch(ids_BT, rows, select_M)
+        final_MD: Tensor = _ThroughBackbone.apply(self.backbone, batch, self.open_sites(), *self._trained())  # type: ignore[no-untyped-call]
+        return final_MD.to(self.device)
+
+    def _read_batch(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Rows]:
+        unknown = sorted(name for name, value in kwargs.items() if name not in _HARMLESS and value is not None)
+        if unknown or input_ids is None:
+            got = f"the arguments {unknown}" if unknown else "no input_ids"
+            msg = (
+                f"Calling the device's model: expected input_ids, attention_mask and labels, got {got}. Leave out what "
+                "it does not know (position_ids and inputs_embeds among them)."
+            )
+            raise ConfigError(msg)
+        self.ends.to(self.device)
+        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = Rows.from_mask(mask_BT)
+        limit = self.ends.geometry.max_positions
+        if limit is not None and rows.width > limit:
+            msg = (
+                f"Batch: expected at most {limit} tokens a row, as the model was made for, got {rows.width}. Shorten "
+                "or truncate the examples."
+            )
+            raise ConfigError(msg)
+        return input_ids.to(self.device), rows
+
+    def _spread(self, x_MD: Tensor, rows: Rows, select_M: Tensor, width: int) -> Tensor:
+        """Return states or logits of selected tokens at their places, shape (B, `width`, D), zero elsewhere."""
+        indices_N = rows.indices()
+        row_M = indices_N[select_M] // rows.width
+        column_M = indices_N[select_M] % rows.width
+        places_M = (row_M * width + column_M).to(x_MD.device)
+        count = len(rows.lengths)
+        return x_MD.new_zeros(count * width, x_MD.shape[1]).index_copy(0, places_M, x_MD).view(count, width, -1)
+
+
+def _labelled(labels_BT: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return which of the packed tokens predict a label, shape (M,), and those labels."""
+    labels_BT = labels_BT.cpu()
+    mask_BT = rows.mask().bool()
+    if bool((labels_BT[:, : rows.width][~mask_BT] != _IGNORED).any()) or bool(
+        (labels_BT[:, rows.width :] != _IGNORED).any()
+    ):
+        msg = (
+            f"Labels: expected {_IGNORED} at padding, got other values there. Set labels to {_IGNORED} where "
+            "attention_mask is 0, or the loss would count padding."
+        )
+        raise ConfigError(msg)
+    shifted_BT = torch.full_like(labels_BT[:, : rows.width], _IGNORED)
+    shifted_BT[:, :-1] = labels_BT[:, 1 : rows.width]
+    # A token before a row padded at the left cannot predict that row's first label: it is not there.
+    shifted_N = shifted_BT[mask_BT]
+    select_M = (shifted_N != _IGNORED).nonzero().squeeze(1)
+    if not len(select_M):
+        msg = (
+            "Labels: expected at least one token with a loss in a batch, got none. Leave examples without a "
+            "completion out."
+        )
+        raise ConfigError(msg)
+    return select_M, shifted_N[select_M]
+
+
+def _as_tensor(count: Tensor | int | None, like: Tensor) -> Tensor | None:
+    if count is None or isinstance(count, Tensor):
+        return count
+    return torch.tensor(count, device=like.device)

@@ -1,0 +1,207 @@
+"""The two ends of a model, which stay with the device: the word embedding and the language-model head.
+
+Both are the model's own modules. The head runs as the model's own causal `forward` around a decoder that is only a
+stub, so that whatever a family does between the last norm and the logits (soft-capping, scaling) is done.
+
+May import errors, `model` and libraries.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any, cast, final
+
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from tidelock.errors import ModelError
+from tidelock.model.geometry import Geometry, geometry_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from tidelock.model.checkpoint import TensorSource
+
+# What a device reads of a model's folder besides tensors; safetensors files are never among them.
+_SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """Return the model's configuration; code that comes with a model is never run.
+
+    Raises:
+        ModelError: There is no readable config.json of a model type that `transformers` knows.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return cast("PretrainedConfig", config)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        msg = (
+            f"Model configuration: expected a config.json of a model type that transformers knows, got "
+            f"{type(error).__name__} ({folder}). Check the folder; models that bring code of their own are not loaded."
+        )
+        raise ModelError(msg) from error
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Return the causal model of a configuration with parameters on the meta device, which take no memory.
+
+    Raises:
+        ModelError: The configuration is not one of a causal language model.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except ValueError as error:
+        msg = (
+            f"Model type {config.model_type!r}: expected a causal language model, got one that transformers has no "
+            "causal class for. Use a decoder such as LLaMA, OPT or GPT-2."
+        )
+        raise ModelError(msg) from error
+    return cast("PreTrainedModel", model)
+
+
+@final
+class _GivenState(nn.Module):
+    """Stands where the decoder was: hands on the state that it is given."""
+
+    def forward(self, *_args: Any, inputs_embeds: Tensor, **_kwargs: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+@final
+class Ends:
+    """A model's embedding and head, without the blocks between.
+
+    Not an `nn.Module`, so that neither is found among the parameters that training, saving and counting walk over.
+
+    Args:
+        config: The model's configuration.
+        source: Where its tensors are read from, one by one.
+
+    Attributes:
+        config: As given.
+        geometry: The shape of the model.
+        stored_names: The name under which the source stores each parameter of the ends.
+
+    Raises:
+        ModelError: A tensor of the ends is missing or has the wrong shape.
+    """
+
+    def __init__(self, config: PretrainedConfig, source: TensorSource) -> None:
+        model = empty_model(config)
+        self.config = config
+        self.geometry: Geometry = geometry_of(model)
+        self._embedding = model.get_input_embeddings()
+        self._head_model = model
+        self.stored_names = end_tensors(model, source)
+        _load_ends(model, source, self.stored_names)
+        parent, _, name = self.geometry.family.decoder.rpartition(".")
+        setattr(model.get_submodule(parent), name, _GivenState())
+        self._embedding.eval().requires_grad_(requires_grad=False)
+        self._head_model.eval().requires_grad_(requires_grad=False)
+
+    def to(self, device: torch.device) -> None:
+        """Move both ends."""
+        self._embedding.to(device)
+        cast("nn.Module", self._head_model).to(device)
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return word embeddings, shape (*ids.shape, E), fp32."""
+        return cast("Tensor", self._embedding(ids))
+
+    def logits(self, final_MD: Tensor) -> Tensor:
+        """Return the head's logits, shape (M, V), fp32; differentiable in the state."""
+        output = self._head_model(inputs_embeds=final_MD[None], use_cache=False, return_dict=True)
+        return cast("Tensor", output.logits[0])
+
+    @property
+    def head(self) -> nn.Linear:
+        """The head's linear layer, which TRL's fused loss reads."""
+        return cast("nn.Linear", self._head_model.get_output_embeddings())
+
+
+def end_tensors(model: PreTrainedModel, source: TensorSource) -> dict[str, str]:
+    """Return, for each parameter of the ends, the name under which the source stores it.
+
+    Args:
+        model: The causal model, on the meta device or not.
+        source: The stored tensors. A tied head is not stored, and not in the answer.
+
+    Raises:
+        ModelError: A parameter of the ends is not stored.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    paths = {id(module): path for path, module in model.named_modules()}
+    wanted = [f"{paths[id(embedding)]}.weight"]
+    wanted += [
+        f"{paths[id(head)]}.{name}"
+        for name, _ in cast("nn.Module", head).named_parameters()
+        if not (tied and name == "weight")
+    ]
+    return {path: _stored_name(path, model.base_model_prefix, source) for path in wanted}
+
+
+def _stored_name(path: str, prefix: str, source: TensorSource) -> str:
+    """Return the stored name of a parameter; older checkpoints leave the base model's prefix out."""
+    names = source.names()
+    for candidate in (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}"):
+        if candidate in names:
+            return candidate
+    msg = f"Tensor {path!r}: expected it among the model's {len(names)} stored tensors, got none of that name "
+    msg += f"({source.folder}). Is this the whole checkpoint of a causal language model?"
+    raise ModelError(msg)
+
+
+def _load_ends(model: PreTrainedModel, source: TensorSource, names: Mapping[str, str]) -> None:
+    embedding, head = model.get_input_embeddings(), cast("nn.Module", model.get_output_embeddings())
+    for path, stored in names.items():
+        owner, _, name = path.rpartition(".")
+        expected = model.get_submodule(owner).get_parameter(name).shape
+        tensor = source.read(stored)
+        if tensor.shape != expected:
+            msg = (
+                f"Tensor {stored!r}: expected shape {tuple(expected)} as config.json has it, got "
+                f"{tuple(tensor.shape)} ({source.folder}). Configuration and weights are of different models."
+            )
+            raise ModelError(msg)
+        setattr(model.get_submodule(owner), name, nn.Parameter(tensor.to(torch.float32), requires_grad=False))
+    if head.get_parameter("weight").is_meta:
+        setattr(head, "weight", embedding.get_parameter("weight"))  # noqa: B010  (a tied head is the embedding)
+
+
+def write_device_folder(source: TensorSource, names: Mapping[str, str], folder: Path) -> None:
+    """Write a model folder that holds what a device needs: the ends' tensors and the small files.
+
+    Args:
+        source: The whole model.
+        names: As from `end_tensors`.
+        folder: An existing, empty folder.
+    """
+    for name in _SMALL_FILES:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+    tensors = {stored: source.read(stored).contiguous() for stored in names.values()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

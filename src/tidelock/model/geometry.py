@@ -1,0 +1,136 @@
+"""The shape of a cut model: its sites, their projections and every width that crosses a cut.
+
+Both sides compute it, the device from the configuration alone, the cloud from the loaded model, and compare.
+May import errors, `model.families` and libraries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast, final
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from tidelock.errors import ModelError
+from tidelock.model.families import Family, family_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """One linear of a site: its name in the attention module and how many numbers it gives per token."""
+
+    name: str
+    width: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place in a block where a PEFT module attaches: `blocks.N.attn`, whose projections share one input.
+
+    Attributes:
+        block: Index N of the block.
+        width: Numbers per token of the site's input (after the block's norm).
+        projections: The q, k and v linears, or the fused one.
+    """
+
+    block: int
+    width: int
+    projections: tuple[Projection, ...]
+
+    @property
+    def name(self) -> str:
+        """The name that options, logs and reports use."""
+        return f"blocks.{self.block}.attn"
+
+    def output_width(self, names: tuple[str, ...]) -> int:
+        """Return how many numbers per token a module at this site gives for the named projections."""
+        return sum(projection.width for projection in self.projections if projection.name in names)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """All widths of a cut model.
+
+    Attributes:
+        family: The row of facts that the cut is made by.
+        embedding_width: Numbers per token of the word embedding (OPT-350m: 512, though its blocks have 1024).
+        final_width: Numbers per token of the state that the head reads.
+        vocab_size: Rows of the head.
+        max_positions: Longest sequence that the model was made for, or None when it states none.
+        sites: One site a block, in order.
+    """
+
+    family: Family
+    embedding_width: int
+    final_width: int
+    vocab_size: int
+    max_positions: int | None
+    sites: tuple[Site, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        """The number of blocks."""
+        return len(self.sites)
+
+    def projection_path(self, block: int, projection: str) -> str:
+        """Return the full name of a projection in the causal model, e.g. `model.layers.7.self_attn.q_proj`."""
+        family = self.family
+        return f"{family.decoder}.{family.blocks}.{block}.{family.attention}.{projection}"
+
+
+def geometry_of(model: PreTrainedModel) -> Geometry:
+    """Return the geometry of a causal model, whose parameters may be on the meta device.
+
+    Raises:
+        ModelError: The model has no head or its parts are not where its family keeps them.
+    """
+    family = family_of(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not (isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear)):
+        msg = (
+            f"Cutting {type(model).__name__}: expected a word embedding and a linear language-model head, got "
+            f"{type(embedding).__name__} and {type(head).__name__}. Use a causal language model."
+        )
+        raise ModelError(msg)
+    decoder = model.get_submodule(family.decoder)
+    blocks = cast("nn.ModuleList", decoder.get_submodule(family.blocks))
+    return Geometry(
+        family=family,
+        embedding_width=embedding.embedding_dim,
+        final_width=head.in_features,
+        vocab_size=head.out_features,
+        max_positions=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        sites=tuple(_site(index, block, family) for index, block in enumerate(blocks)),
+    )
+
+
+def _site(index: int, block: nn.Module, family: Family) -> Site:
+    attention = block.get_submodule(family.attention)
+    widths = [_linear_widths(attention.get_submodule(name), name) for name in family.projections]
+    inputs = {width for width, _ in widths}
+    if len(inputs) != 1:
+        msg = (
+            f"Cutting block {index}: expected all of {family.projections} to read inputs of one width, got "
+            f"{sorted(inputs)}. This attention cannot be a site."
+        )
+        raise ModelError(msg)
+    projections = tuple(Projection(name, output) for name, (_, output) in zip(family.projections, widths, strict=True))
+    return Site(block=index, width=inputs.pop(), projections=projections)
+
+
+def _linear_widths(module: nn.Module, name: str) -> tuple[int, int]:
+    """Return (input width, output width) of a linear; GPT-2's Conv1D keeps its weight transposed."""
+    if isinstance(module, Conv1D):
+        rows, columns = module.weight.shape
+        return int(rows), int(columns)
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    msg = f"Projection {name!r}: expected a linear layer, got {type(module).__name__}. This family cannot be cut."
+    raise ModelError(msg)

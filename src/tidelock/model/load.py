@@ -1,0 +1,79 @@
+"""Loads a whole frozen model, for the process that runs its blocks.
+
+May import errors, `model` and libraries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast, final
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tidelock.errors import ConfigError, ModelError
+from tidelock.model.cut import CutModel
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tidelock.model.checkpoint import Checkpoint
+
+# What frozen blocks may compute in, by the name that options use.
+BACKBONE_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """Which model, and where and in what its blocks compute.
+
+    Attributes:
+        model: Folder or hub name.
+        dtype: `fp32` or `bf16`.
+        torch_device: `cpu`, `cuda`, `cuda:1`, `mps`, ...
+    """
+
+    model: str
+    dtype: str = "fp32"
+    torch_device: str = "cpu"
+
+
+def load_cut_model(checkpoint: Checkpoint, choice: ModelChoice) -> CutModel:
+    """Return a frozen model, cut, with all its weights in memory.
+
+    Args:
+        checkpoint: Where the weights are; a hub model is downloaded first.
+        choice: Says what the blocks compute in, and where.
+
+    Raises:
+        ConfigError: The dtype is unknown or the device is not there.
+        ModelError: The model cannot be loaded or cut.
+    """
+    if choice.dtype not in BACKBONE_DTYPES:
+        msg = f"Backbone dtype: expected one of {sorted(BACKBONE_DTYPES)}, got {choice.dtype!r}. Choose one of those."
+        raise ConfigError(msg)
+    folder = checkpoint.materialise()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=BACKBONE_DTYPES[choice.dtype],
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        msg = (
+            f"Loading the model: expected a causal language model that transformers knows, with safetensors weights, "
+            f"got {type(error).__name__}: {error} ({folder}). Check the folder."
+        )
+        raise ModelError(msg) from error
+    try:
+        cast("nn.Module", model).to(choice.torch_device)
+    except (RuntimeError, AssertionError) as error:
+        msg = (
+            f"Torch device: expected one that this machine has, got {choice.torch_device!r} ({error}). "
+            "`tidelock doctor` lists them."
+        )
+        raise ConfigError(msg) from error
+    return CutModel(model)

@@ -1,0 +1,93 @@
+"""Which positions of a batch are real tokens, so that padding never crosses a cut.
+
+Shapes: B rows, T positions a row, N real tokens in all, packed row by row.
+May import errors and libraries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import torch
+
+from tidelock.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The real tokens of a padded batch: one run of them in each row.
+
+    Attributes:
+        starts: First real position of each row (0 unless padded at the left).
+        lengths: Number of real tokens in each row, at least 1.
+        width: Positions a row has, T.
+    """
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    width: int
+
+    @classmethod
+    def from_mask(cls, mask_BT: Tensor) -> Rows:
+        """Return the rows of an attention mask, cut at the last position that any row uses.
+
+        Args:
+            mask_BT: 1 (or True) at real tokens.
+
+        Raises:
+            ConfigError: A row has no token, or its tokens are not one run.
+        """
+        mask_BT = mask_BT.bool().cpu()
+        lengths = mask_BT.sum(1)
+        starts = mask_BT.int().argmax(1)
+        ends = starts + lengths
+        positions = torch.arange(mask_BT.shape[1])
+        runs = (positions >= starts[:, None]) & (positions < ends[:, None])
+        bad = ((runs != mask_BT).any(1) | (lengths == 0)).nonzero()
+        if len(bad):
+            msg = (
+                f"Attention mask: expected one run of at least one real token in every row, got a row with none or "
+                f"with a gap (row {int(bad[0])}). Pad on one side only and send no empty rows."
+            )
+            raise ConfigError(msg)
+        return cls(tuple(starts.tolist()), tuple(lengths.tolist()), int(ends.max()))
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the number of real tokens."""
+        return sum(self.lengths)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether there is no padding at all."""
+        return self.num_tokens == len(self.lengths) * self.width
+
+    def mask(self) -> Tensor:
+        """Return the attention mask, int64 of shape (B, T)."""
+        positions = torch.arange(self.width)
+        starts, lengths = torch.tensor(self.starts)[:, None], torch.tensor(self.lengths)[:, None]
+        return ((positions >= starts) & (positions < starts + lengths)).long()
+
+    def indices(self) -> Tensor:
+        """Return where each real token is in the flattened batch, int64 of shape (N,)."""
+        return self.mask().flatten().nonzero().squeeze(1)
+
+
+def pack(x_BTD: Tensor, indices_N: Tensor | None) -> Tensor:
+    """Return the real tokens of a padded tensor, shape (N, D); `indices_N` None means that all are real."""
+    x_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    return x_SD if indices_N is None else x_SD.index_select(0, indices_N)
+
+
+def unpack(x_ND: Tensor, indices_N: Tensor | None, shape_BT: tuple[int, int]) -> Tensor:
+    """Return packed tokens as a padded tensor of shape (B, T, D), zero at padding; differentiable."""
+    rows, width = shape_BT
+    if indices_N is None:
+        return x_ND.view(rows, width, -1)
+    padded_SD = x_ND.new_zeros(rows * width, x_ND.shape[-1])
+    return padded_SD.index_copy(0, indices_N, x_ND).view(rows, width, -1)

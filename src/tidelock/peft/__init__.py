@@ -1,0 +1,1 @@
+"""The trainable halves, and their file format."""

@@ -1,0 +1,137 @@
+"""Joins a device's model to a backbone: the one place, with the commands, that names a concrete one.
+
+May import everything below `run`.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft import LoraConfig
+
+from tidelock.backbone.connection import Connection
+from tidelock.backbone.local import LocalBackbone
+from tidelock.backbone.remote import RemoteBackbone
+from tidelock.device.model import DeviceModel
+from tidelock.errors import ConfigError, ModelMismatch
+from tidelock.model.cache_folder import cache_folder
+from tidelock.model.checkpoint import Checkpoint
+from tidelock.model.ends import Ends, read_config
+from tidelock.model.load import ModelChoice, load_cut_model
+from tidelock.peft.lora import check_lora_config
+from tidelock.wire.address import parse_url
+from tidelock.wire.channel import Credentials
+from tidelock.wire.egress import Egress
+from tidelock.wire.ledger import Ledger
+
+if TYPE_CHECKING:
+    import os
+
+    from tidelock.backbone.protocol import Backbone
+
+
+def connect(  # noqa: PLR0913  (the public door: every argument has a default)
+    where: str,
+    *,
+    model: str | os.PathLike[str] | None = None,
+    peft_config: LoraConfig | None = None,
+    credentials: Credentials | None = None,
+    token: str | None = None,
+    ca: str | os.PathLike[str] | None = None,
+    codec: str = "fp32",
+    patience_seconds: float = 120.0,
+    ledger: Ledger | None = None,
+) -> DeviceModel:
+    """Return a causal language model to train here, whose frozen blocks run wherever `where` says.
+
+    Args:
+        where: `grpcs://HOST:PORT` for a cloud, `grpc://127.0.0.1:PORT` for one on this machine without TLS, or
+            `local` for this process.
+        model: Folder or hub name of the model. This device reads only its embedding, head and small files (with
+            `local`, all of it). None fetches those from the cloud.
+        peft_config: What to train; None is `LoraConfig()` on the family's query, key and value projections.
+        credentials: For a cloud; or give `token` and `ca` only.
+        token: Bearer token for the cloud.
+        ca: PEM file with the authority (or the certificate itself) to trust.
+        codec: How activations and gradients are written on the wire: `fp32` or, at half the bytes, `bf16`.
+        patience_seconds: How long a step waits for a cloud that went away.
+        ledger: Counts what crosses; None makes one, found at `backbone.connection.egress.ledger`.
+
+    Raises:
+        ConfigError: An argument cannot be honoured.
+        ModelError: The model cannot be read or cut.
+        CloudUnreachable, TlsError, TokenRefused: The cloud cannot be used.
+        ModelMismatch: The cloud holds another model, or other weights.
+
+    Example:
+        >>> model = tidelock.connect("local", model="HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
+        >>> transformers.Trainer(model, args, train_dataset=rows).train()  # doctest: +SKIP
+    """
+    config = copy.copy(peft_config) if peft_config is not None else None
+    if config is not None:
+        check_lora_config(config)
+    if where == "local":
+        if model is None:
+            msg = "Connecting to 'local': expected a model folder or hub name, got none. Give one with model=."
+            raise ConfigError(msg)
+        checkpoint = Checkpoint.open(str(model))
+        ends = Ends(read_config(checkpoint.folder), checkpoint)
+        backbone: Backbone = LocalBackbone(load_cut_model(checkpoint, ModelChoice(str(model))))
+    else:
+        credentials = credentials or Credentials(token or "", Path(ca) if ca is not None else None)
+        connection = Connection(
+            parse_url(where),
+            credentials,
+            Egress(ledger or Ledger()),
+            codec=codec,
+            patience_seconds=patience_seconds,
+        )
+        try:
+            ends = _ends_for(connection, None if model is None else str(model))
+        except BaseException:
+            connection.close()
+            raise
+        backbone = RemoteBackbone(connection, ends.geometry)
+    if config is None:
+        config = LoraConfig(target_modules=list(ends.geometry.family.projections), task_type="CAUSAL_LM")
+    return DeviceModel(ends, backbone, config)
+
+
+def _ends_for(connection: Connection, model: str | None) -> Ends:
+    """Return the ends, read from this device's own model or from what the cloud gives, once both are the same."""
+    if model is None:
+        checkpoint = Checkpoint.open(str(connection.fetch_model(cache_folder() / "models")))
+    else:
+        checkpoint = Checkpoint.open(model)
+    config = read_config(checkpoint.folder)
+    _check_same_type(connection, config.model_type)
+    ends = Ends(config, checkpoint)
+    _check_same_weights(connection, checkpoint, ends)
+    return ends
+
+
+def _check_same_type(connection: Connection, model_type: str) -> None:
+    theirs = connection.description.model_type
+    if theirs != model_type:
+        msg = (
+            f"Model: expected the cloud at {connection.address.url} to hold a {model_type!r} model like this device, "
+            f"got {theirs!r}. Name the model that the cloud holds, or start a cloud with yours."
+        )
+        raise ModelMismatch(msg)
+
+
+def _check_same_weights(connection: Connection, checkpoint: Checkpoint, ends: Ends) -> None:
+    """Compare the hashes of the ends, and of the whole model when this device has all of it."""
+    description = connection.description
+    theirs = {artefact.name: artefact.sha256 for artefact in description.tensors}
+    ours = {name: checkpoint.sha256(name) for name in ends.stored_names.values()}
+    whole = len(checkpoint.names()) == description.num_tensors
+    if ours != theirs or (whole and checkpoint.fingerprint() != description.fingerprint):
+        different = sorted(name for name in ours if theirs.get(name) != ours[name]) or ["a tensor of the blocks"]
+        msg = (
+            f"Model weights: expected the cloud at {connection.address.url} to hold the same as this device "
+            f"({checkpoint.folder}), got others in {different[0]}. Use one and the same checkpoint on both sides."
+        )
+        raise ModelMismatch(msg)

@@ -1,0 +1,1 @@
+"""What crosses between device and cloud, and what counts it."""

@@ -1,0 +1,156 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[DType]
+    FP32: _ClassVar[DType]
+    BF16: _ClassVar[DType]
+
+class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MODE_UNSPECIFIED: _ClassVar[Mode]
+    TRAIN: _ClassVar[Mode]
+    EVALUATE: _ClassVar[Mode]
+    GENERATE: _ClassVar[Mode]
+DTYPE_UNSPECIFIED: DType
+FP32: DType
+BF16: DType
+MODE_UNSPECIFIED: Mode
+TRAIN: Mode
+EVALUATE: Mode
+GENERATE: Mode
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Description(_message.Message):
+    __slots__ = ("protocol", "model_type", "config_json", "fingerprint", "num_tensors", "tensors", "files", "num_blocks", "backbone_dtype", "max_tokens", "version")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    MODEL_TYPE_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    NUM_TENSORS_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BACKBONE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    model_type: str
+    config_json: str
+    fingerprint: str
+    num_tensors: int
+    tensors: _containers.RepeatedCompositeFieldContainer[Artefact]
+    files: _containers.RepeatedCompositeFieldContainer[Artefact]
+    num_blocks: int
+    backbone_dtype: str
+    max_tokens: int
+    version: str
+    def __init__(self, protocol: _Optional[int] = ..., model_type: _Optional[str] = ..., config_json: _Optional[str] = ..., fingerprint: _Optional[str] = ..., num_tensors: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[Artefact, _Mapping]]] = ..., files: _Optional[_Iterable[_Union[Artefact, _Mapping]]] = ..., num_blocks: _Optional[int] = ..., backbone_dtype: _Optional[str] = ..., max_tokens: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+
+class Artefact(_message.Message):
+    __slots__ = ("name", "sha256", "size_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    sha256: str
+    size_bytes: int
+    def __init__(self, name: _Optional[str] = ..., sha256: _Optional[str] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class FetchRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class FetchPart(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class Open(_message.Message):
+    __slots__ = ("protocol", "fingerprint", "mode", "starts", "lengths", "width", "selected", "active", "activation_dtype", "gradient_dtype")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    STARTS_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    SELECTED_FIELD_NUMBER: _ClassVar[int]
+    ACTIVE_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    fingerprint: str
+    mode: Mode
+    starts: _containers.RepeatedScalarFieldContainer[int]
+    lengths: _containers.RepeatedScalarFieldContainer[int]
+    width: int
+    selected: _containers.RepeatedScalarFieldContainer[int]
+    active: _containers.RepeatedCompositeFieldContainer[ActiveSite]
+    activation_dtype: DType
+    gradient_dtype: DType
+    def __init__(self, protocol: _Optional[int] = ..., fingerprint: _Optional[str] = ..., mode: _Optional[_Union[Mode, str]] = ..., starts: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., selected: _Optional[_Iterable[int]] = ..., active: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., activation_dtype: _Optional[_Union[DType, str]] = ..., gradient_dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
+
+class ActiveSite(_message.Message):
+    __slots__ = ("block", "projections")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    PROJECTIONS_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    projections: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, block: _Optional[int] = ..., projections: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class TensorPart(_message.Message):
+    __slots__ = ("block", "dtype", "shape", "data")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    dtype: DType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    data: bytes
+    def __init__(self, block: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class DeviceMessage(_message.Message):
+    __slots__ = ("open", "embedding", "site_output", "final_gradient", "input_gradient")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_FIELD_NUMBER: _ClassVar[int]
+    SITE_OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    FINAL_GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    INPUT_GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    open: Open
+    embedding: TensorPart
+    site_output: TensorPart
+    final_gradient: TensorPart
+    input_gradient: TensorPart
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., embedding: _Optional[_Union[TensorPart, _Mapping]] = ..., site_output: _Optional[_Union[TensorPart, _Mapping]] = ..., final_gradient: _Optional[_Union[TensorPart, _Mapping]] = ..., input_gradient: _Optional[_Union[TensorPart, _Mapping]] = ...) -> None: ...
+
+class CloudMessage(_message.Message):
+    __slots__ = ("site_input", "final_state", "site_gradient", "done")
+    SITE_INPUT_FIELD_NUMBER: _ClassVar[int]
+    FINAL_STATE_FIELD_NUMBER: _ClassVar[int]
+    SITE_GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    site_input: TensorPart
+    final_state: TensorPart
+    site_gradient: TensorPart
+    done: Done
+    def __init__(self, site_input: _Optional[_Union[TensorPart, _Mapping]] = ..., final_state: _Optional[_Union[TensorPart, _Mapping]] = ..., site_gradient: _Optional[_Union[TensorPart, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ...) -> None: ...
+
+class Done(_message.Message):
+    __slots__ = ("compute_seconds",)
+    COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    compute_seconds: float
+    def __init__(self, compute_seconds: _Optional[float] = ...) -> None: ...
