@@ -6,6 +6,8 @@ May import `wire`, errors and libraries.
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -26,6 +28,10 @@ from tidelock.wire.limits import CALL_SECONDS, FETCH_SECONDS, PROTOCOL_VERSION
 if TYPE_CHECKING:
     from tidelock.errors import TidelockError
     from tidelock.wire.address import Address
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+# Nothing that could lead out of a folder, hide in it or be too long for it, by the rules of any system.
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
 @final
@@ -70,7 +76,11 @@ class Connection:
         self.cloud_seconds = 0.0
         self._channel = open_channel(address, credentials)
         self.stub = pb_grpc.BackboneStub(self._channel)
-        self.description = self._describe()
+        try:
+            self.description = self._describe()
+        except BaseException:
+            self._channel.close()
+            raise
 
     def explain(self, error: grpc.RpcError) -> TidelockError:
         """Return our error for one of gRPC's."""
@@ -87,13 +97,14 @@ class Connection:
         cloud: a device that must not trust the cloud's word brings its own model folder.
 
         Args:
-            cache: Folder for fetched models, by fingerprint.
+            cache: Folder for fetched models. What a cloud gave is found again only by a cloud that describes the same
+                files, so that a lying one cannot leave anything there for an honest one with the same weights.
 
         Raises:
             WireError: A file has another hash or size than described, or a name that is no plain file name.
             StorageError: The file system refused to write.
         """
-        folder = cache / self.description.fingerprint
+        folder = cache / _folder_name(self.description)
         if folder.is_dir():
             return folder
         try:
@@ -116,7 +127,6 @@ class Connection:
                 pb.DescribeRequest(), metadata=self.credentials.metadata(), timeout=CALL_SECONDS
             )
         except grpc.RpcError as error:
-            self._channel.close()
             raise self.explain(error) from error
         self.egress.ledger.received(Kind.CONTROL, description.ByteSize())
         if description.protocol != PROTOCOL_VERSION:
@@ -125,7 +135,7 @@ class Connection:
                 f"tidelock is {description.version}). Install the same version on both sides."
             )
             raise WireError(msg)
-        if not all(len(text) == 64 and text.isalnum() for text in (description.fingerprint,)):
+        if not _FINGERPRINT.fullmatch(description.fingerprint):
             msg = (
                 f"Cloud at {self.address.url}: expected a fingerprint of 64 hex digits, got another. Restart the cloud."
             )
@@ -133,8 +143,9 @@ class Connection:
         return description
 
     def _fetch_file(self, artefact: pb.Artefact, folder: Path) -> None:
-        if Path(artefact.name).name != artefact.name or artefact.name.startswith("."):
-            msg = f"Fetching from the cloud: expected plain file names, got {artefact.name!r}. Do not use this cloud."
+        if not _PLAIN_NAME.fullmatch(artefact.name):
+            got = f"{artefact.name[:80]!r}"
+            msg = f"Fetching from the cloud: expected plain file names, got {got}. Do not use this cloud."
             raise WireError(msg)
         digest, size = hashlib.sha256(), 0
         request = pb.FetchRequest(name=artefact.name)
@@ -155,6 +166,12 @@ class Connection:
                 f"announced, got {size} bytes or another hash. Try again, or use a model folder of your own."
             )
             raise WireError(msg)
+
+
+def _folder_name(description: pb.Description) -> str:
+    """Return a name that stands for the model and for every file that the cloud describes."""
+    files = [[artefact.name, artefact.sha256, artefact.size_bytes] for artefact in description.files]
+    return hashlib.sha256(json.dumps([description.fingerprint, sorted(files)]).encode()).hexdigest()
 
 
 def _rename_unless_there(partial: Path, folder: Path) -> None:

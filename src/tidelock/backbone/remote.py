@@ -147,17 +147,23 @@ class _Attempts:
 
     def persist(self, action: Callable[[], _T]) -> _T:
         """Return what an action returns, repeated while the cloud is away and the device has patience."""
-        give_up = time.monotonic() + self.connection.patience_seconds
+        # Patience runs from the first loss: an attempt that computed for long before it was lost has not used it up.
+        give_up: float | None = None
         delay = _FIRST_RETRY_SECONDS
         while True:
             try:
                 return action()
             except (grpc.RpcError, CloudUnreachable) as error:
                 self.close()
+                give_up = give_up or time.monotonic() + self.connection.patience_seconds
                 ours = self.connection.explain(error) if isinstance(error, grpc.RpcError) else error
                 if not isinstance(ours, CloudUnreachable) or time.monotonic() + delay > give_up:
                     raise ours from error
                 logger.warning("%s Trying again.", ours)
+            except BaseException:
+                # Nobody will go on with this stream: the cloud must not keep its half until the deadline.
+                self.close()
+                raise
             time.sleep(delay)
             delay = min(2 * delay, _SLOWEST_RETRY_SECONDS)
 

@@ -109,9 +109,9 @@ def _read_active(message: pb.Open, geometry: Geometry) -> dict[int, tuple[str, .
     active: dict[int, tuple[str, ...]] = {}
     for site in message.active:
         known = tuple(projection.name for projection in geometry.sites[site.block].projections)
-        named = tuple(site.projections)
+        named = tuple(site.projections[: len(known) + 1])
         in_order = tuple(name for name in known if name in named)
-        _require(bool(named) and named == in_order, f"projections out of {known}, in order", f"{named}")
+        _require(bool(named) and named == in_order, f"projections out of {known}, in order", f"{named}"[:80])
         active[site.block] = named
     return active
 

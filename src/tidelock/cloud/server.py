@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _SERVICE_NAME = "tidelock.v1.Backbone"
 
 
+@final
 @dataclass(frozen=True, slots=True)
 class Listener:
     """Where and how a cloud listens.
@@ -115,7 +116,11 @@ class CloudServer:
         cut = load_cut_model(checkpoint, choice)
         # Belongs to this object: removed with it.
         self._folder = tempfile.TemporaryDirectory(prefix="tidelock-cloud-")
-        self.description = _describe(checkpoint, Path(self._folder.name), limits, choice.dtype)
+        try:
+            self.description = _describe(checkpoint, Path(self._folder.name), limits, choice.dtype)
+        except BaseException:
+            self._folder.cleanup()
+            raise
         self.geometry = cut.geometry
         offer = Offer(self.description, Path(self._folder.name))
         self._service = BackboneService(cut, offer, tenants, limits, metrics)

@@ -112,12 +112,19 @@ class BackboneService(pb_grpc.BackboneServicer):
         tenant = self._require_tenant(context)
         remaining = context.time_remaining()
         if remaining is None or remaining > PASS_SECONDS + 60:
-            _refuse(context, WireError(f"Opening a pass: expected a deadline of at most {PASS_SECONDS} s, got none."))
+            msg = f"Opening a pass: expected a deadline of at most {PASS_SECONDS} s, got none or a later one. Set one."
+            _refuse(context, WireError(msg))
         outbox: queue.SimpleQueue[pb.CloudMessage | TidelockError | None] = queue.SimpleQueue()
         line = Line(request_iterator, outbox.put)
         running = self._engines.submit(self._run, line, outbox, tenant)
-        # A device that leaves before its pass has begun: nobody else would end the loop below.
-        context.add_callback(lambda: outbox.put(None) if running.cancel() else None)
+
+        def leave() -> None:
+            # A device that leaves before its pass has begun: nobody else would end the loop below.
+            if running.cancel():
+                outbox.put(None)
+
+        if not context.add_callback(leave):
+            leave()
         while (item := outbox.get()) is not None:
             if isinstance(item, TidelockError):
                 _refuse(context, item)

@@ -28,7 +28,7 @@ class Tenants:
         tokens: Token by tenant name.
 
     Raises:
-        ConfigError: There is none, or one is too short to be safe.
+        ConfigError: There is none, one is too short to be safe, or two tenants have the same.
     """
 
     def __init__(self, tokens: Mapping[str, str]) -> None:
@@ -41,6 +41,10 @@ class Tenants:
             )
             raise ConfigError(msg)
         self._names = {_hash(token): name for name, token in tokens.items()}
+        if len(self._names) != len(tokens):
+            shared = sorted(set(tokens) - set(self._names.values()))
+            msg = f"Tokens: expected a token of its own for every tenant, got another's for {shared}. Make new ones."
+            raise ConfigError(msg)
 
     @classmethod
     def from_file(cls, path: Path) -> Tenants:

@@ -125,9 +125,7 @@ class CutModel:
         self._blocks = list(cast("nn.ModuleList", self._decoder.get_submodule(family.blocks)))
         self._takes_positions = "position_ids" in inspect.signature(self._decoder.forward).parameters
         self._hook_sites()
-        self._skeleton = self._make_skeleton(returns_tuple=False)
-        if self._blocks_return_tuples():
-            self._skeleton = self._make_skeleton(returns_tuple=True)
+        self._skeleton = self._make_skeleton(returns_tuple=self._blocks_return_tuples())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -184,25 +182,31 @@ class CutModel:
 
     @torch.no_grad()
     def _blocks_return_tuples(self) -> bool:
-        """Return whether the decoder expects tuples from its blocks, seen from what the first one returns."""
-        answers: list[bool] = []
+        """Return whether the decoder expects tuples from its blocks, seen from what they return to it.
 
-        def probe(calls: Sequence[BlockCall], hidden_BTD: Tensor) -> Tensor:
-            first = calls[0]
-            answers.append(isinstance(first.block(hidden_BTD, *first.args, **first.kwargs), tuple))
-            return hidden_BTD
+        Raises:
+            ModelError: The decoder does not call each block once.
+        """
+        returned: list[bool] = []
 
+        def look(_block: nn.Module, _args: object, output: object) -> None:
+            returned.append(isinstance(output, tuple))
+
+        handles = [block.register_forward_hook(look) for block in self._blocks]
         embeddings_BTE = torch.zeros(1, 2, self.geometry.embedding_width, dtype=self.dtype, device=self.device)
         mask_BT = torch.ones(1, 2, dtype=torch.long, device=self.device)
-        # A decoder that wants tuples takes [0] of a tensor, which drops the batch axis: harmless in this probe.
-        self.run(embeddings_BTE, mask_BT, probe)
-        if not answers:
+        try:
+            self._decoder(inputs_embeds=embeddings_BTE, attention_mask=mask_BT, use_cache=False, return_dict=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(returned) != len(self._blocks):
             msg = (
-                f"Cutting {type(self._decoder).__name__}: expected it to call its {len(self._blocks)} blocks in turn, "
-                "got none called. This architecture cannot be cut."
+                f"Cutting {type(self._decoder).__name__}: expected it to call each of its {len(self._blocks)} blocks "
+                f"once, got {len(returned)} calls. This architecture cannot be cut."
             )
             raise ModelError(msg)
-        return answers[0]
+        return returned[0]
 
     def _hook_sites(self) -> None:
         for site, block in zip(self.geometry.sites, self._blocks, strict=True):

@@ -13,17 +13,17 @@ import shutil
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
-from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from tidelock.errors import ModelError
 from tidelock.model.geometry import Geometry, geometry_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from transformers import PretrainedConfig, PreTrainedModel
@@ -63,14 +63,29 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise ModelError(msg) from error
 
 
+@final
+class _EmptyWeights(TorchFunctionMode):
+    """Has modules make their weights on the meta device, and their buffers as always.
+
+    accelerate's `init_empty_weights` changes `nn.Module` for all threads while it lasts; this changes nothing outside
+    its own.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], _types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:  # noqa: ANN401  (as the base class has it)
+        kwargs = kwargs or {}
+        return func(*args, **{**kwargs, "device": "meta"}) if func is torch.empty else func(*args, **kwargs)
+
+
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the causal model of a configuration with parameters on the meta device, which take no memory.
+    """Return the causal model of a configuration with weights on the meta device, which take no memory.
 
     Raises:
         ModelError: The configuration is not one of a causal language model.
     """
     try:
-        with init_empty_weights(include_buffers=False):
+        with _EmptyWeights():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except ValueError as error:
         msg = (
@@ -85,8 +100,9 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 class _GivenState(nn.Module):
     """Stands where the decoder was: hands on the state that it is given."""
 
-    def forward(self, *_args: Any, inputs_embeds: Tensor, **_kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, *_args: Any, inputs_embeds: Tensor, **_kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+        # This class has every field that a causal model may hand on; GPT-2 asks for cross_attentions.
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
 
 
 @final
@@ -101,7 +117,9 @@ class Ends:
 
     Attributes:
         config: As given.
+        folder: Where the configuration and the tokenizer's files are.
         geometry: The shape of the model.
+        head: The head's linear layer, which TRL's fused loss reads.
         stored_names: The name under which the source stores each parameter of the ends.
 
     Raises:
@@ -111,8 +129,11 @@ class Ends:
     def __init__(self, config: PretrainedConfig, source: TensorSource) -> None:
         model = empty_model(config)
         self.config = config
+        self.folder = source.folder
         self.geometry: Geometry = geometry_of(model)
         self._embedding = model.get_input_embeddings()
+        # Asked for while the decoder is there: without it the model no longer finds its own parts.
+        self.head = cast("nn.Linear", model.get_output_embeddings())
         self._head_model = model
         self.stored_names = end_tensors(model, source)
         _load_ends(model, source, self.stored_names)
@@ -135,11 +156,6 @@ class Ends:
         """Return the head's logits, shape (M, V), fp32; differentiable in the state."""
         output = self._head_model(inputs_embeds=final_MD[None], use_cache=False, return_dict=True)
         return cast("Tensor", output.logits[0])
-
-    @property
-    def head(self) -> nn.Linear:
-        """The head's linear layer, which TRL's fused loss reads."""
-        return cast("nn.Linear", self._head_model.get_output_embeddings())
 
 
 def end_tensors(model: PreTrainedModel, source: TensorSource) -> dict[str, str]:
@@ -165,9 +181,13 @@ def end_tensors(model: PreTrainedModel, source: TensorSource) -> dict[str, str]:
 
 
 def _stored_name(path: str, prefix: str, source: TensorSource) -> str:
-    """Return the stored name of a parameter; older checkpoints leave the base model's prefix out."""
+    """Return the stored name of a parameter.
+
+    Older checkpoints leave the base model's prefix out; those of GPT-NeoX call the head by its former name.
+    """
     names = source.names()
-    for candidate in (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}"):
+    former = path.replace("lm_head.", "embed_out.")
+    for candidate in (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}", former):
         if candidate in names:
             return candidate
     msg = f"Tensor {path!r}: expected it among the model's {len(names)} stored tensors, got none of that name "

@@ -65,6 +65,7 @@ class Geometry:
         vocab_size: Rows of the head.
         max_positions: Longest sequence that the model was made for, or None when it states none.
         sites: One site a block, in order.
+        other_linears: Full names of the decoder's linear layers that belong to no site.
     """
 
     family: Family
@@ -73,6 +74,7 @@ class Geometry:
     vocab_size: int
     max_positions: int | None
     sites: tuple[Site, ...]
+    other_linears: tuple[str, ...]
 
     @property
     def num_blocks(self) -> int:
@@ -101,13 +103,24 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
         raise ModelError(msg)
     decoder = model.get_submodule(family.decoder)
     blocks = cast("nn.ModuleList", decoder.get_submodule(family.blocks))
+    sites = tuple(_site(index, block, family) for index, block in enumerate(blocks))
+    at_sites = {
+        f"{family.blocks}.{site.block}.{family.attention}.{projection.name}"
+        for site in sites
+        for projection in site.projections
+    }
     return Geometry(
         family=family,
         embedding_width=embedding.embedding_dim,
         final_width=head.in_features,
         vocab_size=head.out_features,
         max_positions=getattr(model.config.get_text_config(), "max_position_embeddings", None),
-        sites=tuple(_site(index, block, family) for index, block in enumerate(blocks)),
+        sites=sites,
+        other_linears=tuple(
+            f"{family.decoder}.{name}"
+            for name, module in decoder.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and name not in at_sites
+        ),
     )
 
 

@@ -215,7 +215,9 @@ class Walk:
             return torch.autograd.grad(segment.end_BTD, [start], grad_BTD)[0]
         need_input = start.requires_grad
         wanted = [answer, after, start] if need_input else [answer]
-        grads = torch.autograd.grad(segment.end_BTD, wanted, grad_BTD)
+        # The norm before the site is walked through a second time below, and some families (Phi, BLOOM's post-norm)
+        # also read its output elsewhere in the block, so that it is walked through here too: its graph must stay.
+        grads = torch.autograd.grad(segment.end_BTD, wanted, grad_BTD, retain_graph=need_input)
         grad_x_ND = self._sites.backward(block, grads[0], need_input=need_input)
         if not need_input or grad_x_ND is None:
             return grad_BTD

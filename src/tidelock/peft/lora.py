@@ -10,6 +10,7 @@ May import errors, `model` and libraries.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import fields
 from typing import TYPE_CHECKING, cast, final
@@ -53,6 +54,9 @@ _HONOURED = frozenset(
 )
 _INITS = (True, "gaussian")
 
+# As `target_modules`: a pattern, which is only ever matched against the projections of sites.
+ALL_PROJECTIONS = ".*"
+
 
 def check_lora_config(config: LoraConfig) -> None:
     """Refuse, by name, every setting that cannot be honoured when the frozen weights are elsewhere.
@@ -83,10 +87,12 @@ def lora_targets(config: LoraConfig, geometry: Geometry) -> dict[int, tuple[str,
     Raises:
         ConfigError: Nothing is targeted, or a target is not at a site.
     """
+    config = copy.copy(config)
     if config.target_modules is None:
         defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(geometry.family.name)
         config.target_modules = list(defaults or geometry.family.projections)
-    _refuse_foreign_targets(config, geometry)
+    if config.target_modules != ALL_PROJECTIONS:
+        _refuse_foreign_targets(config, geometry)
     targets: dict[int, tuple[str, ...]] = {}
     for site in geometry.sites:
         names = tuple(
@@ -107,14 +113,14 @@ def lora_targets(config: LoraConfig, geometry: Geometry) -> dict[int, tuple[str,
 
 
 def _refuse_foreign_targets(config: LoraConfig, geometry: Geometry) -> None:
-    """A list of names must name projections of sites only; `peft` would train the others, and we would not."""
-    if isinstance(config.target_modules, str):
-        return
+    """Refuse names and patterns that reach beyond the sites: `peft` would train there, and we would not."""
     known = geometry.family.projections
-    foreign = sorted(name for name in config.target_modules or () if name.rpartition(".")[2] not in known)
+    foreign = [name for name in geometry.other_linears if check_target_module_exists(config, name)]
+    if not isinstance(config.target_modules, str):
+        foreign += sorted(name for name in config.target_modules or () if name.rpartition(".")[2] not in known)
     if foreign:
         msg = (
-            f"LoraConfig.target_modules: expected names out of {known}, got {foreign}. The sites of this version are "
+            f"LoraConfig.target_modules: expected names out of {known}, got {foreign[:4]}. The sites of this version are "
             "the attention's query, key and value projections; leave the others out."
         )
         raise ConfigError(msg)

@@ -20,7 +20,7 @@ from tidelock.model.cache_folder import cache_folder
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import Ends, read_config
 from tidelock.model.load import ModelChoice, load_cut_model
-from tidelock.peft.lora import check_lora_config
+from tidelock.peft.lora import ALL_PROJECTIONS, check_lora_config
 from tidelock.wire.address import parse_url
 from tidelock.wire.channel import Credentials
 from tidelock.wire.egress import Egress
@@ -51,7 +51,8 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
             `local` for this process.
         model: Folder or hub name of the model. This device reads only its embedding, head and small files (with
             `local`, all of it). None fetches those from the cloud.
-        peft_config: What to train; None is `LoraConfig()` on the family's query, key and value projections.
+        peft_config: What to train. With no target modules named, `peft`'s own choice for the family; None is LoRA of
+            rank 8 on all query, key and value projections.
         credentials: For a cloud; or give `token` and `ca` only.
         token: Bearer token for the cloud.
         ca: PEM file with the authority (or the certificate itself) to trust.
@@ -69,9 +70,8 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         >>> model = tidelock.connect("local", model="HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
         >>> transformers.Trainer(model, args, train_dataset=rows).train()  # doctest: +SKIP
     """
-    config = copy.copy(peft_config) if peft_config is not None else None
-    if config is not None:
-        check_lora_config(config)
+    config = copy.copy(peft_config) if peft_config is not None else LoraConfig(target_modules=ALL_PROJECTIONS)
+    check_lora_config(config)
     if where == "local":
         if model is None:
             msg = "Connecting to 'local': expected a model folder or hub name, got none. Give one with model=."
@@ -94,8 +94,6 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
             connection.close()
             raise
         backbone = RemoteBackbone(connection, ends.geometry)
-    if config is None:
-        config = LoraConfig(target_modules=list(ends.geometry.family.projections), task_type="CAUSAL_LM")
     return DeviceModel(ends, backbone, config)
 
 

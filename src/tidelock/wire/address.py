@@ -6,11 +6,15 @@ May import errors.
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from typing import final
 from urllib.parse import urlsplit
 
 from tidelock.errors import ConfigError
+
+# No user, path, query, fragment, space or control character: nothing that would be passed over silently.
+_HOST_AND_PORT = re.compile(r"[^\s\x00-\x1f@/?#\\]+")
 
 
 @final
@@ -55,14 +59,14 @@ def parse_url(url: str) -> Address:
     Raises:
         ConfigError: The URL has another form.
     """
-    parts = urlsplit(url)
-    port = _port(parts.netloc)
-    if parts.scheme not in {"grpc", "grpcs"} or not parts.hostname or port is None or parts.path not in {"", "/"}:
+    scheme, _, rest = url.partition("://")
+    found = _split(rest.removesuffix("/"))
+    if scheme.lower() not in {"grpc", "grpcs"} or found is None or not found[1]:
         msg = (
             f"Cloud address: expected grpcs://HOST:PORT (or grpc:// on this machine), got {url!r}. Write it like that."
         )
         raise ConfigError(msg)
-    return Address(parts.hostname, port, parts.scheme == "grpcs")
+    return Address(*found, tls=scheme.lower() == "grpcs")
 
 
 def parse_listen(text: str, *, tls: bool) -> Address:
@@ -71,16 +75,18 @@ def parse_listen(text: str, *, tls: bool) -> Address:
     Raises:
         ConfigError: The text has another form.
     """
-    parts = urlsplit(f"//{text}")
-    port = _port(parts.netloc)
-    if not parts.hostname or port is None:
+    found = _split(text)
+    if found is None:
         msg = f"Listen address: expected HOST:PORT such as 127.0.0.1:7777, got {text!r}. Write it like that."
         raise ConfigError(msg)
-    return Address(parts.hostname, port, tls)
+    return Address(*found, tls=tls)
 
 
-def _port(netloc: str) -> int | None:
+def _split(text: str) -> tuple[str, int] | None:
+    """Return host and port, or None when the text has another form."""
     try:
-        return urlsplit(f"//{netloc}").port
+        parts = urlsplit(f"//{text}")
+        host, port = parts.hostname, parts.port
     except ValueError:
         return None
+    return (host, port) if host and port is not None and _HOST_AND_PORT.fullmatch(text) else None

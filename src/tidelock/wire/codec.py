@@ -96,14 +96,15 @@ class TensorReader:
         if self._buffer is None:
             dtype, shape = dtype_from_pb(part.dtype), tuple(part.shape)
             if (dtype, shape) != (self._dtype, self._shape):
-                self._refuse(f"{self._dtype} of shape {self._shape}", f"{dtype} of shape {shape}")
-            self._buffer = bytearray(self._size)
+                self._refuse(f"{self._dtype} of shape {self._shape}", f"{dtype} of shape {shape[:8]}")
         elif part.shape or part.dtype:
             self._refuse("a further part of the same tensor", "the first part of another")
         data = part.data
         expected = min(PART_BYTES, self._size - self._filled)
         if len(data) != expected:
             self._refuse(f"a part of {expected} bytes", f"{len(data)} bytes")
+        if self._buffer is None:
+            self._buffer = bytearray(self._size)
         self._buffer[self._filled : self._filled + expected] = data
         self._filled += expected
 

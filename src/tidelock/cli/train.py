@@ -1,0 +1,101 @@
+"""`tidelock train DATA`: train an adapter on private examples."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import MISSING, fields, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from tidelock.cli.output import Output
+from tidelock.cli.progress import StepProgress
+from tidelock.errors import INTERRUPTED_EXIT_CODE, ConfigError
+from tidelock.run.config import RunConfig
+from tidelock.run.folder import RunFolder
+from tidelock.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from tidelock.run.train import TrainResult
+
+
+def command(*, resume: bool = False, json: bool = False, **knobs: Any) -> None:
+    """Train an adapter on private examples; the text, the labels and the adapter stay on this device."""
+    output = Output(json=json)
+    config = _resumed(Path(knobs["out"])) if resume else _new(knobs)
+    with StepProgress(output) as progress:
+        # Loads torch, which --help must not wait for.
+        train = import_module("tidelock.run.train").train
+        output.quiet_libraries()
+        result: TrainResult = train(config, progress, resume=resume)
+    _report(result, Path(config.out), output)
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED_EXIT_CODE)
+
+
+def _new(knobs: dict[str, Any]) -> RunConfig:
+    if knobs["data"] is None:
+        msg = "Training: expected DATA to learn from, got none. Name a file or a hub data set, or use --resume."
+        raise ConfigError(msg)
+    return RunConfig(**knobs)
+
+
+def _resumed(out: Path) -> RunConfig:
+    """Return the configuration that a run began with; the folder may have been moved."""
+    return replace(RunFolder.open(out).config(), out=str(out))
+
+
+def _report(result: TrainResult, out: Path, output: Output) -> None:
+    sent = sum(result.traffic_bytes.get("sent", {}).values())
+    received = sum(result.traffic_bytes.get("received", {}).values())
+    lines = [
+        f"Stopped after step {result.steps}; all up to it is saved. Go on with: tidelock train --resume --out {out}"
+        if result.interrupted
+        else f"Done: {result.steps} steps in {format_seconds(result.seconds)}.",
+        f"Loss {_shown(result.loss)}; on the evaluation data {_shown(result.eval_loss)}.",
+        f"Crossed the wire: {format_bytes(sent)} sent, {format_bytes(received)} received ({out / 'ledger.json'}).",
+        f"Adapter: {result.adapter}",
+    ]
+    values = {
+        "event": "interrupted" if result.interrupted else "done",
+        "steps": result.steps,
+        "loss": result.loss,
+        "eval_loss": result.eval_loss,
+        "seconds": round(result.seconds, 3),
+        "traffic_bytes": result.traffic_bytes,
+        "adapter": str(result.adapter),
+    }
+    output.result(values, "\n".join(lines))
+
+
+def _shown(loss: float | None) -> str:
+    return "not measured" if loss is None else f"{loss:.4f}"
+
+
+def _signature() -> inspect.Signature:
+    """Return the command's signature: an option for every knob of `RunConfig`, which are declared there once."""
+    hints = get_type_hints(RunConfig)
+    data, *knobs = fields(RunConfig)
+    argument = typer.Argument(help=data.metadata["help"], show_default=False)
+    parameters = [_parameter(data.name, Annotated[str | None, argument], None)]
+    for knob in knobs:
+        default = "run" if knob.default is MISSING else knob.default
+        parameters.append(_option(knob.name, hints[knob.name], knob.metadata["help"], default))
+    parameters.append(_option("resume", bool, "Go on with the run in --out, with the options that it has.", False))
+    parameters.append(_option("json", bool, "Print JSON objects only.", False))
+    return inspect.Signature(parameters)
+
+
+def _option(name: str, hint: Any, text: str, default: object) -> inspect.Parameter:
+    flag = f"--{name.replace('_', '-')}"
+    option = typer.Option(flag, help=text, show_default=default is not None and default is not False)
+    return _parameter(name, Annotated[hint, option], default)
+
+
+def _parameter(name: str, annotation: Any, default: object) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+command.__signature__ = _signature()  # type: ignore[attr-defined]  # typer reads it in place of **knobs

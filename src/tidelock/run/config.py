@@ -1,0 +1,139 @@
+"""The full configuration of a run: every knob declared once, with its default, its rule and its help line.
+
+The command line makes its options from these fields, and `run.toml` is all of them written down. Light on purpose: the
+command line imports it to print help. May import errors and small libraries.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, final
+
+import tomli_w
+
+from tidelock.errors import CheckpointError, ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+# ruff: noqa: RUF009, FBT003  (_knob is dataclasses.field with our metadata)
+
+BACKBONES = ("local", "cloud")
+METHODS = ("lora",)
+CODECS = ("fp32", "bf16")
+LR_SCHEDULES = ("linear", "cosine", "constant")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a knob's value must be, in words and as a test."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+_AT_LEAST_0 = Rule("0 or more", lambda value: value >= 0)
+_AT_LEAST_1 = Rule("1 or more", lambda value: value >= 1)
+_POSITIVE = Rule("more than 0", lambda value: value > 0)
+_FRACTION = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
+
+
+def _one_of(choices: tuple[str, ...]) -> Rule:
+    return Rule(f"one of {', '.join(choices)}", lambda value: value in choices)
+
+
+def _knob(default: Any, text: str, rule: Rule | None = None) -> Any:  # noqa: ANN401  (as dataclasses.field)
+    return field(default=default, metadata={"help": text, "rule": rule})
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run's result, and where it runs.
+
+    Raises:
+        ConfigError: A value breaks its rule, or two contradict each other.
+    """
+
+    data: str = _knob(MISSING, "Examples to learn from: a .jsonl, .csv or .parquet file, or a hub data set.")
+    out: str = _knob(MISSING, "Run folder to write.")
+    split: str | None = _knob(None, "Only rows whose 'split' is this (of a hub data set: its split).")
+    eval_data: str | None = _knob(None, "Examples to measure the loss on, not learned from.")
+    eval_split: str | None = _knob(None, "Likewise: only rows of this split (of --eval-data, or else of DATA).")
+    model: str | None = _knob(None, "Model folder or hub name; left out, a cloud's own model is used.")
+    backbone: str = _knob("local", "Where the frozen blocks run: local or cloud.", _one_of(BACKBONES))
+    cloud: str | None = _knob(None, "The cloud's address, grpcs://HOST:PORT.")
+    token_file: str | None = _knob(None, "File with the bearer token for the cloud.")
+    ca: str | None = _knob(None, "PEM file with the authority, or the cloud's certificate, to trust.")
+    client_cert: str | None = _knob(None, "PEM file with this device's certificate, if the cloud wants one.")
+    client_key: str | None = _knob(None, "PEM file with its key.")
+    insecure: bool = _knob(False, "Allow grpc:// without TLS to another machine (inside a tunnel).")
+    codec: str = _knob("fp32", "Numbers on the wire: fp32, or bf16 at half the bytes.", _one_of(CODECS))
+    patience: float = _knob(120.0, "Seconds to wait for a cloud that went away.", _AT_LEAST_0)
+    method: str = _knob("lora", "What is trained: lora.", _one_of(METHODS))
+    rank: int = _knob(8, "LoRA rank r.", _AT_LEAST_1)
+    alpha: float = _knob(16.0, "LoRA alpha; the branch is scaled by alpha / r.", _POSITIVE)
+    dropout: float = _knob(0.0, "Dropout on the branch's input.", _FRACTION)
+    rslora: bool = _knob(False, "Scale by alpha / sqrt(r) instead.")
+    target: list[str] | None = _knob(None, "Projections to adapt (repeat); all of q, k and v by default.")
+    layer: list[int] | None = _knob(None, "Blocks to adapt (repeat); all by default.")
+    adapter: str | None = _knob(None, "Continue this PEFT adapter; its rank, alpha and targets are kept.")
+    epochs: float = _knob(3.0, "Passes over the data.", _POSITIVE)
+    max_steps: int | None = _knob(None, "Stop after so many optimizer steps instead.", _AT_LEAST_1)
+    batch_size: int = _knob(8, "Examples in a micro-batch.", _AT_LEAST_1)
+    accumulate: int = _knob(1, "Micro-batches in an optimizer step.", _AT_LEAST_1)
+    learning_rate: float = _knob(3e-4, "Peak learning rate of AdamW.", _POSITIVE)
+    lr_schedule: str = _knob("linear", "How it falls: linear, cosine or constant.", _one_of(LR_SCHEDULES))
+    warmup_steps: int = _knob(0, "Steps over which it rises first.", _AT_LEAST_0)
+    weight_decay: float = _knob(0.0, "Weight decay of AdamW.", _AT_LEAST_0)
+    clip: float = _knob(1.0, "Largest norm of all gradients together; 0 does not clip.", _AT_LEAST_0)
+    max_length: int | None = _knob(
+        None, "Most tokens an example may have; the model's own limit by default.", _AT_LEAST_1
+    )
+    truncate: bool = _knob(False, "Cut longer examples instead of refusing them.")
+    seed: int = _knob(0, "Seed of every random choice.", _AT_LEAST_0)
+    log_every: int = _knob(1, "Steps between lines of metrics.jsonl.", _AT_LEAST_1)
+    save_every: int = _knob(50, "Steps between checkpoints.", _AT_LEAST_1)
+    eval_every: int | None = _knob(None, "Steps between evaluations; once an epoch by default.", _AT_LEAST_1)
+    keep: int = _knob(2, "Checkpoints to keep.", _AT_LEAST_1)
+    threads: int | None = _knob(None, "CPU threads of this process; PyTorch's choice by default.", _AT_LEAST_1)
+
+    def __post_init__(self) -> None:
+        for knob in fields(self):
+            rule: Rule | None = knob.metadata["rule"]
+            value = getattr(self, knob.name)
+            if rule is not None and value is not None and not rule.holds(value):
+                msg = f"--{knob.name.replace('_', '-')}: expected {rule.text}, got {value!r}. Change it."
+                raise ConfigError(msg)
+        if (self.backbone == "cloud") != (self.cloud is not None):
+            got = "no --cloud" if self.backbone == "cloud" else f"--cloud {self.cloud} with --backbone {self.backbone}"
+            msg = f"Backbone: expected --backbone cloud together with --cloud grpcs://HOST:PORT, got {got}. Give both."
+            raise ConfigError(msg)
+        if self.backbone == "local" and self.model is None:
+            msg = "Backbone: expected --model with --backbone local, got none. Name a model folder or a hub model."
+            raise ConfigError(msg)
+
+    def to_toml(self) -> str:
+        """Return every knob that has a value, as TOML."""
+        return tomli_w.dumps({name: value for name, value in asdict(self).items() if value is not None})
+
+    @classmethod
+    def from_toml(cls, text: str, where: Path) -> RunConfig:
+        """Return the configuration that `to_toml` wrote.
+
+        Raises:
+            CheckpointError: The text is no such configuration.
+        """
+        try:
+            return cls(**tomllib.loads(text))
+        except (tomllib.TOMLDecodeError, TypeError, ConfigError) as error:
+            msg = f"Run configuration: expected what tidelock wrote, got: {error} ({where}). Restore the file."
+            raise CheckpointError(msg) from error

@@ -1,0 +1,111 @@
+"""Answers from a run: its model, its adapter, its backbone.
+
+May import everything below `run`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from tidelock.errors import CheckpointError, ConfigError
+from tidelock.run.train import load_tokenizer, open_model
+from tidelock.wire.ledger import Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from tidelock.device.generate import GenerationSettings
+    from tidelock.device.model import DeviceModel
+    from tidelock.run.config import RunConfig
+    from tidelock.run.folder import RunFolder
+
+
+def open_trained(folder: RunFolder, config: RunConfig, ledger: Ledger | None = None) -> DeviceModel:
+    """Return a run's model with the adapter that it trained.
+
+    Args:
+        folder: The run.
+        config: Its configuration, with another cloud perhaps.
+        ledger: Counts what crosses; None counts for nobody.
+
+    Raises:
+        CheckpointError: The run has no adapter yet.
+        TidelockError: As `connect`.
+    """
+    if not (folder.adapter / "adapter_config.json").is_file():
+        msg = (
+            f"Run: expected a trained adapter in it, got none ({folder.adapter}). Finish the run first: "
+            "tidelock train --resume."
+        )
+        raise CheckpointError(msg)
+    return open_model(replace(config, adapter=str(folder.adapter)), ledger or Ledger())
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """Return a question as the model's chat template writes it, up to where the answer begins.
+
+    Raises:
+        ConfigError: The tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        msg = "Prompt: expected a tokenizer with a chat template, got one without. Use --raw to continue plain text."
+        raise ConfigError(msg)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def raw_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return plain text as token ids, as it would begin a training text."""
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids
+
+
+def complete(
+    model: DeviceModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+) -> list[str]:
+    """Return the continuation of every prompt, stripped, without special tokens."""
+    ids_BT, mask_BT = _pad_left(prompts)
+    with torch.no_grad():
+        new_BT = model.generate(ids_BT, mask_BT, settings)[:, ids_BT.shape[1] :]
+    return [_text(tokenizer, row.tolist()).strip() for row in new_BT]
+
+
+def stream(
+    model: DeviceModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], settings: GenerationSettings
+) -> Iterator[str]:
+    """Yield the continuation of one prompt piece by piece."""
+    ids_BT, mask_BT = _pad_left([prompt])
+    ids: list[int] = []
+    shown = ""
+    for token_B in model.stream(ids_BT, mask_BT, settings):
+        ids.append(int(token_B[0]))
+        text = _text(tokenizer, ids)
+        # A letter of several bytes may take several tokens: wait until it is whole.
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(shown) :]
+            shown = text
+
+
+def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(prompt) for prompt in prompts)
+    ids_BT = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask_BT[row, width - len(prompt) :] = 1
+    return ids_BT, mask_BT
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))

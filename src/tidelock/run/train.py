@@ -1,0 +1,246 @@
+"""A training run, from examples to adapter: reads like the sentence that describes it.
+
+May import everything below `run`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+import torch
+from peft import LoraConfig
+from transformers import AutoTokenizer, TrainingArguments, set_seed
+
+from tidelock.data.batch import Collator
+from tidelock.data.encode import Encoder, encode_all
+from tidelock.data.source import read_examples
+from tidelock.errors import ConfigError
+from tidelock.peft.export import apply_adapter, load_adapter, save_adapter
+from tidelock.peft.lora import ALL_PROJECTIONS
+from tidelock.run.connect import connect
+from tidelock.run.folder import RunFolder
+from tidelock.run.trainer import Journal, Observer, RunTrainer, StopFlag
+from tidelock.wire.channel import Credentials
+from tidelock.wire.ledger import Ledger
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tidelock.device.model import DeviceModel
+    from tidelock.run.config import RunConfig
+
+_FALLBACK_MAX_LENGTH = 2048
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        adapter: Folder of the trained adapter.
+        steps: Optimizer steps done in all.
+        loss: The last logged training loss, or None when none was logged.
+        eval_loss: The last evaluation's loss, or None.
+        seconds: How long this part of the run took.
+        traffic_bytes: Bytes that crossed, by direction and kind.
+        interrupted: Whether Ctrl-C ended it early.
+    """
+
+    adapter: Path
+    steps: int
+    loss: float | None
+    eval_loss: float | None
+    seconds: float
+    traffic_bytes: dict[str, dict[str, int]]
+    interrupted: bool
+
+
+def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> TrainResult:
+    """Train an adapter on private examples; return what it came to.
+
+    Args:
+        config: The run.
+        observer: Told how it gets on.
+        resume: Go on from the newest complete checkpoint of the run folder.
+
+    Raises:
+        TidelockError: Any of its kinds; a run that had finished steps has saved them first.
+    """
+    began = time.monotonic()
+    folder = RunFolder.open(Path(config.out)) if resume else RunFolder.create(config)
+    checkpoint = folder.latest_checkpoint() if resume else None
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    set_seed(config.seed)
+    ledger = Ledger()
+    model = open_model(config, ledger)
+    try:
+        observer.say(f"Model: {_describe(model)}.")
+        rows, eval_rows = _encode(config, model)
+        observer.say(f"Data: {len(rows)} examples to learn from, {len(eval_rows)} to measure on.")
+        if checkpoint is not None:
+            ledger.add(folder.read_ledger())
+            folder.keep_metrics_until(int(checkpoint.name.rpartition("-")[2]))
+            observer.say(f"Going on from {checkpoint}.")
+        stop = StopFlag()
+        journal = Journal(folder, ledger, observer, stop)
+        trainer = RunTrainer(
+            folder=folder,
+            journal=journal,
+            model=model,
+            args=_training_arguments(config, folder, evaluates=bool(eval_rows)),
+            train_dataset=rows,
+            eval_dataset=eval_rows or None,
+            data_collator=Collator(0),
+        )
+        with stop.on_interrupt():
+            trainer.train_or_save(checkpoint)
+        modules = {block: model.bank.module(block) for block in model.bank.targets}
+        base_model = config.model or f"{model.config.model_type} at {config.cloud}"
+        save_adapter(modules, model.peft_config, model.ends.geometry, folder.adapter, base_model=base_model)
+        folder.write_ledger(ledger.totals())
+        history = trainer.state.log_history
+        return TrainResult(
+            adapter=folder.adapter,
+            steps=trainer.state.global_step,
+            loss=_last(history, "loss"),
+            eval_loss=_last(history, "eval_loss"),
+            seconds=time.monotonic() - began,
+            traffic_bytes=ledger.totals(),
+            interrupted=stop.is_set,
+        )
+    finally:
+        model.close()
+
+
+def open_model(config: RunConfig, ledger: Ledger) -> DeviceModel:
+    """Return the device's model of a run, joined to its backbone, with the adapter that it continues.
+
+    Raises:
+        TidelockError: As `connect`.
+    """
+    adapter = load_adapter(Path(config.adapter)) if config.adapter is not None else None
+    model = connect(
+        "local" if config.cloud is None else config.cloud,
+        model=config.model,
+        peft_config=adapter.config if adapter is not None else _lora_config(config),
+        credentials=_credentials(config),
+        codec=config.codec,
+        patience_seconds=config.patience,
+        ledger=ledger,
+    )
+    if adapter is not None:
+        modules = {block: model.bank.module(block) for block in model.bank.targets}
+        apply_adapter(adapter, modules, model.ends.geometry)
+    return model
+
+
+def load_tokenizer(model: DeviceModel) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that belongs to a device's model.
+
+    Raises:
+        ConfigError: The model's folder has none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model.ends.folder, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        msg = (
+            f"Tokenizer: expected one beside the model's configuration, got {type(error).__name__} "
+            f"({model.ends.folder}). Put its files there."
+        )
+        raise ConfigError(msg) from error
+    return tokenizer
+
+
+def _lora_config(config: RunConfig) -> LoraConfig:
+    """Return the LoRA configuration of a run."""
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft's own maths takes any number
+        lora_dropout=config.dropout,
+        use_rslora=config.rslora,
+        target_modules=config.target or ALL_PROJECTIONS,
+        layers_to_transform=config.layer,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _credentials(config: RunConfig) -> Credentials | None:
+    if config.cloud is None:
+        return None
+    token = ""
+    if config.token_file is not None:
+        try:
+            token = Path(config.token_file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            msg = f"--token-file: expected a readable text file, got {type(error).__name__} ({config.token_file})."
+            raise ConfigError(msg) from error
+    ca, client_cert, client_key = (
+        None if path is None else Path(path) for path in (config.ca, config.client_cert, config.client_key)
+    )
+    return Credentials(token, ca, client_cert, client_key, config.insecure)
+
+
+def _encode(config: RunConfig, model: DeviceModel) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
+    """Return the encoded examples to learn from and to measure on."""
+    limit = model.ends.geometry.max_positions
+    max_length = min(config.max_length or limit or _FALLBACK_MAX_LENGTH, limit or config.max_length or 1 << 30)
+    encoder = Encoder(load_tokenizer(model), max_length=max_length, truncate=config.truncate)
+    rows = list(encode_all(encoder, read_examples(config.data, split=config.split)))
+    eval_rows: list[dict[str, list[int]]] = []
+    if config.eval_data is not None or config.eval_split is not None:
+        eval_examples = read_examples(config.eval_data or config.data, split=config.eval_split)
+        eval_rows = list(encode_all(encoder, eval_examples))
+    return rows, eval_rows
+
+
+def _training_arguments(config: RunConfig, folder: RunFolder, *, evaluates: bool) -> TrainingArguments:
+    eval_strategy = "no" if not evaluates else "epoch" if config.eval_every is None else "steps"
+    return TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_schedule,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip,
+        seed=config.seed,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        save_total_limit=config.keep,
+        eval_strategy=eval_strategy,
+        eval_steps=config.eval_every,
+        prediction_loss_only=True,
+        optim="adamw_torch",
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to="none",
+        log_level="error",
+    )
+
+
+def _describe(model: DeviceModel) -> str:
+    geometry = model.ends.geometry
+    trained = sum(parameter.numel() for parameter in model.parameters())
+    verified = "" if geometry.family.verified else " (unverified: cut by structure)"
+    return (
+        f"{geometry.family.name}{verified}, {geometry.num_blocks} blocks, {trained:,} trained parameters in "
+        f"{len(model.bank.targets)} PEFT modules on this device"
+    )
+
+
+def _last(history: list[dict[str, float]], name: str) -> float | None:
+    return next((row[name] for row in reversed(history) if name in row), None)

@@ -1,0 +1,190 @@
+"""`transformers.Trainer` with what a run needs beside it: a journal, whole checkpoints, and an orderly stop.
+
+Not a trainer of our own: the loop, the optimizer and the schedule are Trainer's.
+May import everything below `run`, and `run.folder`.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, final
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from tidelock.errors import StorageError, TidelockError
+from tidelock.run.folder import RunFolder, storage_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from tidelock.wire.ledger import Ledger
+
+
+class Observer(Protocol):
+    """Is told how a run gets on; the command line draws it."""
+
+    def say(self, text: str) -> None:
+        """Take a notice."""
+        ...
+
+    def start(self, total_steps: int, first_step: int) -> None:
+        """Training begins, after `first_step` steps of an earlier part of the run."""
+        ...
+
+    def step(self, step: int, loss: float | None) -> None:
+        """An optimizer step is done; `loss` is the last one logged."""
+        ...
+
+    def finish(self) -> None:
+        """Training is over, or has failed."""
+        ...
+
+
+@final
+class StopFlag:
+    """Set by Ctrl-C: finish the step, save, stop. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    @contextmanager
+    def on_interrupt(self) -> Iterator[None]:
+        """Have Ctrl-C set the flag inside."""
+
+        def handler(_signal: int, _frame: object) -> None:
+            if self.is_set:
+                raise KeyboardInterrupt
+            self.is_set = True
+
+        try:
+            before = signal.signal(signal.SIGINT, handler)
+        except ValueError:  # not the main thread: whoever runs us there handles Ctrl-C
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+# ruff: noqa: ARG002  (Trainer gives every callback the same arguments)
+
+
+@final
+class Journal(TrainerCallback):
+    """Writes metrics and ledger, tells the observer, and stops when asked to.
+
+    Args:
+        folder: Where to write.
+        ledger: What crossed.
+        observer: Told of every step.
+        stop: Looked at after every step.
+    """
+
+    def __init__(self, folder: RunFolder, ledger: Ledger, observer: Observer, stop: StopFlag) -> None:
+        self._folder = folder
+        self._ledger = ledger
+        self.observer = observer
+        self._stop = stop
+        self._last_loss: float | None = None
+        self.random_state: dict[str, Any] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell how many steps there are."""
+        self.observer.start(state.max_steps, state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the random state that a resumed run must begin with; stop if asked to."""
+        self.random_state = {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "torch": torch.get_rng_state(),
+        }
+        self.observer.step(state.global_step, self._last_loss)
+        if self._stop.is_set:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a line of metrics."""
+        numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        self._last_loss = numbers.get("loss", self._last_loss)
+        self._folder.append_metrics({"step": state.global_step, **numbers, "bytes": self._ledger.totals()})
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the ledger as it is at this checkpoint."""
+        self._folder.write_ledger(self._ledger.totals())
+
+    def restore_random_state(self) -> None:
+        """Undo the random draws of a step that was not finished."""
+        if self.random_state is not None:
+            random.setstate(self.random_state["python"])
+            np.random.set_state(self.random_state["numpy"])
+            torch.set_rng_state(self.random_state["torch"])
+
+
+@final
+class RunTrainer(Trainer):
+    """A Trainer whose checkpoints are whole or not there.
+
+    Args:
+        folder: The run's folder.
+        journal: Its callback, which knows the random state at the last finished step.
+        **kwargs: Trainer's own.
+    """
+
+    def __init__(self, *, folder: RunFolder, journal: Journal, **kwargs: Any) -> None:
+        super().__init__(**kwargs, callbacks=[journal])
+        self.remove_callback(PrinterCallback)  # the observer tells the same, in its own way
+        self._folder = folder
+        self._journal = journal
+
+    def train_or_save(self, checkpoint: Path | None) -> None:
+        """Train; when that fails half-way, save what the finished steps have learned, and fail.
+
+        Raises:
+            TidelockError: Whatever went wrong.
+        """
+        try:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except StorageError:
+            raise
+        except (TidelockError, KeyboardInterrupt):
+            self._save_finished_steps()
+            raise
+        finally:
+            self._journal.observer.finish()
+
+    def _save_finished_steps(self) -> None:
+        saved = self._folder.checkpoints / f"checkpoint-{self.state.global_step}"
+        if self.state.global_step and self.optimizer is not None and self._folder.latest_checkpoint() != saved:
+            self._journal.restore_random_state()
+            self._save_checkpoint(self.model_wrapped, None)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:  # noqa: ANN401  (as Trainer has it)
+        checkpoint = self._folder.checkpoints / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            self._folder.mark_complete(checkpoint)
+        # PyTorch and safetensors report a full disk as errors of their own.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            self._folder.discard(checkpoint)
+            refusal = storage_error("Writing a checkpoint", error, checkpoint)
+            raise refusal from error

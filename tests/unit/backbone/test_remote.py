@@ -1,0 +1,428 @@
+"""The blocks in a cloud: a lost stream costs a repeat and changes no bit, and what is final is not tried again."""
+
+from __future__ import annotations
+
+import gc
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import grpc
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.unit.hand_device import BLOCKS, PROJECTIONS, SITE_WIDTH, TOKEN, WIDTH, wait_until
+from tidelock.backbone import remote
+from tidelock.backbone.connection import Connection
+from tidelock.backbone.local import LocalBackbone
+from tidelock.backbone.remote import RemoteBackbone
+from tidelock.cloud.service import Limits
+from tidelock.errors import CloudUnreachable, ConfigError, ModelMismatch, TidelockError, TokenRefused, WireError
+from tidelock.model.cut import CutModel
+from tidelock.model.rows import Rows
+from tidelock.model.walk import Batch
+from tidelock.wire import tidelock_pb2 as pb
+from tidelock.wire import tidelock_pb2_grpc as pb_grpc
+from tidelock.wire.address import Address
+from tidelock.wire.channel import Credentials
+from tidelock.wire.egress import Egress
+from tidelock.wire.ledger import Kind, Ledger
+
+pytestmark = pytest.mark.timeout(120)
+
+ACTIVE = {0: PROJECTIONS, 2: ("q_proj", "v_proj")}
+
+
+class FlakyCloud(pb_grpc.BackboneServicer):
+    """A real cloud whose streams can be broken after so many messages."""
+
+    def __init__(self, service):
+        self.service = service
+        self.faults = []
+        self.passes = 0
+        self.before_fault = lambda: None
+
+    def Describe(self, request, context):
+        return self.service.Describe(request, context)
+
+    def Pass(self, request_iterator, context):
+        self.passes += 1
+        after, fault = self.faults.pop(0) if self.faults else (None, None)
+        for number, message in enumerate(self.service.Pass(request_iterator, context)):
+            if number == after:
+                self.before_fault()
+                if isinstance(fault, grpc.StatusCode):
+                    context.abort(fault, "broken by the test")
+                if fault is None:
+                    return
+                yield fault
+            yield message
+
+
+class Clock:
+    """Stands for the time module; sleeping moves it on."""
+
+    def __init__(self):
+        self.now = 1000.0
+        self.slept = []
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep))
+    return clock
+
+
+@pytest.fixture(scope="module")
+def cloud(start_cloud):
+    return start_cloud(Limits(max_sessions=1))
+
+
+@pytest.fixture
+def flaky(cloud):
+    """A breakable cloud, which must be idle after every test."""
+    server, servicer = grpc.server(ThreadPoolExecutor(8)), FlakyCloud(cloud.service)
+    pb_grpc.add_BackboneServicer_to_server(servicer, server)
+    servicer.address = Address("127.0.0.1", server.add_insecure_port("127.0.0.1:0"), tls=False)
+    server.start()
+    yield servicer
+    wait_until(cloud.is_idle, "an idle cloud")
+    server.stop(0).wait()
+
+
+@pytest.fixture
+def connect(cloud):
+    """Return a function that makes a backbone; its connections are closed at the end."""
+    backbones = []
+
+    def make(flaky, **options):
+        connection = Connection(flaky.address, Credentials(TOKEN), Egress(Ledger()), **options)
+        backbones.append(RemoteBackbone(connection, cloud.server.geometry))
+        return backbones[-1]
+
+    yield make
+    for backbone in backbones:
+        backbone.close()
+
+
+class LinearSites:
+    """Answers with fixed matrices, and remembers every gradient that it is given."""
+
+    def __init__(self, active=None):
+        generator = torch.Generator().manual_seed(3)
+        self.matrices = {
+            block: torch.randn(WIDTH, SITE_WIDTH if len(names) == 3 else 48, generator=generator) * 0.1
+            for block, names in (active or ACTIVE).items()
+        }
+        self.begun = 0
+        self.inputs = {}
+        self.gradients = {}
+
+    def begin(self):
+        self.begun += 1
+        self.inputs.clear()
+        self.gradients.clear()
+        return self
+
+    def forward(self, block, x_ND):
+        self.inputs[block] = x_ND = x_ND.float()
+        return x_ND @ self.matrices[block]
+
+    def backward(self, block, grad_NW, *, need_input):
+        grad_NW = grad_NW.float()
+        self.gradients[block] = self.inputs[block].T @ grad_NW
+        return grad_NW @ self.matrices[block].T if need_input else None
+
+
+def a_batch(*, training=True, active=None):
+    """Return two rows, one shorter, of which three states are wanted."""
+    rows = Rows((0, 0), (6, 4), 6)
+    generator = torch.Generator().manual_seed(5)
+    embeddings = torch.randn(10, WIDTH, generator=generator)
+    return Batch(embeddings, rows, torch.tensor([2, 5, 9]), ACTIVE if active is None else active, training)
+
+
+GRADIENT = torch.linspace(-1, 1, 3 * WIDTH).view(3, WIDTH)
+
+
+def step(backbone, sites):
+    """Return final states and site gradients of a whole pass."""
+    run = backbone.forward(a_batch(), sites)
+    run.backward(GRADIENT)
+    return run.final_MD, dict(sites.gradients)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_folder):
+    """What the same pass gives in this process."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    return step(LocalBackbone(CutModel(model)), LinearSites())
+
+
+def equal(left, right):
+    return torch.equal(left[0], right[0]) and all(
+        torch.equal(left[1][block], right[1][block]) for block in left[1].keys() | right[1].keys()
+    )
+
+
+def test_a_pass_in_the_cloud_is_the_pass_here(flaky, connect, reference):
+    backbone = connect(flaky)
+    assert equal(step(backbone, LinearSites()), reference)
+    assert set(reference[1]) == {0, 2}
+    assert backbone.connection.cloud_seconds > 0
+    assert backbone.geometry.num_blocks == BLOCKS
+
+
+# site_input, site_input, final_state, site_gradient, site_gradient, done
+@pytest.mark.parametrize("after", range(6))
+@pytest.mark.parametrize("fault", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, None])
+def test_a_broken_stream_costs_a_repeat_and_changes_no_bit(flaky, connect, reference, after, fault):
+    flaky.faults = [(after, fault)]
+    sites = LinearSites()
+    assert equal(step(connect(flaky), sites), reference)
+    assert (flaky.passes, sites.begun) == (2, 3)
+
+
+def test_several_broken_streams_too(flaky, connect, reference, clock):
+    flaky.faults = [(after, grpc.StatusCode.UNAVAILABLE) for after in (0, 1, 4, 3, 2, 5)]
+    assert equal(step(connect(flaky), LinearSites()), reference)
+    assert flaky.passes == 7
+    assert clock.slept == [0.2, 0.4, 0.2, 0.4, 0.8, 1.6]
+
+
+def test_patience_ends(flaky, connect, clock, caplog):
+    flaky.faults = [(0, grpc.StatusCode.UNAVAILABLE)] * 100
+    with pytest.raises(CloudUnreachable, match="broken by the test"):
+        connect(flaky, patience_seconds=20).forward(a_batch(), LinearSites())
+    assert clock.slept == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+    assert flaky.passes == 8
+    assert caplog.text.count("Trying again") == 7
+    assert TOKEN not in caplog.text
+
+
+def test_without_patience_nothing_is_repeated(flaky, connect):
+    flaky.faults = [(0, grpc.StatusCode.UNAVAILABLE)]
+    with pytest.raises(CloudUnreachable):
+        connect(flaky, patience_seconds=0).forward(a_batch(), LinearSites())
+    assert flaky.passes == 1
+
+
+def test_a_long_pass_has_not_used_up_the_patience(flaky, connect, reference, clock):
+    def long_after():
+        clock.now += 300
+
+    flaky.before_fault = long_after
+    flaky.faults = [(2, grpc.StatusCode.UNAVAILABLE)]
+    assert equal(step(connect(flaky, patience_seconds=10), LinearSites()), reference)
+
+
+FINAL = {
+    grpc.StatusCode.UNAUTHENTICATED: TokenRefused,
+    grpc.StatusCode.FAILED_PRECONDITION: ModelMismatch,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ConfigError,
+    grpc.StatusCode.INVALID_ARGUMENT: WireError,
+    grpc.StatusCode.UNKNOWN: WireError,
+}
+
+
+@pytest.mark.parametrize("status", FINAL, ids=lambda status: status.name)
+@pytest.mark.parametrize("after", [0, 4])
+def test_final_errors_are_not_repeated(flaky, connect, status, after):
+    flaky.faults = [(after, status)]
+    with pytest.raises(TidelockError) as caught:
+        step(connect(flaky), LinearSites())
+    assert type(caught.value) is FINAL[status]
+    assert isinstance(caught.value.__cause__, grpc.RpcError)
+    assert flaky.passes == 1
+
+
+@pytest.mark.parametrize("after", range(6))
+def test_a_cloud_that_breaks_the_protocol_is_not_asked_again(flaky, connect, after):
+    odd = pb.CloudMessage(done=pb.Done()) if after < 5 else pb.CloudMessage(final_state=pb.TensorPart())
+    flaky.faults = [(after, odd)]
+    with pytest.raises(WireError, match="Reading from the cloud: expected .*, got (done|final_state)"):
+        step(connect(flaky), LinearSites())
+    assert flaky.passes == 1
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        pb.TensorPart(block=0, dtype=pb.FP32, shape=[11, WIDTH], data=bytes(11 * WIDTH * 4)),
+        pb.TensorPart(block=0, dtype=pb.FP32, shape=[2**31, 2**31], data=bytes(8)),
+        pb.TensorPart(block=1, dtype=pb.FP32, shape=[10, WIDTH], data=bytes(10 * WIDTH * 4)),
+        pb.TensorPart(block=0, dtype=pb.BF16, shape=[10, WIDTH], data=bytes(10 * WIDTH * 2)),
+    ],
+    ids=["rows", "huge", "block", "dtype"],
+)
+def test_a_tensor_that_is_not_the_expected_one_is_refused(flaky, connect, part):
+    flaky.faults = [(0, pb.CloudMessage(site_input=part))]
+    with pytest.raises(WireError, match="Reading site_input"):
+        connect(flaky).forward(a_batch(), LinearSites())
+
+
+def test_what_the_cloud_gives_too_much_is_never_read(flaky, connect, reference):
+    backbone = connect(flaky)
+    run = backbone.forward(a_batch(), LinearSites())
+    run.close()
+    run.close()  # harmless
+    assert equal(step(backbone, LinearSites()), reference)
+
+
+def test_evaluation_needs_no_site_and_no_backward(flaky, connect, tiny_folder):
+    batch = a_batch(training=False, active={})
+    run = connect(flaky).forward(batch, LinearSites())
+    local = LocalBackbone(CutModel(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)))
+    assert torch.equal(run.final_MD, local.forward(batch, LinearSites()).final_MD)
+
+
+def test_all_states_can_be_asked_for(flaky, connect):
+    batch = a_batch(training=False)
+    every = Batch(batch.embeddings_NE, batch.rows, torch.arange(10), ACTIVE, training=False)
+    backbone = connect(flaky)
+    some = backbone.forward(batch, LinearSites()).final_MD
+    assert torch.equal(backbone.forward(every, LinearSites()).final_MD[[2, 5, 9]], some)
+
+
+def test_the_codec_is_used_both_ways(flaky, connect, reference):
+    totals = {}
+    for codec in ("fp32", "bf16"):
+        backbone = connect(flaky, codec=codec)
+        states, gradients = step(backbone, LinearSites())
+        totals[codec] = backbone.connection.egress.ledger.totals()
+    assert states.dtype == torch.bfloat16
+    assert (states.float() - reference[0]).norm() < 0.05 * reference[0].norm()
+    relative = (gradients[0] - reference[1][0]).norm() / reference[1][0].norm()
+    assert 0 < relative < 0.05
+    for direction in ("sent", "received"):
+        for kind in totals["fp32"][direction].keys() - {"control"}:
+            assert totals["bf16"][direction][kind] == pytest.approx(totals["fp32"][direction][kind] / 2, rel=0.05)
+
+
+def test_the_ledger_has_every_kind_and_nothing_for_the_lowest_site(flaky, connect):
+    backbone = connect(flaky)
+    step(backbone, LinearSites())
+    totals = backbone.connection.egress.ledger.totals()
+    assert set(totals["sent"]) == {"control", "embedding", "site_output", "final_gradient", "input_gradient"}
+    assert set(totals["received"]) == {"control", "site_input", "final_state", "site_gradient"}
+    one_tensor = 10 * WIDTH * 4
+    # The higher of the two sites only.
+    assert one_tensor < totals["sent"][Kind.INPUT_GRADIENT.value] < one_tensor + 64
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_fault_on_the_device_frees_the_cloud_at_once(flaky, connect, cloud, error):
+    class Faulty(LinearSites):
+        def forward(self, block, x_ND):
+            raise error
+
+    backbone = connect(flaky)
+    with pytest.raises(error) as caught:
+        backbone.forward(a_batch(), Faulty())
+    wait_until(cloud.is_idle, "an idle cloud")
+    assert flaky.passes == 1
+    del caught
+
+
+def test_a_pass_that_is_thrown_away_is_not_kept_in_the_cloud(flaky, connect, cloud):
+    run = connect(flaky).forward(a_batch(), LinearSites())
+    assert cloud.busy == ["anna"]
+    del run
+    gc.collect()
+    wait_until(cloud.is_idle, "an idle cloud")
+
+
+def test_a_closed_pass_is_run_again_for_its_backward(flaky, connect, reference):
+    sites = LinearSites()
+    run = connect(flaky).forward(a_batch(), sites)
+    run.close()
+    run.backward(GRADIENT)
+    assert equal((run.final_MD, sites.gradients), reference)
+
+
+def generating(active=None):
+    rows = Rows((0, 2), (6, 4), 6)
+    generator = torch.Generator().manual_seed(5)
+    embeddings = torch.randn(10, WIDTH, generator=generator)
+    return Batch(embeddings, rows, torch.tensor([5, 9]), active or ACTIVE, training=False)
+
+
+def generate(backbone, tokens=3):
+    run = backbone.generate(generating(), LinearSites())
+    states = [run.final_BD]
+    for number in range(tokens):
+        states.append(run.extend(torch.full((2, WIDTH), 0.1 * number)))
+        assert torch.equal(states[-1], run.final_BD)
+    run.close()
+    return torch.stack(states)
+
+
+def test_generation_in_the_cloud_is_generation_here(flaky, connect, tiny_folder):
+    local = LocalBackbone(CutModel(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)))
+    assert torch.equal(generate(connect(flaky)), generate(local))
+
+
+def test_the_prompt_is_repeated_when_its_stream_breaks(flaky, connect):
+    backbone = connect(flaky)
+    states = generate(backbone)
+    flaky.faults = [(1, grpc.StatusCode.UNAVAILABLE)]
+    assert torch.equal(generate(backbone), states)
+    assert flaky.passes == 3
+
+
+@pytest.mark.parametrize("fault", [grpc.StatusCode.UNAVAILABLE, None])
+def test_an_answer_that_is_interrupted_ends(flaky, connect, fault):
+    flaky.faults = [(4, fault)]
+    run = connect(flaky).generate(generating(), LinearSites())
+    with pytest.raises(CloudUnreachable):
+        run.extend(torch.zeros(2, WIDTH))
+    assert flaky.passes == 1
+    run.close()
+    with pytest.raises(CloudUnreachable, match="stream of this pass is closed"):
+        run.extend(torch.zeros(2, WIDTH))
+
+
+def test_a_cloud_that_comes_back_with_another_model_ends_the_run(flaky, connect):
+    backbone = connect(flaky)
+    backbone.connection.description.fingerprint = "f" * 64
+    with pytest.raises(ModelMismatch, match="The cloud was restarted with other weights"):
+        backbone.forward(a_batch(), LinearSites())
+    assert flaky.passes == 1
+
+
+def test_a_cloud_that_is_started_again_is_found(cloud, connect, reference, monkeypatch):
+    servicer = FlakyCloud(cloud.service)
+
+    def serve(port):
+        server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+        pb_grpc.add_BackboneServicer_to_server(servicer, server)
+        bound = server.add_insecure_port(f"127.0.0.1:{port}")
+        server.start()
+        return server, bound
+
+    first, port = serve(0)
+    servicer.address = Address("127.0.0.1", port, tls=False)
+    sites = LinearSites()
+    run = connect(servicer).forward(a_batch(), sites)
+    first.stop(0).wait()
+    servers = []
+
+    def sleep(seconds):
+        if not servers:
+            servers.append(serve(port)[0])
+        time.sleep(0.2)
+
+    monkeypatch.setattr(remote.time, "sleep", sleep)
+    run.backward(GRADIENT)
+    assert equal((run.final_MD, sites.gradients), reference)
+    wait_until(cloud.is_idle, "an idle cloud")
+    servers[0].stop(0).wait()

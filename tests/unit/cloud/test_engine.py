@@ -1,0 +1,200 @@
+"""What a device asks for is checked to the last number before anything is taken or computed for it."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import grpc
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig
+
+from tests.unit.hand_device import PROJECTIONS, an_open
+from tidelock.cloud.engine import Line, PassAbandoned, read_open
+from tidelock.errors import WireError
+from tidelock.model.ends import empty_model
+from tidelock.model.geometry import geometry_of
+from tidelock.wire import tidelock_pb2 as pb
+
+MAX_TOKENS = 256
+
+
+@pytest.fixture(scope="session")
+def geometry(tiny_folder):
+    return geometry_of(empty_model(AutoConfig.from_pretrained(tiny_folder)))
+
+
+def site(block, *projections):
+    return pb.ActiveSite(block=block, projections=projections)
+
+
+def test_an_order_is_read(geometry):
+    message = an_open(
+        starts=[0, 2],
+        lengths=[5, 3],
+        width=5,
+        selected=[0, 4, 7],
+        active=[site(2, "q_proj", "v_proj"), site(0, "k_proj")],
+        gradient_dtype=pb.BF16,
+    )
+    order = read_open(message, geometry, MAX_TOKENS)
+    assert order.training
+    assert (order.rows.starts, order.rows.lengths, order.rows.width) == ((0, 2), (5, 3), 5)
+    assert order.select_M.tolist() == [0, 4, 7]
+    assert order.active == {2: ("q_proj", "v_proj"), 0: ("k_proj",)}
+    assert (order.activation_dtype, order.gradient_dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_no_selection_is_all_tokens_and_not_every_mode_needs_a_site(geometry):
+    order = read_open(an_open(mode=pb.EVALUATE, active=[]), geometry, MAX_TOKENS)
+    assert order.select_M.tolist() == list(range(8))
+    assert (order.active, order.training) == ({}, False)
+    left_padded = an_open(mode=pb.GENERATE, starts=[0, 3], lengths=[8, 5], active=[])
+    assert not read_open(left_padded, geometry, MAX_TOKENS).training
+
+
+REFUSED = {
+    "no rows": (an_open(starts=[], lengths=[]), "1 to 256 tokens"),
+    "no width": (an_open(starts=[0], lengths=[0], width=0), "1 to 256 tokens"),
+    "too many tokens": (an_open(starts=[0] * 5, lengths=[1] * 5, width=64), "got 5 x 64"),
+    "huge width": (an_open(width=2**32 - 1), "1 to 256 tokens"),
+    "a start too few": (an_open(starts=[], lengths=[8]), "runs of real tokens"),
+    "a start too many": (an_open(starts=[0, 0], lengths=[8]), "runs of real tokens"),
+    "an empty row": (an_open(starts=[0, 0], lengths=[8, 0]), "runs of real tokens"),
+    "a row beyond the width": (an_open(starts=[1], lengths=[8]), "within 8 positions"),
+    "a start beyond the width": (an_open(starts=[2**32 - 1], lengths=[1]), "within 8 positions"),
+    "rows longer than the model": (an_open(lengths=[8], width=65), "at most 64 tokens, got 65"),
+    "a token selected twice": (an_open(selected=[1, 1]), "ascending token numbers"),
+    "tokens selected backwards": (an_open(selected=[2, 1]), "ascending token numbers"),
+    "a token that is not there": (an_open(selected=[0, 8]), "ascending token numbers below 8"),
+    "no mode": (an_open(mode=pb.MODE_UNSPECIFIED), "a known mode, got 0"),
+    "an unknown mode": (an_open(mode=17), "a known mode, got 17"),
+    "prompts padded at the right": (an_open(mode=pb.GENERATE, width=9), "padded at the left"),
+    "training without a site": (an_open(active=[]), "an active site to train"),
+    "an unknown block": (an_open(active=[site(3, "q_proj")]), "different blocks below 3"),
+    "a block twice": (an_open(active=[site(1, "q_proj"), site(1, "k_proj")]), "different blocks"),
+    "no projection": (an_open(active=[site(0)]), "projections out of"),
+    "an unknown projection": (an_open(active=[site(0, "o_proj")]), "projections out of"),
+    "a known and an unknown one": (an_open(active=[site(0, "q_proj", "o_proj")]), "projections out of"),
+    "projections out of order": (an_open(active=[site(0, "k_proj", "q_proj")]), "in order"),
+    "a projection twice": (an_open(active=[site(0, "q_proj", "q_proj")]), "in order"),
+    "one projection too many": (an_open(active=[site(0, *PROJECTIONS, "q_proj")]), "in order"),
+    "no activation dtype": (an_open(activation_dtype=0), "Wire dtype"),
+    "an unknown gradient dtype": (an_open(gradient_dtype=5), "Wire dtype"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_contradicts_the_model_is_refused(geometry, case):
+    message, expected = REFUSED[case]
+    with pytest.raises(WireError, match=expected) as caught:
+        read_open(message, geometry, MAX_TOKENS)
+    assert len(str(caught.value)) < 400
+
+
+UINT32 = st.one_of(st.integers(0, 12), st.integers(0, 2**32 - 1))
+SITES = st.builds(
+    lambda block, names: site(block, *names), UINT32, st.lists(st.sampled_from([*PROJECTIONS, "x"]), max_size=4)
+)
+OPENS = st.builds(
+    pb.Open,
+    mode=st.integers(0, 4),
+    starts=st.lists(UINT32, max_size=6),
+    lengths=st.lists(UINT32, max_size=6),
+    width=UINT32,
+    selected=st.lists(UINT32, max_size=6),
+    active=st.lists(SITES, max_size=4),
+    activation_dtype=st.integers(0, 3),
+    gradient_dtype=st.integers(0, 3),
+)
+
+
+@given(OPENS)
+def test_random_orders_are_refused_or_make_sense(geometry, message):
+    try:
+        order = read_open(message, geometry, MAX_TOKENS)
+    except WireError:
+        return
+    rows = order.rows
+    assert 0 < len(rows.lengths) * rows.width <= MAX_TOKENS
+    assert len(rows.indices()) == rows.num_tokens
+    assert 0 < len(order.select_M) <= rows.num_tokens
+    assert order.select_M.max() < rows.num_tokens
+    for block, names in order.active.items():
+        assert geometry.sites[block].output_width(names) > 0
+
+
+@given(st.binary(max_size=80))
+def test_random_bytes_raise_nothing_else(geometry, data):
+    try:
+        message = pb.Open.FromString(data)
+    except Exception:  # noqa: BLE001  (protobuf's own error is of no public class)
+        return
+    try:
+        read_open(message, geometry, MAX_TOKENS)
+    except WireError as error:
+        assert len(str(error)) < 400
+
+
+MANY = 250_000  # about what fits into one message
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        an_open(starts=[0] * MANY, lengths=[1] * MANY, width=2**32 - 1),
+        an_open(starts=[0] * MANY, lengths=[2**32 - 1] * 2, width=100),
+        an_open(selected=list(range(MANY))),
+        an_open(active=[site(0)] * MANY),
+        an_open(active=[site(2**32 - 1)] * MANY),
+        an_open(active=[site(0, *["q_proj"] * MANY)]),
+        an_open(active=[site(0, "x" * (1 << 20))]),
+    ],
+    ids=["rows", "lengths", "selected", "sites", "blocks", "projections", "a name"],
+)
+@pytest.mark.timeout(60)
+def test_a_hostile_order_costs_little_before_it_is_refused(geometry, message):
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError) as caught:
+            read_open(message, geometry, 1 << 16)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(str(caught.value)) < 400
+    # The message itself is a megabyte; its numbers as Python's take some more.
+    assert most < 64 << 20
+
+
+class Lost(grpc.RpcError):
+    """What gRPC raises when the device is gone."""
+
+
+def broken():
+    raise Lost
+    yield
+
+
+def test_a_line_hands_on_what_must_come_next():
+    line = Line(iter([pb.DeviceMessage(open=an_open(width=8))]), lambda _: None)
+    assert line.open().width == 8
+    with pytest.raises(PassAbandoned):
+        line.open()
+
+
+@pytest.mark.parametrize("incoming", [iter([]), broken()], ids=["closed", "lost"])
+def test_a_device_that_left_ends_the_pass(incoming):
+    with pytest.raises(PassAbandoned):
+        Line(incoming, lambda _: None).tensor("embedding", (1, 1), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "message", [pb.DeviceMessage(), pb.DeviceMessage(open=an_open()), pb.DeviceMessage(site_output=pb.TensorPart())]
+)
+def test_a_message_out_of_order_is_refused(message):
+    line = Line(iter([message]), lambda _: None)
+    got = message.WhichOneof("body")
+    with pytest.raises(WireError, match=f"expected embedding, got {got}"):
+        line.tensor("embedding", (1, 1), torch.float32)

@@ -1,0 +1,130 @@
+"""Memory: what a pass is said to cost is what it keeps, and passes come in first come first served."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.unit.hand_device import BLOCKS, WIDTH, wait_until
+from tidelock.cloud.memory import MemoryBudget, PassCost, _ZeroSites, measure_cost
+from tidelock.model.cut import CutModel
+from tidelock.model.rows import Rows
+from tidelock.model.walk import Batch, Walk
+
+
+def cut_model(folder, attention):
+    return CutModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention))
+
+
+def really_kept(cut, rows, width):
+    """Return the bytes that autograd saves in a pass of so many full rows, other than weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in cut.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = Batch(
+        embeddings_NE=torch.randn(rows * width, WIDTH),
+        rows=Rows((0,) * rows, (width,) * rows, width),
+        select_M=torch.arange(rows * width),
+        active={block: ("q_proj", "k_proj", "v_proj") for block in range(BLOCKS)},
+        training=True,
+    )
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        walk = Walk(cut, batch, _ZeroSites(cut))
+        walk.forward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (4, 24), (3, 60)])
+def test_the_measured_cost_is_what_a_pass_keeps(tiny_folder, attention, rows, width):
+    cut = cut_model(tiny_folder, attention)
+    assert measure_cost(cut).bytes_for(rows, width) == pytest.approx(really_kept(cut, rows, width), rel=0.15)
+
+
+def test_only_attention_that_keeps_its_scores_costs_by_the_square(tiny_folder):
+    eager = measure_cost(cut_model(tiny_folder, "eager"))
+    # At least the softmax of 4 heads in each block, 4 bytes a number.
+    assert eager.per_token_squared >= BLOCKS * 4 * 4
+    assert measure_cost(cut_model(tiny_folder, "sdpa")).per_token_squared < 1
+
+
+def test_a_cost_grows_with_rows_and_with_the_square_of_the_width():
+    cost = PassCost(per_token=10, per_token_squared=2)
+    assert cost.bytes_for(1, 1) == 12
+    assert cost.bytes_for(3, 5) == 3 * (50 + 50)
+
+
+def test_the_probe_answers_backward_too(tiny_folder):
+    sites = _ZeroSites(cut_model(tiny_folder, "sdpa"))
+    assert sites.backward(0, torch.ones(2, 64), need_input=True).shape == (2, WIDTH)
+    assert sites.backward(0, torch.ones(2, 64), need_input=False) is None
+
+
+def test_what_fits():
+    budget = MemoryBudget(10)
+    assert [budget.fits(size) for size in (0, 10, 11)] == [True, True, False]
+    assert MemoryBudget(None).fits(1 << 60)
+
+
+def test_without_a_limit_nobody_waits():
+    budget = MemoryBudget(None)
+    with budget.reserve(1 << 60), budget.reserve(1 << 60):
+        pass
+    assert budget._used == 0
+
+
+def test_memory_comes_back_after_an_error():
+    budget = MemoryBudget(10)
+    with pytest.raises(ZeroDivisionError), budget.reserve(10):
+        raise ZeroDivisionError
+    with budget.reserve(10):
+        assert budget._used == 10
+    assert budget._used == 0
+
+
+def test_passes_that_do_not_fit_wait_in_the_order_in_which_they_came():
+    budget, order, go_on = MemoryBudget(10), [], threading.Event()
+
+    def run(name, size):
+        with budget.reserve(size):
+            order.append(name)
+            go_on.wait(20)
+
+    def start(name, size, in_line):
+        thread = threading.Thread(target=run, args=(name, size))
+        thread.start()
+        wait_until(lambda: len(budget._line) == in_line and len(order) >= 1, f"{name} in line")
+        return thread
+
+    threads = [start("large", 8, 0), start("middle", 6, 1), start("small", 1, 2)]
+    # The small one would fit, but it does not overtake: else the middle one could wait for ever.
+    assert order == ["large"]
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert order == ["large", "middle", "small"]
+    assert (budget._used, budget._line) == (0, [])
+
+
+def test_what_fits_together_runs_together():
+    budget, inside = MemoryBudget(10), threading.Barrier(2, timeout=20)
+
+    def run():
+        with budget.reserve(5):
+            inside.wait()
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not inside.broken

@@ -1,0 +1,165 @@
+"""A device that speaks the wire by hand, so that a test can break it anywhere; and what it speaks with."""
+
+from __future__ import annotations
+
+import queue
+import time
+from dataclasses import dataclass
+
+import grpc
+import pytest
+import torch
+
+from tidelock.cloud.server import CloudServer
+from tidelock.wire import tidelock_pb2 as pb
+from tidelock.wire import tidelock_pb2_grpc as pb_grpc
+from tidelock.wire.address import Address
+from tidelock.wire.codec import TensorReader, write_parts
+from tidelock.wire.limits import PROTOCOL_VERSION
+
+TOKEN = "0123456789abcdef-token"
+WIDTH, BLOCKS, VOCABULARY, POSITIONS = 32, 3, 64, 64
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+# Query heads have 32 numbers together, keys and values 16 each.
+SITE_WIDTH = 64
+
+
+def wait_until(holds, what: str, seconds: float = 20.0) -> None:
+    """Wait for another thread to have done something; fail when it never does."""
+    give_up = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < give_up, f"never happened: {what}"
+        time.sleep(0.005)
+
+
+@dataclass(frozen=True)
+class RunningCloud:
+    server: CloudServer
+    address: Address
+    busy: list[str]
+
+    @classmethod
+    def of(cls, server: CloudServer) -> RunningCloud:
+        """Start a server, with its engines counted while they work."""
+        busy: list[str] = []
+        service = server._service
+        original = service._run
+
+        def counted(line, outbox, tenant):
+            busy.append(tenant)
+            try:
+                original(line, outbox, tenant)
+            finally:
+                busy.remove(tenant)
+
+        service._run = counted  # type: ignore[method-assign]
+        return cls(server, server.start(), busy)
+
+    @property
+    def service(self):
+        return self.server._service
+
+    @property
+    def fingerprint(self) -> str:
+        return self.server.description.fingerprint
+
+    def is_idle(self) -> bool:
+        """Whether no engine works, nobody waits for a turn, and no memory is held."""
+        memory = self.service._memory
+        return (
+            not self.busy
+            and self.service._engines._work_queue.empty()
+            and self.service._compute.waiting == 0
+            and memory._used == 0
+            and not memory._line
+        )
+
+
+class HandDevice:
+    """Speaks the wire message by message, so that a test can break it anywhere."""
+
+    def __init__(self, cloud: RunningCloud, token: str = TOKEN) -> None:
+        self.cloud = cloud
+        self.channel = grpc.insecure_channel(cloud.address.target)
+        self.stub = pb_grpc.BackboneStub(self.channel)
+        self.metadata = (("authorization", f"Bearer {token}"),)
+        self.passes: list[HandPass] = []
+
+    def begin(self, *, timeout: float | None = 60.0) -> HandPass:
+        self.passes.append(HandPass(self, timeout))
+        return self.passes[-1]
+
+    def close(self) -> None:
+        for run in self.passes:
+            run.leave()
+        self.channel.close()
+
+
+class HandPass:
+    """One stream."""
+
+    def __init__(self, device: HandDevice, timeout: float | None) -> None:
+        self.fingerprint = device.cloud.fingerprint
+        self.outbox: queue.SimpleQueue[pb.DeviceMessage | None] = queue.SimpleQueue()
+        self.call = device.stub.Pass(iter(self.outbox.get, None), metadata=device.metadata, timeout=timeout)
+
+    def open(self, **changes) -> None:
+        self.outbox.put(pb.DeviceMessage(open=an_open(**{"fingerprint": self.fingerprint, **changes})))
+
+    def send(self, field: str, *shape: int, block: int = 0) -> None:
+        for part in write_parts(torch.full(shape, 0.01), torch.float32, block=block):
+            self.outbox.put(pb.DeviceMessage(**{field: part}))
+
+    def receive(self, field: str, *shape: int, block: int = 0) -> torch.Tensor:
+        reader = TensorReader(field, shape, torch.float32, block=block)
+        while not reader.complete:
+            message = next(self.call)
+            assert message.WhichOneof("body") == field
+            reader.add(getattr(message, field))
+        return reader.tensor()
+
+    def forward(self, tokens: int = 8) -> None:
+        """Open a training pass over the first two blocks and answer all the way up."""
+        self.open()
+        self.send("embedding", tokens, WIDTH)
+        for block in (0, 1):
+            self.receive("site_input", tokens, WIDTH, block=block)
+            self.send("site_output", tokens, SITE_WIDTH, block=block)
+        self.receive("final_state", tokens, WIDTH)
+
+    def backward(self, tokens: int = 8) -> float:
+        """Walk all the way back; return the seconds that the cloud says that it computed."""
+        self.send("final_gradient", tokens, WIDTH)
+        self.receive("site_gradient", tokens, SITE_WIDTH, block=1)
+        self.send("input_gradient", tokens, WIDTH, block=1)
+        self.receive("site_gradient", tokens, SITE_WIDTH, block=0)
+        message = next(self.call)
+        assert message.WhichOneof("body") == "done"
+        assert next(self.call, None) is None
+        return message.done.compute_seconds
+
+    def error(self) -> grpc.RpcError:
+        """Return the error with which the cloud ends the stream, whatever it had still to say before."""
+        with pytest.raises(grpc.RpcError) as caught:
+            for _ in self.call:
+                pass
+        return caught.value
+
+    def leave(self) -> None:
+        self.outbox.put(None)
+        self.call.cancel()
+
+
+def an_open(**changes) -> pb.Open:
+    """Return the message that opens a training pass of one row of 8 tokens."""
+    values = {
+        "protocol": PROTOCOL_VERSION,
+        "mode": pb.TRAIN,
+        "starts": [0],
+        "lengths": [8],
+        "width": 8,
+        "active": [pb.ActiveSite(block=block, projections=PROJECTIONS) for block in (0, 1)],
+        "activation_dtype": pb.FP32,
+        "gradient_dtype": pb.FP32,
+    }
+    return pb.Open(**{**values, **changes})

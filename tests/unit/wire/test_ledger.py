@@ -1,0 +1,48 @@
+"""The ledger: kinds and directions apart, sums right from several threads, and carried over a resumed run."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tidelock.wire.ledger import Kind, Ledger
+
+
+def test_kinds_and_directions_are_apart():
+    ledger = Ledger()
+    ledger.sent(Kind.EMBEDDING, 3)
+    ledger.sent(Kind.EMBEDDING, 4)
+    ledger.received(Kind.EMBEDDING, 5)
+    ledger.received(Kind.MODEL, 6)
+    assert ledger.totals() == {"sent": {"embedding": 7}, "received": {"embedding": 5, "model": 6}}
+
+
+def test_what_never_crossed_is_not_listed():
+    assert Ledger().totals() == {"sent": {}, "received": {}}
+
+
+def test_no_count_is_lost_between_threads():
+    ledger = Ledger()
+
+    def count(_):
+        for _ in range(500):
+            ledger.sent(Kind.SITE_OUTPUT, 1)
+            ledger.received(Kind.SITE_INPUT, 2)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(count, range(8)))
+    assert ledger.totals() == {"sent": {"site_output": 4000}, "received": {"site_input": 8000}}
+
+
+def test_an_earlier_part_of_a_run_is_added():
+    ledger = Ledger()
+    ledger.sent(Kind.EMBEDDING, 1)
+    ledger.add({"sent": {"embedding": 10}, "received": {"model": 20}})
+    ledger.add({"sent": {"control": 5}})
+    assert ledger.totals() == {"sent": {"embedding": 11, "control": 5}, "received": {"model": 20}}
+
+
+def test_an_unknown_kind_of_an_earlier_part_is_not_counted_as_another():
+    with pytest.raises(ValueError, match="gossip"):
+        Ledger().add({"sent": {"gossip": 1}})
