@@ -24,13 +24,11 @@ from tests.support.parity import (
     relative_error,
     token_batch,
 )
-from tests.support.tiny_models import ALL_MODELS, BLOCKS, REFUSED_MODELS, TINY_MODELS, UNVERIFIED_MODELS
+from tests.support.tiny_models import ALL_MODELS, BLOCKS, REFUSED_MODELS, TINY_MODELS, UNVERIFIED_MODELS, VOCAB
 from tidelock.backbone.local import LocalBackbone
 from tidelock.device.generate import GenerationSettings
-from tidelock.device.model import DeviceModel
 from tidelock.errors import ModelError
 from tidelock.model.families import FAMILIES
-from tidelock.peft.lora import ALL_PROJECTIONS
 from tidelock.run.connect import connect
 
 _FUSED = {"phi3": ["qkv_proj"], "bloom": ["query_key_value"], "gpt_neox": ["query_key_value"], "gpt2": ["c_attn"]}
@@ -136,7 +134,10 @@ LORA_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"rank_pattern": {"layers.1.self_attn.q_proj": 2, "v_proj": 6}, "alpha_pattern": {"k_proj": 3, "q_proj": 40}},
     ),
-    "patterns with rslora": ("qwen3", {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 1}}),
+    "patterns with rslora": (
+        "qwen3",
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 1}},
+    ),
     "upper blocks": ("llama", {"layers_to_transform": [2, 3]}),
     "blocks with gaps": ("gemma2", {"layers_to_transform": [0, 2]}),
     "one block": ("llama", {"layers_to_transform": [1]}),
@@ -181,7 +182,7 @@ def test_targets_left_open_where_peft_has_none_are_all_projections(name: str, ti
 def test_no_configuration_means_all_projections(tiny_models: Path):
     device = connect("local", model=tiny_models / "llama")
     oracle = joined_oracle(device, tiny_models / "llama", _config("llama", r=8, lora_alpha=8))
-    assert device.peft_config.target_modules == ALL_PROJECTIONS
+    assert device.bank.targets == dict.fromkeys(range(BLOCKS), ("q_proj", "k_proj", "v_proj"))
     assert_same_pass(device, oracle, token_batch("left"))
 
 
@@ -201,7 +202,11 @@ def test_frozen_weights_get_no_gradient_and_do_not_change(name: str, tiny_models
     device = connect("local", model=tiny_models / name, peft_config=config)
     joined_oracle(device, tiny_models / name, config)
     assert isinstance(device.backbone, LocalBackbone)
-    frozen = [*device.backbone._cut.parameters(), *device.ends._head_model.parameters(), *device.ends._embedding.parameters()]
+    frozen = [
+        *device.backbone._cut.parameters(),
+        *device.ends._head_model.parameters(),
+        *device.ends._embedding.parameters(),
+    ]
     before = [parameter.clone() for parameter in frozen]
     optimizer = torch.optim.AdamW(device.parameters(), lr=0.1)
     for _ in range(2):
@@ -218,7 +223,7 @@ def test_a_frozen_half_of_the_adapter_stays_and_the_other_trains(join: Connect, 
     for model in (device, oracle):
         for name, parameter in model.named_parameters():
             if "lora_A" in name:
-                parameter.requires_grad_(requires_grad=False)
+                parameter.requires_grad = False
     assert_same_pass(device, oracle, token_batch("right"))
     assert all(p.grad is None for name, p in device.named_parameters() if "lora_A" in name)
 
@@ -259,7 +264,9 @@ def test_an_unknown_family_is_said_to_be_unverified(name: str, tiny_models: Path
 @pytest.mark.parametrize("name", REFUSED_MODELS)
 def test_a_model_that_cannot_be_cut_is_refused(name: str, tmp_path: Path):
     model_type, settings = REFUSED_MODELS[name]
-    AutoConfig.for_model(model_type, **settings).save_pretrained(tmp_path)
-    save_file({"anything": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=rf"{model_type}.*: expected .*, got .*\. Use "):
+    config = AutoConfig.for_model(model_type, **settings)
+    config.save_pretrained(tmp_path)
+    ends = {f"{name}.weight": torch.zeros(VOCAB, config.hidden_size) for name in ("model.embed_tokens", "lm_head")}
+    save_file(ends, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"^(Model type|Cutting) .*: expected .*, got .*\."):
         connect("local", model=tmp_path)

@@ -21,7 +21,8 @@ from transformers import (
     get_linear_schedule_with_warmup,
     set_seed,
 )
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from tests.support.cloud_process import TOKEN, CloudProcess
 from tests.support.parity import (
@@ -201,7 +202,9 @@ def test_trainer_accumulates_clips_and_evaluates(by_trainer: _Result, recorder: 
     assert all(not torch.equal(by_trainer.adapter[name], start[name]) for name in start)
 
 
-def test_the_same_seed_gives_the_same_adapter(by_trainer: _Result, cloud: CloudProcess, tiny_models: Path, tmp_path: Path):
+def test_the_same_seed_gives_the_same_adapter(
+    by_trainer: _Result, cloud: CloudProcess, tiny_models: Path, tmp_path: Path
+):
     again = _with_trainer(_join(cloud, tiny_models), tmp_path)
     assert_bit_equal(again.adapter, by_trainer.adapter)
     assert again.eval_losses == by_trainer.eval_losses

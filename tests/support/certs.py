@@ -1,4 +1,4 @@
-"""Certificates for tests over TLS: an authority, a cloud's pair, a device's pair, and an authority that signed neither."""
+"""Certificates for tests over TLS: an authority, what it signed for a cloud and a device, and another authority."""
 
 from __future__ import annotations
 
@@ -82,9 +82,7 @@ def _signed(
     return builder.sign(ca_key, hashes.SHA256()), key
 
 
-def _unsigned(
-    subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey
-) -> x509.CertificateBuilder:
+def _unsigned(subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.timezone.utc)
     return (
         x509.CertificateBuilder()

@@ -70,7 +70,9 @@ class CloudProcess:
         self.start()
         return self
 
-    def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None) -> None:
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
+    ) -> None:
         self.kill()
 
     @property
@@ -127,7 +129,8 @@ def _serve() -> None:
     logging.basicConfig(level=logging.INFO)
     logging.getLogger("tidelock").setLevel(logging.DEBUG)
     services = [Service(**item) for item in json.loads(sys.stdin.readline())]
-    print(json.dumps(dict(map(_start, services))), flush=True)
+    sys.stdout.write(json.dumps(dict(map(_start, services))) + "\n")
+    sys.stdout.flush()
     sys.stdin.read()  # ends with the parent
     os._exit(0)
 

@@ -33,7 +33,9 @@ class TokenBatch:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "labels": self.labels}
 
 
-def token_batch(padding: str, *, seed: int = 0, lengths: tuple[int, ...] = (11, 7, 9), vocab: int = VOCAB) -> TokenBatch:
+def token_batch(
+    padding: str, *, seed: int = 0, lengths: tuple[int, ...] = (11, 7, 9), vocab: int = VOCAB
+) -> TokenBatch:
     """Return a batch padded `right`, `left` or not at all (`none`), with labels on a part of each row.
 
     No row's first token has a label: what `transformers` predicts it from is a padding token, when it is padded at the
@@ -56,7 +58,8 @@ def token_batch(padding: str, *, seed: int = 0, lengths: tuple[int, ...] = (11, 
 
 def plain_model(folder: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def plain_peft(folder: Path, config: LoraConfig) -> PeftModel:

@@ -122,7 +122,8 @@ UNVERIFIED_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("phi", {**_LLAMA_LIKE, "num_key_value_heads": 4}),
 }
 
-# Decoders, or not, that cannot be cut.
+# Decoders, or not, that cannot be cut: no list of blocks, other projections, blocks without attention, a head that
+# reads more than the final state.
 REFUSED_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("t5", {"vocab_size": VOCAB, "d_model": _D, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}),
     "deepseek_v3": (
@@ -138,6 +139,8 @@ REFUSED_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": BLOCKS,
         },
     ),
+    "lfm2": ("lfm2", {**_LLAMA_LIKE, "layer_types": [_FULL, "conv", _FULL, _FULL]}),
+    "mixtral": ("mixtral", {**_LLAMA_LIKE, "num_local_experts": 2}),
 }
 
 ALL_MODELS = {**TINY_MODELS, **UNVERIFIED_MODELS}

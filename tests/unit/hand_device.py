@@ -14,7 +14,7 @@ from tidelock.cloud.server import CloudServer
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire import tidelock_pb2_grpc as pb_grpc
 from tidelock.wire.address import Address
-from tidelock.wire.codec import TensorReader, write_parts
+from tidelock.wire.codec import Part, TensorReader, write_parts
 from tidelock.wire.limits import PROTOCOL_VERSION
 
 TOKEN = "0123456789abcdef-token"
@@ -96,7 +96,7 @@ class HandDevice:
 
 
 class HandPass:
-    """One stream."""
+    """One stream, whose messages protobuf's own code writes and reads."""
 
     def __init__(self, device: HandDevice, timeout: float | None) -> None:
         self.fingerprint = device.cloud.fingerprint
@@ -108,14 +108,14 @@ class HandPass:
 
     def send(self, field: str, *shape: int, block: int = 0) -> None:
         for part in write_parts(torch.full(shape, 0.01), torch.float32, block=block):
-            self.outbox.put(pb.DeviceMessage(**{field: part}))
+            self.outbox.put(pb.DeviceMessage(**{field: to_protobuf(part)}))  # type: ignore[arg-type]
 
     def receive(self, field: str, *shape: int, block: int = 0) -> torch.Tensor:
         reader = TensorReader(field, shape, torch.float32, block=block)
         while not reader.complete:
             message = next(self.call)
             assert message.WhichOneof("body") == field
-            reader.add(getattr(message, field))
+            reader.add(from_protobuf(getattr(message, field)))
         return reader.tensor()
 
     def forward(self, tokens: int = 8) -> None:
@@ -136,7 +136,7 @@ class HandPass:
         message = next(self.call)
         assert message.WhichOneof("body") == "done"
         assert next(self.call, None) is None
-        return message.done.compute_seconds
+        return float(message.done.compute_seconds)
 
     def error(self) -> grpc.RpcError:
         """Return the error with which the cloud ends the stream, whatever it had still to say before."""
@@ -148,6 +148,15 @@ class HandPass:
     def leave(self) -> None:
         self.outbox.put(None)
         self.call.cancel()
+
+
+def to_protobuf(part: Part) -> pb.TensorPart:
+    """Return a part as protobuf's own code has it."""
+    return pb.TensorPart(block=part.block, dtype=part.dtype, shape=part.shape, data=bytes(part.data))
+
+
+def from_protobuf(message: pb.TensorPart) -> Part:
+    return Part(message.block, message.dtype, tuple(message.shape), memoryview(message.data))
 
 
 def an_open(**changes) -> pb.Open:

@@ -23,7 +23,7 @@ from tidelock.wire.channel import Credentials, explain, open_channel
 from tidelock.wire.codec import WIRE_DTYPES
 from tidelock.wire.egress import Egress
 from tidelock.wire.ledger import Kind
-from tidelock.wire.limits import CALL_SECONDS, FETCH_SECONDS, PROTOCOL_VERSION
+from tidelock.wire.limits import CALL_SECONDS, FETCH_SECONDS, PASS_METHOD, PROTOCOL_VERSION
 
 if TYPE_CHECKING:
     from tidelock.errors import TidelockError
@@ -76,6 +76,8 @@ class Connection:
         self.cloud_seconds = 0.0
         self._channel = open_channel(address, credentials)
         self.stub = pb_grpc.BackboneStub(self._channel)
+        # As the stub's Pass, but with messages as bytes: see wire.stream.
+        self.open_pass = self._channel.stream_stream(PASS_METHOD, request_serializer=bytes, response_deserializer=bytes)
         try:
             self.description = self._describe()
         except BaseException:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from typing import TYPE_CHECKING, TypeVar, final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import grpc
 import torch
@@ -23,6 +23,7 @@ from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire.codec import TensorReader, dtype_to_pb
 from tidelock.wire.ledger import Kind
 from tidelock.wire.limits import PASS_SECONDS, PROTOCOL_VERSION
+from tidelock.wire.stream import read_message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -47,12 +48,12 @@ class _Stream:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._outbox: queue.SimpleQueue[pb.DeviceMessage | None] = queue.SimpleQueue()
-        self._call = connection.stub.Pass(
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._call: Any = connection.open_pass(
             iter(self._outbox.get, None), metadata=connection.credentials.metadata(), timeout=PASS_SECONDS
         )
 
-    def send(self, messages: Iterable[pb.DeviceMessage]) -> None:
+    def send(self, messages: Iterable[bytes]) -> None:
         for message in messages:
             self._outbox.put(message)
 
@@ -60,30 +61,28 @@ class _Stream:
         """Return the tensor that must come next; `Kind` and the message's field have the same names."""
         reader = TensorReader(kind.value, shape, dtype, block=block)
         while not reader.complete:
-            reader.add(getattr(self._next(kind), kind.value))
+            reader.add(self._next(kind, kind.value))
         return reader.tensor()
 
     def receive_done(self) -> pb.Done:
-        return self._next(Kind.CONTROL, "done").done
+        done: pb.Done = self._next(Kind.CONTROL, "done")
+        return done
 
     def close(self) -> None:
         self._outbox.put(None)
         self._call.cancel()
 
-    def _next(self, kind: Kind, field: str | None = None) -> pb.CloudMessage:
-        message: pb.CloudMessage | None = next(self._call, None)
-        if message is None:
+    def _next(self, kind: Kind, field: str) -> Any:  # noqa: ANN401  (a part, or the message that the field holds)
+        frame: bytes | None = next(self._call, None)
+        if frame is None:
             msg = "The cloud ended a pass before it was complete."
             raise CloudUnreachable(msg)
-        self._connection.egress.ledger.received(kind, message.ByteSize())
-        got = message.WhichOneof("body")
-        if got != (field or kind.value):
-            msg = (
-                f"Reading from the cloud: expected {field or kind.value}, got {got}. Use the same version on both "
-                "sides."
-            )
+        self._connection.egress.ledger.received(kind, len(frame))
+        message = read_message(pb.CloudMessage, frame)
+        if message.field != field:
+            msg = f"Reading from the cloud: expected {field}, got {message.field}. Use the same version on both sides."
             raise WireError(msg)
-        return message
+        return message.body
 
 
 @final

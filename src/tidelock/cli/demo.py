@@ -59,7 +59,7 @@ def _story(result: DemoResult, before: float, after: float) -> str:
     count = len(result.questions)
     lines += [
         "",
-        f"Exact answers to {count} held-out questions: {before * count:.0f} before training, {after * count:.0f} after.",
+        f"Exact answers to {count} held-out questions: {before * count:.0f} before, {after * count:.0f} after.",
         f"Training: {result.steps} steps in {format_seconds(result.train_seconds)}.",
         "",
         "What crossed the wire in training:",

@@ -88,13 +88,13 @@ def _signature() -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def _option(name: str, hint: Any, text: str, default: object) -> inspect.Parameter:
+def _option(name: str, hint: object, text: str, default: object) -> inspect.Parameter:
     flag = f"--{name.replace('_', '-')}"
     option = typer.Option(flag, help=text, show_default=default is not None and default is not False)
     return _parameter(name, Annotated[hint, option], default)
 
 
-def _parameter(name: str, annotation: Any, default: object) -> inspect.Parameter:
+def _parameter(name: str, annotation: object, default: object) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import grpc
 import torch
@@ -25,6 +25,7 @@ from tidelock.model.rows import Rows
 from tidelock.model.walk import Batch, Walk
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire.codec import TensorReader, dtype_from_pb, write_parts
+from tidelock.wire.stream import read_message, write_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -127,13 +128,22 @@ class Line:
     """The two ends of a stream as the engine sees them.
 
     Args:
-        incoming: The device's messages.
-        send: Takes a message for the device.
+        incoming: The device's encoded messages.
+        send: Takes an encoded message for the device.
     """
 
-    def __init__(self, incoming: Iterator[pb.DeviceMessage], send: Callable[[pb.CloudMessage], None]) -> None:
+    def __init__(self, incoming: Iterator[bytes], send: Callable[[bytes], None]) -> None:
         self._incoming = incoming
-        self.send = send
+        self._send = send
+
+    def send(self, field: str, tensor: Tensor, dtype: torch.dtype, *, block: int = 0) -> None:
+        """Send a tensor as the named field of `CloudMessage`."""
+        for part in write_parts(tensor, dtype, block=block):
+            self._send(write_part(pb.CloudMessage, field, part))
+
+    def send_done(self, done: pb.Done) -> None:
+        """Send the message that ends a training pass."""
+        self._send(pb.CloudMessage(done=done).SerializeToString())
 
     def open(self) -> pb.Open:
         """Return the message that opens a pass.
@@ -142,27 +152,28 @@ class Line:
             WireError: Another one came.
             PassAbandoned: The device closed the stream.
         """
-        return self._next("open").open
+        message: pb.Open = self._next("open")
+        return message
 
     def tensor(self, field: str, shape: tuple[int, ...], dtype: torch.dtype, *, block: int = 0) -> Tensor:
         """Return the tensor that must come next; errors as for `open`."""
         reader = TensorReader(field, shape, dtype, block=block)
         while not reader.complete:
-            reader.add(getattr(self._next(field), field))
+            reader.add(self._next(field))
         return reader.tensor()
 
-    def _next(self, field: str) -> pb.DeviceMessage:
+    def _next(self, field: str) -> Any:  # noqa: ANN401  (a part, or the message that the field holds)
         try:
-            message = next(self._incoming, None)
+            frame = next(self._incoming, None)
         except grpc.RpcError as error:
             raise PassAbandoned from error
-        if message is None:
+        if frame is None:
             raise PassAbandoned
-        got = message.WhichOneof("body")
-        if got != field:
-            msg = f"Reading from a device: expected {field}, got {got}. Use the same version on both sides."
+        message = read_message(pb.DeviceMessage, frame)
+        if message.field != field:
+            msg = f"Reading from a device: expected {field}, got {message.field}. Use the same version on both sides."
             raise WireError(msg)
-        return message
+        return message.body
 
 
 @final
@@ -180,16 +191,14 @@ class StreamSites:
         dtype = self._order.activation_dtype
         width = self._geometry.sites[block].output_width(self._order.active[block])
         with self._turn.waiting():
-            for part in write_parts(x_ND, dtype, block=block):
-                self._line.send(pb.CloudMessage(site_input=part))
+            self._line.send("site_input", x_ND, dtype, block=block)
             return self._line.tensor("site_output", (x_ND.shape[0], width), dtype, block=block)
 
     def backward(self, block: int, grad_NW: Tensor, *, need_input: bool) -> Tensor | None:
         """Send a site's gradient; return that of its input, shape (N, D), if it is needed."""
         dtype = self._order.gradient_dtype
         with self._turn.waiting():
-            for part in write_parts(grad_NW, dtype, block=block):
-                self._line.send(pb.CloudMessage(site_gradient=part))
+            self._line.send("site_gradient", grad_NW, dtype, block=block)
             if not need_input:
                 return None
             shape = (grad_NW.shape[0], self._geometry.sites[block].width)
@@ -211,14 +220,14 @@ def run_pass(cut: CutModel, order: PassOrder, line: Line, compute: ComputeQueue)
     cache = DynamicCache(config=cut.config) if order.mode == pb.GENERATE else None
     with turn.computing():
         final_MD = walk.forward(cache)
-    _send_final(line, final_MD, order)
+    line.send("final_state", final_MD, order.activation_dtype)
     if cache is not None:
         _generate(walk, cache, order, line, turn, geometry)
     elif order.training:
         grad_MD = line.tensor("final_gradient", tuple(final_MD.shape), order.gradient_dtype)
         with turn.computing():
             walk.backward(grad_MD)
-        line.send(pb.CloudMessage(done=pb.Done(compute_seconds=turn.seconds)))
+        line.send_done(pb.Done(compute_seconds=turn.seconds))
     return turn.seconds
 
 
@@ -230,9 +239,4 @@ def _generate(walk: Walk, cache: DynamicCache, order: PassOrder, line: Line, tur
         embeddings_BE = line.tensor("embedding", shape, order.activation_dtype)
         with turn.computing():
             final_BD = walk.extend(embeddings_BE, cache)
-        _send_final(line, final_BD, order)
-
-
-def _send_final(line: Line, final_MD: Tensor, order: PassOrder) -> None:
-    for part in write_parts(final_MD, order.activation_dtype):
-        line.send(pb.CloudMessage(final_state=part))
+        line.send("final_state", final_BD, order.activation_dtype)

@@ -17,22 +17,19 @@ from typing import TYPE_CHECKING, final
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from tidelock.cloud.service import BackboneService, Limits, Offer
+from tidelock.cloud.service import BackboneService, Limits, Offer, add_service
 from tidelock.errors import ConfigError, ListenRefused, ModelError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import empty_model, end_tensors, read_config, write_device_folder
 from tidelock.model.load import ModelChoice, load_cut_model
 from tidelock.wire import tidelock_pb2 as pb
-from tidelock.wire import tidelock_pb2_grpc as pb_grpc
 from tidelock.wire.address import Address
 from tidelock.wire.channel import CHANNEL_OPTIONS
-from tidelock.wire.limits import KEEPALIVE_TIMEOUT_MS, PROTOCOL_VERSION
+from tidelock.wire.limits import KEEPALIVE_TIMEOUT_MS, PROTOCOL_VERSION, SERVICE_NAME
 
 if TYPE_CHECKING:
     from tidelock.cloud.metrics import Metrics
     from tidelock.cloud.tenants import Tenants
-
-_SERVICE_NAME = "tidelock.v1.Backbone"
 
 
 @final
@@ -135,7 +132,7 @@ class CloudServer:
                 ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_TIMEOUT_MS),
             ],
         )
-        pb_grpc.add_BackboneServicer_to_server(self._service, self._server)
+        add_service(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
     def start(self) -> Address:
@@ -159,7 +156,7 @@ class CloudServer:
             )
             raise ListenRefused(msg)
         self._server.start()
-        for name in ("", _SERVICE_NAME):
+        for name in ("", SERVICE_NAME):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return Address(address.host, port, self._credentials is not None)
 

@@ -20,7 +20,7 @@ from tidelock.errors import ConfigError, ModelMismatch, TidelockError, TokenRefu
 from tidelock.units import format_bytes
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire import tidelock_pb2_grpc as pb_grpc
-from tidelock.wire.limits import PART_BYTES, PASS_SECONDS, PROTOCOL_VERSION
+from tidelock.wire.limits import PART_BYTES, PASS_SECONDS, PROTOCOL_VERSION, SERVICE_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,16 +105,14 @@ class BackboneService(pb_grpc.BackboneServicer):
             while data := file.read(PART_BYTES):
                 yield pb.FetchPart(data=data)
 
-    def Pass(
-        self, request_iterator: Iterator[pb.DeviceMessage], context: grpc.ServicerContext
-    ) -> Iterator[pb.CloudMessage]:
+    def Pass(self, request_iterator: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Run one micro-batch."""
         tenant = self._require_tenant(context)
         remaining = context.time_remaining()
         if remaining is None or remaining > PASS_SECONDS + 60:
             msg = f"Opening a pass: expected a deadline of at most {PASS_SECONDS} s, got none or a later one. Set one."
             _refuse(context, WireError(msg))
-        outbox: queue.SimpleQueue[pb.CloudMessage | TidelockError | None] = queue.SimpleQueue()
+        outbox: queue.SimpleQueue[bytes | TidelockError | None] = queue.SimpleQueue()
         line = Line(request_iterator, outbox.put)
         running = self._engines.submit(self._run, line, outbox, tenant)
 
@@ -134,7 +132,7 @@ class BackboneService(pb_grpc.BackboneServicer):
         """Take no more passes."""
         self._engines.shutdown(wait=False, cancel_futures=True)
 
-    def _run(self, line: Line, outbox: queue.SimpleQueue[pb.CloudMessage | TidelockError | None], tenant: str) -> None:
+    def _run(self, line: Line, outbox: queue.SimpleQueue[bytes | TidelockError | None], tenant: str) -> None:
         """Run a pass in an engine thread; whatever happens, the outbox is closed."""
         try:
             message = line.open()
@@ -185,6 +183,24 @@ class BackboneService(pb_grpc.BackboneServicer):
             msg = "Token: expected one that this cloud knows, got another or none. Ask whoever runs it for yours."
             _refuse(context, TokenRefused(msg))
         return tenant
+
+
+def add_service(servicer: pb_grpc.BackboneServicer, server: grpc.Server) -> None:
+    """Add a servicer to a server, with the messages of Pass as bytes, which `wire.stream` reads and writes."""
+    handlers = {
+        "Describe": grpc.unary_unary_rpc_method_handler(
+            servicer.Describe,
+            request_deserializer=pb.DescribeRequest.FromString,
+            response_serializer=pb.Description.SerializeToString,
+        ),
+        "Fetch": grpc.unary_stream_rpc_method_handler(
+            servicer.Fetch,
+            request_deserializer=pb.FetchRequest.FromString,
+            response_serializer=pb.FetchPart.SerializeToString,
+        ),
+        "Pass": grpc.stream_stream_rpc_method_handler(servicer.Pass),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
 
 
 _STATUS: dict[type[TidelockError], grpc.StatusCode] = {

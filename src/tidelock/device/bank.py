@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tidelock.errors import NonFiniteError, WireError
 from tidelock.peft.lora import LoraModule, lora_targets
@@ -71,7 +72,7 @@ class BankPass:
         self._parameters = parameters
         self._training = training
         self._dropout_seed = dropout_seed
-        self._graphs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._graphs: dict[int, tuple[Tensor, GradientEdge]] = {}
         self._grads: dict[int, Tensor] = {}
 
     def begin(self) -> BankPass:
@@ -90,15 +91,16 @@ class BankPass:
         with torch.set_grad_enabled(self._training):
             y_NW = module(x_ND, seed)
         if self._training:
-            self._graphs[block] = (x_ND, y_NW)
+            # Not y itself: its graph is wanted, its numbers are on their way and need not be kept here.
+            self._graphs[block] = (x_ND, get_gradient_edge(y_NW))
         return cast("Tensor", y_NW.detach())
 
     def backward(self, block: int, grad_NW: Tensor, *, need_input: bool) -> Tensor | None:
         """Keep the gradients of a module's parameters; return that of its input, shape (N, D), if it is needed."""
-        x_ND, y_NW = self._graphs.pop(block)
+        x_ND, edge = self._graphs.pop(block)
         parameters = [p for p in self._bank.module(block).parameters() if p.requires_grad]
         wanted = [*parameters, x_ND] if need_input else parameters
-        grads = torch.autograd.grad(y_NW, wanted, grad_NW.to(y_NW))
+        grads = torch.autograd.grad([edge], wanted, grad_NW.to(x_ND))
         self._grads.update({id(p): grad for p, grad in zip(parameters, grads, strict=False)})
         return grads[-1] if need_input else None
 

@@ -266,7 +266,8 @@ class DeviceModel(nn.Module):
         column_M = indices_N[select_M] % rows.width
         places_M = (row_M * width + column_M).to(x_MD.device)
         count = len(rows.lengths)
-        return x_MD.new_zeros(count * width, x_MD.shape[1]).index_copy(0, places_M, x_MD).view(count, width, -1)
+        # In place: the zeros are fresh, and pages of them that nothing is copied to take no memory.
+        return x_MD.new_zeros(count * width, x_MD.shape[1]).index_copy_(0, places_M, x_MD).view(count, width, -1)
 
 
 def _labelled(labels_BT: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

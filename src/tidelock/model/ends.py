@@ -123,7 +123,7 @@ class Ends:
         stored_names: The name under which the source stores each parameter of the ends.
 
     Raises:
-        ModelError: A tensor of the ends is missing or has the wrong shape.
+        ModelError: A tensor of the ends is missing or has the wrong shape, or the head needs more than the final state.
     """
 
     def __init__(self, config: PretrainedConfig, source: TensorSource) -> None:
@@ -141,6 +141,7 @@ class Ends:
         setattr(model.get_submodule(parent), name, _GivenState())
         self._embedding.eval().requires_grad_(requires_grad=False)
         self._head_model.eval().requires_grad_(requires_grad=False)
+        self._try_head()
 
     def to(self, device: torch.device) -> None:
         """Move both ends."""
@@ -156,6 +157,19 @@ class Ends:
         """Return the head's logits, shape (M, V), fp32; differentiable in the state."""
         output = self._head_model(inputs_embeds=final_MD[None], use_cache=False, return_dict=True)
         return cast("Tensor", output.logits[0])
+
+    @torch.no_grad()
+    def _try_head(self) -> None:
+        """Refuse a family whose causal model asks its decoder for more than the final state."""
+        try:
+            self.logits(torch.zeros(1, self.geometry.final_width))
+        except AttributeError as error:
+            msg = (
+                f"Cutting a model of type {self.config.model_type!r}: expected a head that needs the last state, "
+                f"got one that asks its decoder for {error.name!r} too ({type(self._head_model).__name__}). Models "
+                "with routed experts and the like cannot be cut yet; use another."
+            )
+            raise ModelError(msg) from error
 
 
 def end_tensors(model: PreTrainedModel, source: TensorSource) -> dict[str, str]:

@@ -125,8 +125,15 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
 
 
 def _site(index: int, block: nn.Module, family: Family) -> Site:
-    attention = block.get_submodule(family.attention)
-    widths = [_linear_widths(attention.get_submodule(name), name) for name in family.projections]
+    try:
+        attention = block.get_submodule(family.attention)
+        widths = [_linear_widths(attention.get_submodule(name), name) for name in family.projections]
+    except AttributeError as error:
+        msg = (
+            f"Cutting block {index}: expected {family.projections} in its {family.attention!r}, as in block 0, got "
+            f"none ({type(block).__name__}). Models that mix attention with other kinds of blocks cannot be cut."
+        )
+        raise ModelError(msg) from error
     inputs = {width for width, _ in widths}
     if len(inputs) != 1:
         msg = (

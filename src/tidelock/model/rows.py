@@ -89,5 +89,5 @@ def unpack(x_ND: Tensor, indices_N: Tensor | None, shape_BT: tuple[int, int]) ->
     rows, width = shape_BT
     if indices_N is None:
         return x_ND.view(rows, width, -1)
-    padded_SD = x_ND.new_zeros(rows * width, x_ND.shape[-1])
-    return padded_SD.index_copy(0, indices_N, x_ND).view(rows, width, -1)
+    # In place: the zeros are fresh, and pages of them that nothing is copied to take no memory.
+    return x_ND.new_zeros(rows * width, x_ND.shape[-1]).index_copy_(0, indices_N, x_ND).view(rows, width, -1)

@@ -221,6 +221,6 @@ class Walk:
         grad_x_ND = self._sites.backward(block, grads[0], need_input=need_input)
         if not need_input or grad_x_ND is None:
             return grad_BTD
-        grad_site_BTD = grads[1] + unpack(grad_x_ND.to(grads[1].dtype), self._indices_N, self._shape_BT)
+        grad_site_BTD = grads[1] + unpack(grad_x_ND.to(grads[1]), self._indices_N, self._shape_BT)
         (through_norm_BTD,) = torch.autograd.grad(before, [start], grad_site_BTD)
         return grads[2] + through_norm_BTD

@@ -54,8 +54,8 @@ _HONOURED = frozenset(
 )
 _INITS = (True, "gaussian")
 
-# As `target_modules`: a pattern, which is only ever matched against the projections of sites.
-ALL_PROJECTIONS = ".*"
+# As the only one of `target_modules`: all projections of every site, whatever the family calls them.
+ALL_PROJECTIONS = "*"
 
 
 def check_lora_config(config: LoraConfig) -> None:
@@ -91,8 +91,9 @@ def lora_targets(config: LoraConfig, geometry: Geometry) -> dict[int, tuple[str,
     if config.target_modules is None:
         defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(geometry.family.name)
         config.target_modules = list(defaults or geometry.family.projections)
-    if config.target_modules != ALL_PROJECTIONS:
-        _refuse_foreign_targets(config, geometry)
+    if set(config.target_modules) == {ALL_PROJECTIONS}:
+        config.target_modules = list(geometry.family.projections)
+    _refuse_foreign_targets(config, geometry)
     targets: dict[int, tuple[str, ...]] = {}
     for site in geometry.sites:
         names = tuple(
@@ -120,8 +121,8 @@ def _refuse_foreign_targets(config: LoraConfig, geometry: Geometry) -> None:
         foreign += sorted(name for name in config.target_modules or () if name.rpartition(".")[2] not in known)
     if foreign:
         msg = (
-            f"LoraConfig.target_modules: expected names out of {known}, got {foreign[:4]}. The sites of this version are "
-            "the attention's query, key and value projections; leave the others out."
+            f"LoraConfig.target_modules: expected names out of {known}, got {foreign[:4]}. The sites of this version "
+            "are the attention's query, key and value projections; leave the others out."
         )
         raise ConfigError(msg)
 

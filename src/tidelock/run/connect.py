@@ -9,6 +9,7 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from peft import LoraConfig
 
 from tidelock.backbone.connection import Connection
@@ -66,28 +67,20 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         CloudUnreachable, TlsError, TokenRefused: The cloud cannot be used.
         ModelMismatch: The cloud holds another model, or other weights.
 
-    Example:
-        >>> model = tidelock.connect("local", model="HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
-        >>> transformers.Trainer(model, args, train_dataset=rows).train()  # doctest: +SKIP
+    Example::
+
+        model = tidelock.connect("local", model="HuggingFaceTB/SmolLM2-135M-Instruct")
+        transformers.Trainer(model, args, train_dataset=rows).train()
     """
-    config = copy.copy(peft_config) if peft_config is not None else LoraConfig(target_modules=ALL_PROJECTIONS)
+    config = copy.copy(peft_config) if peft_config is not None else LoraConfig(target_modules=[ALL_PROJECTIONS])
     check_lora_config(config)
     if where == "local":
-        if model is None:
-            msg = "Connecting to 'local': expected a model folder or hub name, got none. Give one with model=."
-            raise ConfigError(msg)
-        checkpoint = Checkpoint.open(str(model))
-        ends = Ends(read_config(checkpoint.folder), checkpoint)
-        backbone: Backbone = LocalBackbone(load_cut_model(checkpoint, ModelChoice(str(model))))
+        ends, backbone = _local(model)
     else:
         credentials = credentials or Credentials(token or "", Path(ca) if ca is not None else None)
-        connection = Connection(
-            parse_url(where),
-            credentials,
-            Egress(ledger or Ledger()),
-            codec=codec,
-            patience_seconds=patience_seconds,
-        )
+        egress = Egress(ledger or Ledger())
+        address = parse_url(where)
+        connection = Connection(address, credentials, egress, codec=codec, patience_seconds=patience_seconds)
         try:
             ends = _ends_for(connection, None if model is None else str(model))
         except BaseException:
@@ -95,6 +88,16 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
             raise
         backbone = RemoteBackbone(connection, ends.geometry)
     return DeviceModel(ends, backbone, config)
+
+
+def _local(model: str | os.PathLike[str] | None) -> tuple[Ends, Backbone]:
+    if model is None:
+        msg = "Connecting to 'local': expected a model folder or hub name, got none. Give one with model=."
+        raise ConfigError(msg)
+    checkpoint = Checkpoint.open(str(model))
+    ends = Ends(read_config(checkpoint.folder), checkpoint)
+    torch_device = "cuda" if torch.cuda.is_available() else "cpu"
+    return ends, LocalBackbone(load_cut_model(checkpoint, ModelChoice(str(model), torch_device=torch_device)))
 
 
 def _ends_for(connection: Connection, model: str | None) -> Ends:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-
 from tidelock.data.example import Conversation
 from tidelock.data.source import read_examples
 from tidelock.device.generate import GenerationSettings

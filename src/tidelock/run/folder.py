@@ -11,6 +11,7 @@ May import `run.config`, `wire.ledger`, errors and small libraries.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # Written last into a checkpoint: one without it was cut off in the writing.
 _COMPLETE = "COMPLETE"
+# In the line that Trainer logs when it is done.
+_SUMMARY = "train_runtime"
 
 
 @final
@@ -52,15 +55,30 @@ class RunFolder:
             ConfigError: There is a run in it already.
             StorageError: The file system refused.
         """
-        folder = cls(Path(config.out))
+        folder = cls.new(Path(config.out))
+        folder.write_config(config)
+        return folder
+
+    @classmethod
+    def new(cls, path: Path) -> RunFolder:
+        """Return a folder in which a run can begin; it is no run before `write_config`.
+
+        Raises:
+            ConfigError: There is a run in it already.
+            StorageError: The file system refused.
+        """
+        folder = cls(path)
         if folder._toml.exists():
             msg = (
-                f"Run folder: expected a new one, got one with a run in it ({folder.path}). Go on with it by --resume, "
+                f"Run folder: expected a new one, got one with a run in it ({path}). Go on with it by --resume, "
                 "or choose another --out."
             )
             raise ConfigError(msg)
-        folder.checkpoints_ready()
-        folder._write(folder._toml, config.to_toml())
+        try:
+            folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            refusal = storage_error("Making the run folder", error, path)
+            raise refusal from error
         return folder
 
     @classmethod
@@ -88,18 +106,17 @@ class RunFolder:
             msg = f"Run configuration: expected a readable file, got {type(error).__name__} ({self._toml})."
             raise CheckpointError(msg) from error
 
-    def checkpoints_ready(self) -> None:
-        """Make the folders."""
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            refusal = storage_error("Making the run folder", error, self.path)
-            raise refusal from error
+    def write_config(self, config: RunConfig) -> None:
+        """Write the configuration, with which the run begins.
+
+        Raises:
+            StorageError: The file system refused.
+        """
+        self._write(self._toml, config.to_toml())
 
     def latest_checkpoint(self) -> Path | None:
         """Return the newest complete checkpoint, or None."""
-        complete = [path for path in self.checkpoints.glob("checkpoint-*") if (path / _COMPLETE).is_file()]
-        return max(complete, key=_step_of, default=None)
+        return max(self._complete_checkpoints(), key=_step_of, default=None)
 
     def mark_complete(self, checkpoint: Path) -> None:
         """Say that everything of a checkpoint is written, and on the disk."""
@@ -107,10 +124,19 @@ class RunFolder:
             _sync(path)
         (checkpoint / _COMPLETE).touch()
         _sync(checkpoint)
+        _sync(self.checkpoints)
 
     def discard(self, checkpoint: Path) -> None:
-        """Remove what a failed write left, so that nothing half-written stays."""
+        """Remove a checkpoint; one that cannot be removed whole is at least not taken for complete."""
+        with contextlib.suppress(OSError):
+            (checkpoint / _COMPLETE).unlink(missing_ok=True)
         shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def keep_newest(self, count: int) -> None:
+        """Remove all checkpoints but the newest complete ones."""
+        kept = sorted(self._complete_checkpoints(), key=_step_of)[-count:]
+        for path in set(self.checkpoints.glob("checkpoint-*")) - set(kept):
+            self.discard(path)
 
     def write_ledger(self, totals: Mapping[str, Any]) -> None:
         """Write the ledger's totals.
@@ -121,20 +147,19 @@ class RunFolder:
         self._write(self._ledger, json.dumps(totals, indent=2, sort_keys=True) + "\n")
 
     def read_ledger(self) -> dict[str, dict[str, int]]:
-        """Return the totals written last, or empty ones."""
-        try:
-            totals: dict[str, dict[str, int]] = json.loads(self._ledger.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return totals
+        """Return the largest totals that were written: the ledger, or a line of metrics since; empty without any."""
+        ledger = self._ledger.read_text(encoding="utf-8") if self._ledger.is_file() else "{}"
+        found = [json.loads(ledger) if _is_json(ledger) else {}, *(row.get("bytes", {}) for row in self._rows())]
+        return max(found, key=lambda totals: sum(sum(sizes.values()) for sizes in totals.values()))
 
     def keep_metrics_until(self, step: int) -> None:
-        """Drop the lines of steps that will be done again."""
-        if not self.metrics.is_file():
-            return
-        lines = self.metrics.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _is_json(line) and json.loads(line).get("step", 0) <= step]
-        self._write(self.metrics, "".join(f"{line}\n" for line in kept))
+        """Drop the lines of steps that will be done again, and the summary of a part of the run, which will come again.
+
+        Raises:
+            StorageError: The file system refused.
+        """
+        kept = [row for row in self._rows() if row.get("step", 0) <= step and _SUMMARY not in row]
+        self._write(self.metrics, "".join(f"{json.dumps(row)}\n" for row in kept))
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one line to the metrics.
@@ -148,6 +173,14 @@ class RunFolder:
         except OSError as error:
             refusal = storage_error("Writing metrics", error, self.metrics)
             raise refusal from error
+
+    def _complete_checkpoints(self) -> list[Path]:
+        return [path for path in self.checkpoints.glob("checkpoint-*") if (path / _COMPLETE).is_file()]
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics that are whole."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
+        return [json.loads(line) for line in lines if _is_json(line)]
 
     def _write(self, path: Path, text: str) -> None:
         """Write a file whole or not at all."""
@@ -172,10 +205,10 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _is_json(line: str) -> bool:
-    # The last line may be cut off where the process was killed.
+def _is_json(text: str) -> bool:
+    """Return whether a file or its last line was not cut off where the process was killed."""
     try:
-        json.loads(line)
+        json.loads(text)
     except ValueError:
         return False
     return True

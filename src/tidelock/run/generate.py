@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tidelock.errors import CheckpointError, ConfigError
-from tidelock.run.train import load_tokenizer, open_model
+from tidelock.run.train import open_model
 from tidelock.wire.ledger import Ledger
 
 if TYPE_CHECKING:

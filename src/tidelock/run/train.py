@@ -165,7 +165,7 @@ def _lora_config(config: RunConfig) -> LoraConfig:
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft's own maths takes any number
         lora_dropout=config.dropout,
         use_rslora=config.rslora,
-        target_modules=config.target or ALL_PROJECTIONS,
+        target_modules=config.target or [ALL_PROJECTIONS],
         layers_to_transform=config.layer,
         task_type="CAUSAL_LM",
     )

@@ -7,6 +7,7 @@ anything else. May import errors, `wire` and libraries.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -45,7 +46,25 @@ def dtype_from_pb(number: int) -> torch.dtype:
     raise WireError(msg)
 
 
-def write_parts(tensor: Tensor, dtype: torch.dtype, *, block: int = 0) -> Iterator[pb.TensorPart]:
+@final
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a tensor on the wire: a `TensorPart` whose data is not copied.
+
+    Attributes:
+        block: The site's block, where the tensor belongs to a site.
+        dtype: The dtype's number, in the first part only, else 0.
+        shape: The tensor's shape, in the first part only, else empty.
+        data: At most `PART_BYTES` bytes.
+    """
+
+    block: int
+    dtype: int
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+def write_parts(tensor: Tensor, dtype: torch.dtype, *, block: int = 0) -> Iterator[Part]:
     """Yield a tensor as parts, in order.
 
     Args:
@@ -55,9 +74,9 @@ def write_parts(tensor: Tensor, dtype: torch.dtype, *, block: int = 0) -> Iterat
     """
     flat = tensor.detach().to("cpu", dtype).contiguous().view(-1)
     data = flat.view(torch.uint8).numpy().data
-    yield pb.TensorPart(block=block, dtype=dtype_to_pb(dtype), shape=list(tensor.shape), data=bytes(data[:PART_BYTES]))
+    yield Part(block, dtype_to_pb(dtype), tuple(tensor.shape), data[:PART_BYTES])
     for offset in range(PART_BYTES, len(data), PART_BYTES):
-        yield pb.TensorPart(block=block, data=bytes(data[offset : offset + PART_BYTES]))
+        yield Part(block, 0, (), data[offset : offset + PART_BYTES])
 
 
 @final
@@ -85,7 +104,7 @@ class TensorReader:
         """Whether all parts have come."""
         return self._buffer is not None and self._filled == self._size
 
-    def add(self, part: pb.TensorPart) -> None:
+    def add(self, part: Part) -> None:
         """Take the next part.
 
         Raises:

@@ -8,24 +8,22 @@ May import errors, `wire` and libraries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, final
 
 from tidelock.errors import WireError
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire.codec import write_parts
 from tidelock.wire.ledger import Kind, Ledger
+from tidelock.wire.stream import write_part
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
     from torch import Tensor
 
-_MESSAGE_OF_KIND: dict[Kind, Callable[[pb.TensorPart], pb.DeviceMessage]] = {
-    Kind.EMBEDDING: lambda part: pb.DeviceMessage(embedding=part),
-    Kind.SITE_OUTPUT: lambda part: pb.DeviceMessage(site_output=part),
-    Kind.FINAL_GRADIENT: lambda part: pb.DeviceMessage(final_gradient=part),
-    Kind.INPUT_GRADIENT: lambda part: pb.DeviceMessage(input_gradient=part),
-}
+# A kind's name is that of its message's field.
+_TENSOR_KINDS = (Kind.EMBEDDING, Kind.SITE_OUTPUT, Kind.FINAL_GRADIENT, Kind.INPUT_GRADIENT)
 
 
 @final
@@ -35,19 +33,19 @@ class Egress:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
 
-    def open(self, message: pb.Open) -> pb.DeviceMessage:
-        """Return the message that opens a pass."""
-        return self._count(Kind.CONTROL, pb.DeviceMessage(open=message))
+    def open(self, message: pb.Open) -> bytes:
+        """Return the encoded message that opens a pass."""
+        return self._count(Kind.CONTROL, pb.DeviceMessage(open=message).SerializeToString())
 
-    def tensor(self, kind: Kind, tensor: Tensor, dtype: torch.dtype, *, block: int = 0) -> Iterator[pb.DeviceMessage]:
-        """Yield the messages that carry a tensor to the cloud.
+    def tensor(self, kind: Kind, tensor: Tensor, dtype: torch.dtype, *, block: int = 0) -> Iterator[bytes]:
+        """Yield the encoded messages that carry a tensor to the cloud.
 
         Raises:
             WireError: Tensors of this kind do not leave the device, or this one does not hold floating-point numbers.
         """
-        if kind not in _MESSAGE_OF_KIND:
+        if kind not in _TENSOR_KINDS:
             msg = (
-                f"Sending a {kind.value}: expected one of {sorted(known.value for known in _MESSAGE_OF_KIND)}, got "
+                f"Sending a {kind.value}: expected one of {sorted(known.value for known in _TENSOR_KINDS)}, got "
                 "something that must not leave the device. This is a fault in tidelock; please report it."
             )
             raise WireError(msg)
@@ -58,8 +56,8 @@ class Egress:
             )
             raise WireError(msg)
         for part in write_parts(tensor, dtype, block=block):
-            yield self._count(kind, _MESSAGE_OF_KIND[kind](part))
+            yield self._count(kind, write_part(pb.DeviceMessage, kind.value, part))
 
-    def _count(self, kind: Kind, message: pb.DeviceMessage) -> pb.DeviceMessage:
-        self.ledger.sent(kind, message.ByteSize())
+    def _count(self, kind: Kind, message: bytes) -> bytes:
+        self.ledger.sent(kind, len(message))
         return message

@@ -6,6 +6,8 @@ May import nothing.
 from __future__ import annotations
 
 PROTOCOL_VERSION = 1
+SERVICE_NAME = "tidelock.v1.Backbone"
+PASS_METHOD = f"/{SERVICE_NAME}/Pass"
 
 # Most data bytes in one TensorPart or FetchPart, and so the most that a peer can make the other hold unasked.
 PART_BYTES = 1 << 20

@@ -39,10 +39,10 @@ class LyingCloud(pb_grpc.BackboneServicer):
         self.description.files.append(pb.Artefact(name=name, sha256=sha256 or digest, size_bytes=size))
         self.given[name] = content if given is None else given
 
-    def Describe(self, request, context):
+    def Describe(self, request, context):  # noqa: N802
         return self.description
 
-    def Fetch(self, request, context):
+    def Fetch(self, request, context):  # noqa: N802
         self.fetched.append(request.name)
         if self.wait is not None:
             self.wait()
@@ -105,7 +105,7 @@ def test_errors_are_ours(liar, connect):
 
 def test_nobody_listens(liar, connect):
     liar.address = Address("127.0.0.1", 1, tls=False)
-    with pytest.raises(CloudUnreachable, match="grpc://127.0.0.1:1"):
+    with pytest.raises(CloudUnreachable, match=r"grpc://127.0.0.1:1"):
         connect(liar)
 
 
@@ -196,7 +196,22 @@ def test_a_file_longer_than_described_is_not_taken_to_its_end(liar, connect, tmp
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../evil", "/etc/evil", "a/b", "a\\b", ".hidden", "a\x00b", "a\nb", "C:evil", "x" * 101, "ä", "-rf"],
+    [
+        "",
+        ".",
+        "..",
+        "../evil",
+        "/etc/evil",
+        "a/b",
+        "a\\b",
+        ".hidden",
+        "a\x00b",
+        "a\nb",
+        "C:evil",
+        "x" * 101,
+        "ä",
+        "-rf",
+    ],
 )
 def test_a_name_that_is_no_plain_file_name_is_refused(liar, connect, tmp_path, name):
     liar.offer(name, b"content")

@@ -17,7 +17,7 @@ from tidelock.backbone import remote
 from tidelock.backbone.connection import Connection
 from tidelock.backbone.local import LocalBackbone
 from tidelock.backbone.remote import RemoteBackbone
-from tidelock.cloud.service import Limits
+from tidelock.cloud.service import Limits, add_service
 from tidelock.errors import CloudUnreachable, ConfigError, ModelMismatch, TidelockError, TokenRefused, WireError
 from tidelock.model.cut import CutModel
 from tidelock.model.rows import Rows
@@ -43,10 +43,10 @@ class FlakyCloud(pb_grpc.BackboneServicer):
         self.passes = 0
         self.before_fault = lambda: None
 
-    def Describe(self, request, context):
+    def Describe(self, request, context):  # noqa: N802
         return self.service.Describe(request, context)
 
-    def Pass(self, request_iterator, context):
+    def Pass(self, request_iterator, context):  # noqa: N802
         self.passes += 1
         after, fault = self.faults.pop(0) if self.faults else (None, None)
         for number, message in enumerate(self.service.Pass(request_iterator, context)):
@@ -56,7 +56,7 @@ class FlakyCloud(pb_grpc.BackboneServicer):
                     context.abort(fault, "broken by the test")
                 if fault is None:
                     return
-                yield fault
+                yield fault.SerializeToString()
             yield message
 
 
@@ -91,7 +91,7 @@ def cloud(start_cloud):
 def flaky(cloud):
     """A breakable cloud, which must be idle after every test."""
     server, servicer = grpc.server(ThreadPoolExecutor(8)), FlakyCloud(cloud.service)
-    pb_grpc.add_BackboneServicer_to_server(servicer, server)
+    add_service(servicer, server)
     servicer.address = Address("127.0.0.1", server.add_insecure_port("127.0.0.1:0"), tls=False)
     server.start()
     yield servicer
@@ -249,7 +249,7 @@ def test_final_errors_are_not_repeated(flaky, connect, status, after):
 def test_a_cloud_that_breaks_the_protocol_is_not_asked_again(flaky, connect, after):
     odd = pb.CloudMessage(done=pb.Done()) if after < 5 else pb.CloudMessage(final_state=pb.TensorPart())
     flaky.faults = [(after, odd)]
-    with pytest.raises(WireError, match="Reading from the cloud: expected .*, got (done|final_state)"):
+    with pytest.raises(WireError, match=r"Reading from the cloud: expected .*, got (done|final_state)"):
         step(connect(flaky), LinearSites())
     assert flaky.passes == 1
 
@@ -404,7 +404,7 @@ def test_a_cloud_that_is_started_again_is_found(cloud, connect, reference, monke
 
     def serve(port):
         server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
-        pb_grpc.add_BackboneServicer_to_server(servicer, server)
+        add_service(servicer, server)
         bound = server.add_insecure_port(f"127.0.0.1:{port}")
         server.start()
         return server, bound

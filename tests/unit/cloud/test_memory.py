@@ -34,7 +34,7 @@ def really_kept(cut, rows, width):
         embeddings_NE=torch.randn(rows * width, WIDTH),
         rows=Rows((0,) * rows, (width,) * rows, width),
         select_M=torch.arange(rows * width),
-        active={block: ("q_proj", "k_proj", "v_proj") for block in range(BLOCKS)},
+        active=dict.fromkeys(range(BLOCKS), ("q_proj", "k_proj", "v_proj")),
         training=True,
     )
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -169,7 +169,7 @@ def test_a_model_that_is_not_all_here_is_not_served(make_server, tiny_folder, mo
 
 def test_a_folder_without_a_model_is_refused(make_server, tiny_folder, tmp_path):
     shutil.copy(tiny_folder / "config.json", tmp_path)
-    with pytest.raises(ModelError, match="expected model.safetensors"):
+    with pytest.raises(ModelError, match=r"expected model.safetensors"):
         make_server(model=tmp_path)
 
 

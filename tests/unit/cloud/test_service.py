@@ -30,7 +30,7 @@ def cloud(start_cloud):
 
 @pytest.fixture
 def device(cloud, hand_device):
-    yield hand_device(cloud)
+    return hand_device(cloud)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def undisturbed(cloud):
     wait_until(cloud.is_idle, "an idle cloud")
 
 
-def refusal(run: HandPass) -> tuple[grpc.StatusCode, str]:
+def refusal(run: HandPass):
     error = run.error()
     return error.code(), error.details()
 
@@ -91,13 +91,17 @@ def test_generation_ends_with_the_models_positions(device, undisturbed):
     assert next(run.call, None) is None
 
 
+def all_of(answer):
+    return answer if isinstance(answer, pb.Description) else list(answer)
+
+
 @pytest.mark.parametrize("metadata", [(), (("authorization", "Bearer "),), (("authorization", f"Bearer {TOKEN}x"),)])
 @pytest.mark.parametrize("method", ["Describe", "Fetch", "Pass"])
 def test_no_method_answers_without_a_known_token(device, method, metadata, caplog):
     argument = {"Describe": pb.DescribeRequest(), "Fetch": pb.FetchRequest(name="config.json"), "Pass": iter([])}
+    ask = getattr(device.stub, method)
     with pytest.raises(grpc.RpcError) as caught:
-        answer = getattr(device.stub, method)(argument[method], metadata=metadata, timeout=10)
-        list(answer if method != "Describe" else [answer])
+        all_of(ask(argument[method], metadata=metadata, timeout=10))
     assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
     assert "Token: expected one that this cloud knows" in caught.value.details()
     assert TOKEN not in caught.value.details()
@@ -210,7 +214,9 @@ def leave_before_the_embedding(run):
 
 def leave_in_the_middle_of_the_embedding(run):
     run.open()
-    run.outbox.put(pb.DeviceMessage(embedding=pb.TensorPart(dtype=pb.FP32, shape=[8, WIDTH], data=bytes(8 * WIDTH * 4))))
+    run.outbox.put(
+        pb.DeviceMessage(embedding=pb.TensorPart(dtype=pb.FP32, shape=[8, WIDTH], data=bytes(8 * WIDTH * 4)))
+    )
     run.receive("site_input", 8, WIDTH)
 
 
@@ -377,7 +383,6 @@ def test_a_tenant_that_waits_for_its_device_does_not_hold_the_others_up(start_cl
 def test_passes_at_once_do_not_mix(start_cloud, hand_device):
     cloud = start_cloud(Limits(max_sessions=2))
     runs = [hand_device(cloud).begin() for _ in range(2)]
-    states = []
     for run in runs:
         run.open(mode=pb.EVALUATE, active=[pb.ActiveSite(block=0, projections=PROJECTIONS)])
     for run in runs:
@@ -386,9 +391,8 @@ def test_passes_at_once_do_not_mix(start_cloud, hand_device):
         run.receive("site_input", 8, WIDTH)
     for run in runs:
         run.send("site_output", 8, SITE_WIDTH)
-    for run in runs:
-        states.append(run.receive("final_state", 8, WIDTH))
-    assert torch.equal(*states)
+    first, second = (run.receive("final_state", 8, WIDTH) for run in runs)
+    assert torch.equal(first, second)
 
 
 def test_finished_passes_are_counted_and_others_not(start_cloud, hand_device):
@@ -412,6 +416,7 @@ def test_debug_logs_name_tenant_and_size_only(device, undisturbed, caplog):
         run.forward()
         run.backward()
         gone = device.begin()
+        gone.forward()
         gone.leave()
         wait_until(lambda: "the device left" in caplog.text, "the second pass logged")
     assert "Pass of anna: 8 tokens" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
@@ -70,10 +71,8 @@ def test_a_turn_is_given_up_while_waiting_and_taken_again():
 def test_an_error_leaves_the_line_free(nested):
     line = ComputeQueue()
     turn = Turn(line)
-    with pytest.raises(ZeroDivisionError), turn.computing():
-        if nested:
-            with turn.waiting():
-                raise ZeroDivisionError
+    inner = turn.waiting() if nested else contextlib.nullcontext()
+    with pytest.raises(ZeroDivisionError), turn.computing(), inner:
         raise ZeroDivisionError
     assert line.waiting == 0
 

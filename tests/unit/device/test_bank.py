@@ -100,7 +100,7 @@ def test_one_missing_gradient_is_told(geometry, x):
     for block in (0, 1):
         half.forward(block, x)
         half.backward(block, torch.ones(50, 64), need_input=False)
-    with pytest.raises(WireError, match="got none for 6 of them. The step was not taken"):
+    with pytest.raises(WireError, match=r"got none for 6 of them. The step was not taken"):
         half.gradients()
 
 

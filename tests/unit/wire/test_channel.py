@@ -1,4 +1,4 @@
-"""The connection to a cloud, over real sockets: what is refused before anything is sent, and what is said when it fails."""
+"""The connection to a cloud, over real sockets: what is refused beforehand, and what is said when it fails."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TOKEN = "a-token-that-nobody-should-see"
 class Answering(pb_grpc.BackboneServicer):
     """Answers every call, or aborts it with the status that the call names."""
 
-    def Describe(self, request, context):
+    def Describe(self, request, context):  # noqa: N802
         metadata = dict(context.invocation_metadata())
         if "abort" in metadata:
             context.abort(getattr(grpc.StatusCode, metadata["abort"]), metadata["details"])
