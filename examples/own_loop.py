@@ -15,7 +15,6 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 import tidelock
-from tidelock.peft.export import save_adapter
 
 TEXTS = ["Our dog is called Marlowe.", "The spare key hangs behind the barometer.", "We met on a ferry to Texel."]
 
@@ -52,8 +51,7 @@ def main() -> None:
     answer = model.eval().generate(prompt, settings=tidelock.GenerationSettings(max_new_tokens=6))
     print(tokenizer.decode(answer[0]))
     print("Bytes that crossed:", ledger.totals())
-    modules = {block: model.bank.module(block) for block in model.bank.targets}
-    save_adapter(modules, model.peft_config, model.ends.geometry, options.out, base_model=model.config.model_type)
+    model.save_adapter(options.out)
     model.close()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 
 import pytest
 
-from tests.faults.conftest import STEPS_PER_EPOCH, Cloud, Run, World, check_equal
 from tests.faults.inject import Place, strike
+from tests.faults.world import STEPS_PER_EPOCH, Cloud, Run, World, check_equal
 
 KILL, CTRL_C = signal.SIGKILL, signal.SIGINT
 
@@ -32,8 +34,19 @@ def test_killed_and_resumed(
     assert not (killed.out / "adapter").exists()
     resumed = world.resume(killed)
     check_equal(resumed, undisturbed)
-    said = resumed.process.stderr
-    assert (f"Going on from {killed.out}/checkpoints/checkpoint-{resumes_after}." in said) == (resumes_after is not None)
+    began = "the beginning: there is no whole checkpoint yet"
+    where = began if resumes_after is None else f"{killed.out}/checkpoints/checkpoint-{resumes_after}"
+    assert f"Going on from {where}." in resumed.process.stderr
+
+
+def test_what_crossed_twice_is_counted_twice(world: World, cloud: Cloud, undisturbed: Run) -> None:
+    run = world.train("counted", cloud.address, hook=strike(Place.UNMARKED, 2, KILL))
+    assert run.process.wait() == -KILL
+    check_equal(world.resume(run), undisturbed)
+    counted, once = (json.loads((each.out / "ledger.json").read_text()) for each in (run, undisturbed))
+    # Steps 3 and 4, of three batches, and the evaluation between them came to nothing: at least their sizes of site
+    # outputs are in the sum.
+    assert counted["sent"]["site_output"] > once["sent"]["site_output"] * 1.1
 
 
 def test_killed_twice_from_outside(world: World, cloud: Cloud, undisturbed: Run) -> None:
@@ -92,7 +105,9 @@ def test_an_interrupt_in_the_last_step_is_too_late(world: World, cloud: Cloud, u
     assert run.process.stdout.startswith("Done: 12 steps in ")
 
 
-def test_a_finished_run_that_is_resumed_stays_as_it_is(world: World, cloud: Cloud, undisturbed: Run) -> None:
-    run = world.train("finished", cloud.address)
-    check_equal(run, undisturbed)
-    check_equal(world.resume(run), undisturbed)
+def test_a_finished_run_that_was_moved_and_is_resumed_stays_as_it_is(
+    world: World, cloud: Cloud, undisturbed: Run
+) -> None:
+    moved = world.folder / "moved"
+    shutil.copytree(undisturbed.out, moved)
+    check_equal(world.resume(Run(moved, undisturbed.process)), undisturbed)

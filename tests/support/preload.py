@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 
 # As `tidelock.cli.main` sets them, which is too late in a process that has the libraries already.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -10,9 +11,5 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # For models as small as those of the tests more threads are slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import tidelock.cli.cloud
-import tidelock.cli.generate
-import tidelock.cli.train
-import tidelock.cloud.server
-import tidelock.run.generate
-import tidelock.run.train
+for name in ("cli.cloud", "cli.generate", "cli.train", "cloud.server", "run.generate", "run.train"):
+    import_module(f"tidelock.{name}")

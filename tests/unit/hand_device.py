@@ -152,7 +152,7 @@ class HandPass:
 
 def to_protobuf(part: Part) -> pb.TensorPart:
     """Return a part as protobuf's own code has it."""
-    return pb.TensorPart(block=part.block, dtype=part.dtype, shape=part.shape, data=bytes(part.data))
+    return pb.TensorPart(block=part.block, dtype=part.dtype, shape=part.shape, data=bytes(part.data))  # type: ignore[arg-type]
 
 
 def from_protobuf(message: pb.TensorPart) -> Part:

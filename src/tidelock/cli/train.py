@@ -21,10 +21,16 @@ if TYPE_CHECKING:
     from tidelock.run.train import TrainResult
 
 
+# What a resumed run may have otherwise than it began: nothing that its result depends on.
+_CHANGEABLE = frozenset(
+    {"out", "cloud", "token_file", "ca", "client_cert", "client_key", "insecure", "patience", "threads", "keep"}
+)
+
+
 def command(*, resume: bool = False, json: bool = False, **knobs: Any) -> None:
     """Train an adapter on private examples; the text, the labels and the adapter stay on this device."""
     output = Output(json=json)
-    config = _resumed(Path(knobs["out"])) if resume else _new(knobs)
+    config = _resumed(knobs) if resume else _new(knobs)
     with StepProgress(output) as progress:
         # Loads torch, which --help must not wait for.
         train = import_module("tidelock.run.train").train
@@ -42,9 +48,18 @@ def _new(knobs: dict[str, Any]) -> RunConfig:
     return RunConfig(**knobs)
 
 
-def _resumed(out: Path) -> RunConfig:
-    """Return the configuration that a run began with; the folder may have been moved."""
-    return replace(RunFolder.open(out).config(), out=str(out))
+def _resumed(knobs: dict[str, Any]) -> RunConfig:
+    """Return the configuration that a run began with; only where its folder and its cloud are may have changed."""
+    defaults = {name: parameter.default for name, parameter in _signature().parameters.items()}
+    given = {name: value for name, value in knobs.items() if value != defaults[name] or name == "out"}
+    fixed = sorted(f"--{name.replace('_', '-')}" for name in given if name not in _CHANGEABLE)
+    if fixed:
+        msg = (
+            f"Resuming: expected only --out and where the cloud is, got {', '.join(fixed)}. A resumed run keeps what "
+            "it began with; start another one for other settings."
+        )
+        raise ConfigError(msg)
+    return replace(RunFolder.open(Path(knobs["out"])).config(), **given)
 
 
 def _report(result: TrainResult, out: Path, output: Output) -> None:

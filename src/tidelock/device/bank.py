@@ -100,6 +100,8 @@ class BankPass:
         x_ND, edge = self._graphs.pop(block)
         parameters = [p for p in self._bank.module(block).parameters() if p.requires_grad]
         wanted = [*parameters, x_ND] if need_input else parameters
+        if not wanted:  # a module that its user has frozen, below all others
+            return None
         grads = torch.autograd.grad([edge], wanted, grad_NW.to(x_ND))
         self._grads.update({id(p): grad for p, grad in zip(parameters, grads, strict=False)})
         return grads[-1] if need_input else None

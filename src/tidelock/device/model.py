@@ -25,15 +25,19 @@ from tidelock.device.generate import GenerationSettings, generate
 from tidelock.errors import ConfigError, NonFiniteError, WireError
 from tidelock.model.rows import Rows
 from tidelock.model.walk import Batch
+from tidelock.peft.export import apply_adapter, save_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from peft import LoraConfig
     from transformers import PretrainedConfig
 
     from tidelock.backbone.protocol import Backbone, Pass
     from tidelock.model.ends import Ends
+    from tidelock.peft.export import Adapter
+    from tidelock.peft.lora import LoraModule
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +148,7 @@ class DeviceModel(nn.Module):
             select_N = torch.arange(rows.num_tokens)
             final_MD = self._through_backbone(ids_BT, rows, select_N)
             return CausalLMOutput(logits=self._spread(self.ends.logits(final_MD), rows, select_N, ids_BT.shape[1]))
+        _check_shapes(ids_BT, labels=labels)
         select_M, targets_M = _labelled(labels, rows)
         logits_MV = self.ends.logits(self._through_backbone(ids_BT, rows, select_M))
         loss = ForCausalLMLoss(
@@ -197,6 +202,28 @@ class DeviceModel(nn.Module):
         ids_BT, rows = self._read_batch(input_ids, attention_mask, {})
         return generate(self, ids_BT, rows, settings or GenerationSettings())
 
+    def save_adapter(self, folder: Path, base_model: str | None = None) -> None:
+        """Write the trained modules as a PEFT adapter.
+
+        Args:
+            folder: Made when it is not there.
+            base_model: Folder or hub name of the model, for whoever loads the adapter; None takes where this device
+                read it.
+
+        Raises:
+            StorageError: The file system refused.
+        """
+        base_model = base_model or str(self.ends.folder)
+        save_adapter(self._modules_by_block(), self.peft_config, self.ends.geometry, folder, base_model=base_model)
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Copy an adapter's weights into the modules, which were made from its configuration.
+
+        Raises:
+            CheckpointError: Its tensors are not those of the modules.
+        """
+        apply_adapter(adapter, self._modules_by_block(), self.ends.geometry)
+
     def add_model_tags(self, tags: list[str] | str) -> None:
         """Take the tags that TRL gives to models for their model cards; a device model has none, so they are let go."""
         logger.debug("Model tags %s are not kept: a device model has no model card.", tags)
@@ -228,6 +255,9 @@ class DeviceModel(nn.Module):
         training = torch.is_grad_enabled() and bool(parameters)
         return BankPass(self.bank, parameters, training=training, dropout_seed=seed)
 
+    def _modules_by_block(self) -> dict[int, LoraModule]:
+        return {block: self.bank.module(block) for block in self.bank.targets}
+
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.bank.parameters() if parameter.requires_grad]
 
@@ -247,6 +277,7 @@ class DeviceModel(nn.Module):
                 "it does not know (position_ids and inputs_embeds among them)."
             )
             raise ConfigError(msg)
+        _check_shapes(input_ids, attention_mask=attention_mask)
         self.ends.to(self.device)
         mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows = Rows.from_mask(mask_BT)
@@ -268,6 +299,17 @@ class DeviceModel(nn.Module):
         count = len(rows.lengths)
         # In place: the zeros are fresh, and pages of them that nothing is copied to take no memory.
         return x_MD.new_zeros(count * width, x_MD.shape[1]).index_copy_(0, places_M, x_MD).view(count, width, -1)
+
+
+def _check_shapes(ids_BT: Tensor, **others: Tensor | None) -> None:
+    """Refuse ids that are not a batch, and masks or labels that are not of their shape."""
+    for name, other in (("input_ids", ids_BT), *others.items()):
+        if other is not None and (other.dim() != 2 or other.shape != ids_BT.shape):
+            msg = (
+                f"Calling the device's model: expected {name} of two axes (rows, positions), here "
+                f"{tuple(ids_BT.shape)}, got {tuple(other.shape)}. Give one value a token."
+            )
+            raise ConfigError(msg)
 
 
 def _labelled(labels_BT: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -194,9 +194,6 @@ def _parameters(modules: Mapping[int, LoraModule], geometry: Geometry) -> dict[s
 def _portable(config: LoraConfig, targets: Mapping[int, tuple[str, ...]], geometry: Geometry) -> LoraConfig:
     """Return a copy of a configuration whose target modules mean the same to `peft`, which knows no sites."""
     config = copy.copy(config)
-    if isinstance(config.target_modules, set | list | tuple):
-        config.target_modules = sorted(config.target_modules)
-        return config
     config.target_modules = sorted({name for names in targets.values() for name in names})
     if not _same_targets(config, targets, geometry):
         # Full names are matched exactly, before any other rule.

@@ -16,6 +16,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _COMPLETE = "COMPLETE"
 # In the line that Trainer logs when it is done.
 _SUMMARY = "train_runtime"
+_PROBE_BYTES = 1 << 20
 
 
 @final
@@ -161,6 +163,10 @@ class RunFolder:
         kept = [row for row in self._rows() if row.get("step", 0) <= step and _SUMMARY not in row]
         self._write(self.metrics, "".join(f"{json.dumps(row)}\n" for row in kept))
 
+    def has_metric(self, step: int, name: str) -> bool:
+        """Return whether something was measured at a step."""
+        return any(row.get("step") == step and name in row for row in self._rows())
+
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one line to the metrics.
 
@@ -195,10 +201,29 @@ class RunFolder:
 
 
 def storage_error(doing: str, error: Exception, path: Path) -> StorageError:
-    """Return our error for a refusal of the file system."""
+    """Return our error for a refusal of the file system.
+
+    Args:
+        doing: What was being done.
+        error: What the system said, or a library about it.
+        path: What was being written.
+    """
+    if not isinstance(error, OSError):
+        error = _refusal_of_disk(path.parent) or error
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    advice = "Make room" if isinstance(error, OSError) and error.errno == errno.ENOSPC else "Check disk and permissions"
+    is_full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
+    advice = "Make room" if is_full else "Check disk and permissions"
     return StorageError(f"{doing}: expected the disk to take it, got {reason} ({path}). {advice}, then use --resume.")
+
+
+def _refusal_of_disk(folder: Path) -> OSError | None:
+    """Return what the system says to a write there; PyTorch keeps it to itself."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_PROBE_BYTES))
+    except OSError as error:
+        return error
+    return None
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -5,6 +5,7 @@ May import everything below `run`.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from tidelock.data.batch import Collator
 from tidelock.data.encode import Encoder, encode_all
 from tidelock.data.source import read_examples
 from tidelock.errors import ConfigError
-from tidelock.peft.export import apply_adapter, load_adapter, save_adapter
+from tidelock.peft.export import load_adapter
 from tidelock.peft.lora import ALL_PROJECTIONS
 from tidelock.run.connect import connect
 from tidelock.run.folder import RunFolder
@@ -71,7 +72,7 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
         TidelockError: Any of its kinds; a run that had finished steps has saved them first.
     """
     began = time.monotonic()
-    folder = RunFolder.open(Path(config.out)) if resume else RunFolder.create(config)
+    folder = RunFolder.open(Path(config.out)) if resume else RunFolder.new(Path(config.out))
     checkpoint = folder.latest_checkpoint() if resume else None
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -82,26 +83,28 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
         observer.say(f"Model: {_describe(model)}.")
         rows, eval_rows = _encode(config, model)
         observer.say(f"Data: {len(rows)} examples to learn from, {len(eval_rows)} to measure on.")
-        if checkpoint is not None:
+        if resume:
             ledger.add(folder.read_ledger())
-            folder.keep_metrics_until(int(checkpoint.name.rpartition("-")[2]))
-            observer.say(f"Going on from {checkpoint}.")
-        stop = StopFlag()
+            folder.keep_metrics_until(0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
+            observer.say(f"Going on from {checkpoint or 'the beginning: there is no whole checkpoint yet'}.")
+        else:
+            # Only now: a mistake in the options or in the data leaves nothing that is in the way of the next try.
+            folder.write_config(config)
+        stop = StopFlag(observer.say)
         journal = Journal(folder, ledger, observer, stop)
         trainer = RunTrainer(
             folder=folder,
             journal=journal,
+            keep=config.keep,
             model=model,
-            args=_training_arguments(config, folder, evaluates=bool(eval_rows)),
+            args=_training_arguments(config, folder, len(rows), evaluates=bool(eval_rows)),
             train_dataset=rows,
             eval_dataset=eval_rows or None,
             data_collator=Collator(0),
         )
         with stop.on_interrupt():
             trainer.train_or_save(checkpoint)
-        modules = {block: model.bank.module(block) for block in model.bank.targets}
-        base_model = config.model or f"{model.config.model_type} at {config.cloud}"
-        save_adapter(modules, model.peft_config, model.ends.geometry, folder.adapter, base_model=base_model)
+        model.save_adapter(folder.adapter, config.model)
         folder.write_ledger(ledger.totals())
         history = trainer.state.log_history
         return TrainResult(
@@ -111,7 +114,7 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
             eval_loss=_last(history, "eval_loss"),
             seconds=time.monotonic() - began,
             traffic_bytes=ledger.totals(),
-            interrupted=stop.is_set,
+            interrupted=stop.is_set and trainer.state.global_step < trainer.state.max_steps,
         )
     finally:
         model.close()
@@ -134,8 +137,7 @@ def open_model(config: RunConfig, ledger: Ledger) -> DeviceModel:
         ledger=ledger,
     )
     if adapter is not None:
-        modules = {block: model.bank.module(block) for block in model.bank.targets}
-        apply_adapter(adapter, modules, model.ends.geometry)
+        model.load_adapter(adapter)
     return model
 
 
@@ -200,8 +202,7 @@ def _encode(config: RunConfig, model: DeviceModel) -> tuple[list[dict[str, list[
     return rows, eval_rows
 
 
-def _training_arguments(config: RunConfig, folder: RunFolder, *, evaluates: bool) -> TrainingArguments:
-    eval_strategy = "no" if not evaluates else "epoch" if config.eval_every is None else "steps"
+def _training_arguments(config: RunConfig, folder: RunFolder, num_rows: int, *, evaluates: bool) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder.checkpoints),
         num_train_epochs=config.epochs,
@@ -219,9 +220,9 @@ def _training_arguments(config: RunConfig, folder: RunFolder, *, evaluates: bool
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=config.save_every,
-        save_total_limit=config.keep,
-        eval_strategy=eval_strategy,
-        eval_steps=config.eval_every,
+        # In steps, even once an epoch: what belongs to a step is then done before that step's checkpoint.
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=config.eval_every or math.ceil(math.ceil(num_rows / config.batch_size) / config.accumulate),
         prediction_loss_only=True,
         optim="adamw_torch",
         use_cpu=not torch.cuda.is_available(),

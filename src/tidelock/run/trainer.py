@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import signal
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, final
@@ -15,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Protocol, final
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from tidelock.errors import StorageError, TidelockError
 from tidelock.run.folder import RunFolder, storage_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -50,10 +52,15 @@ class Observer(Protocol):
 
 @final
 class StopFlag:
-    """Set by Ctrl-C: finish the step, save, stop. A second Ctrl-C stops at once."""
+    """Set by Ctrl-C: finish the step, save, stop. A second Ctrl-C stops at once.
 
-    def __init__(self) -> None:
+    Args:
+        say: Tells the person so.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
         self.is_set = False
+        self._say = say
 
     @contextmanager
     def on_interrupt(self) -> Iterator[None]:
@@ -63,6 +70,9 @@ class StopFlag:
             if self.is_set:
                 raise KeyboardInterrupt
             self.is_set = True
+            # In a thread: the signal may have come in the middle of the same stream's writing.
+            notice = "Stopping after this step; Ctrl-C again stops at once."
+            threading.Thread(target=self._say, args=(notice,)).start()
 
         try:
             before = signal.signal(signal.SIGINT, handler)
@@ -87,6 +97,11 @@ class Journal(TrainerCallback):
         ledger: What crossed.
         observer: Told of every step.
         stop: Looked at after every step.
+
+    Attributes:
+        observer: As given.
+        random_state: Of Python, NumPy and PyTorch after the last finished step; None before the first.
+        between_steps: Whether the weights are those of a finished step, and not on their way to the next.
     """
 
     def __init__(self, folder: RunFolder, ledger: Ledger, observer: Observer, stop: StopFlag) -> None:
@@ -96,6 +111,7 @@ class Journal(TrainerCallback):
         self._stop = stop
         self._last_loss: float | None = None
         self.random_state: dict[str, Any] | None = None
+        self.between_steps = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -103,14 +119,22 @@ class Journal(TrainerCallback):
         """Tell how many steps there are."""
         self.observer.start(state.max_steps, state.global_step)
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note that the weights begin to move."""
+        self.between_steps = False
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the random state that a resumed run must begin with; stop if asked to."""
+        self.between_steps = True
         self.random_state = {
             "python": random.getstate(),
             "numpy": np.random.get_state(),
             "torch": torch.get_rng_state(),
         }
-        self.observer.step(state.global_step, self._last_loss)
+        if not control.should_log:  # else with the loss of this step, in a moment
+            self.observer.step(state.global_step, self._last_loss)
         if self._stop.is_set:
             control.should_save = True
             control.should_training_stop = True
@@ -125,11 +149,17 @@ class Journal(TrainerCallback):
     ) -> None:
         """Write a line of metrics."""
         numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
-        self._last_loss = numbers.get("loss", self._last_loss)
+        if "loss" in numbers:
+            self._last_loss = numbers["loss"]
+            self.observer.step(state.global_step, self._last_loss)
         self._folder.append_metrics({"step": state.global_step, **numbers, "bytes": self._ledger.totals()})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the ledger as it is at this checkpoint."""
+        self.write_ledger()
+
+    def write_ledger(self) -> None:
+        """Write what has crossed until now."""
         self._folder.write_ledger(self._ledger.totals())
 
     def restore_random_state(self) -> None:
@@ -147,14 +177,23 @@ class RunTrainer(Trainer):
     Args:
         folder: The run's folder.
         journal: Its callback, which knows the random state at the last finished step.
+        keep: Complete checkpoints to keep; Trainer's own limit would count half-written ones too.
         **kwargs: Trainer's own.
     """
 
-    def __init__(self, *, folder: RunFolder, journal: Journal, **kwargs: Any) -> None:
+    def __init__(self, *, folder: RunFolder, journal: Journal, keep: int, **kwargs: Any) -> None:
         super().__init__(**kwargs, callbacks=[journal])
         self.remove_callback(PrinterCallback)  # the observer tells the same, in its own way
         self._folder = folder
         self._journal = journal
+        self._keep = keep
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as Trainer does, and draw no random number that training would have drawn."""
+        # A data loader draws one for each pass over it. A run resumed between a checkpoint and the evaluation after it
+        # does not evaluate again, and would go on with other dropout masks.
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
 
     def train_or_save(self, checkpoint: Path | None) -> None:
         """Train; when that fails half-way, save what the finished steps have learned, and fail.
@@ -162,6 +201,8 @@ class RunTrainer(Trainer):
         Raises:
             TidelockError: Whatever went wrong.
         """
+        if checkpoint is not None and self.eval_dataset is not None:
+            self.args.eval_on_start = self._owes_evaluation(checkpoint)
         try:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except StorageError:
@@ -172,9 +213,17 @@ class RunTrainer(Trainer):
         finally:
             self._journal.observer.finish()
 
+    def _owes_evaluation(self, checkpoint: Path) -> bool:
+        """Return whether the run failed in the evaluation after the last step, which was saved and is not repeated."""
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        is_due = state.global_step % self.args.eval_steps == 0 or state.global_step == state.max_steps
+        return is_due and not self._folder.has_metric(state.global_step, "eval_loss")
+
     def _save_finished_steps(self) -> None:
+        self._journal.write_ledger()
         saved = self._folder.checkpoints / f"checkpoint-{self.state.global_step}"
-        if self.state.global_step and self.optimizer is not None and self._folder.latest_checkpoint() != saved:
+        finished = self.state.global_step and self._journal.between_steps
+        if finished and self.optimizer is not None and self._folder.latest_checkpoint() != saved:
             self._journal.restore_random_state()
             self._save_checkpoint(self.model_wrapped, None)
 
@@ -183,8 +232,9 @@ class RunTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             self._folder.mark_complete(checkpoint)
+            self._folder.keep_newest(self._keep)
         # PyTorch and safetensors report a full disk as errors of their own.
         except (OSError, RuntimeError, SafetensorError) as error:
-            self._folder.discard(checkpoint)
             refusal = storage_error("Writing a checkpoint", error, checkpoint)
+            self._folder.discard(checkpoint)
             raise refusal from error

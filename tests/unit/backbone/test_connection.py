@@ -6,6 +6,8 @@ import hashlib
 import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -18,7 +20,7 @@ from tidelock.model.checkpoint import Checkpoint
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire import tidelock_pb2_grpc as pb_grpc
 from tidelock.wire.address import Address
-from tidelock.wire.channel import Credentials
+from tidelock.wire.channel import Credentials, open_channel
 from tidelock.wire.egress import Egress
 from tidelock.wire.ledger import Ledger
 from tidelock.wire.limits import PART_BYTES
@@ -26,6 +28,8 @@ from tidelock.wire.limits import PART_BYTES
 
 class LyingCloud(pb_grpc.BackboneServicer):
     """Says and gives whatever a test tells it to."""
+
+    address: Address
 
     def __init__(self):
         self.description = pb.Description(protocol=1, version="9.9", fingerprint="0" * 64)
@@ -116,11 +120,13 @@ def test_a_wrong_token_is_refused_by_the_cloud(start_cloud):
 
 
 def test_another_protocol_is_refused_and_the_connection_closed(liar, connect, monkeypatch):
-    channels = []
-    original = connection_module.open_channel
-    monkeypatch.setattr(
-        connection_module, "open_channel", lambda *args: channels.append(original(*args)) or channels[-1]
-    )
+    channels: list[grpc.Channel] = []
+
+    def open_and_note(*args):
+        channels.append(open_channel(*args))
+        return channels[-1]
+
+    monkeypatch.setattr(connection_module, "open_channel", open_and_note)
     liar.description.protocol = 7
     with pytest.raises(WireError, match=r"expected protocol 1, got 7 \(its tidelock is 9.9\)"):
         connect(liar)
@@ -164,7 +170,7 @@ def test_large_and_empty_files_arrive_whole(liar, connect, tmp_path):
     assert stat.S_IMODE(folder.stat().st_mode) & 0o022 == 0
 
 
-LIES = {
+LIES: dict[str, dict[str, Any]] = {
     "another content": {"given": b"CONTENT"},
     "one byte less": {"given": b"conten"},
     "one byte more": {"given": b"contents"},
@@ -264,7 +270,7 @@ def test_a_folder_that_cannot_get_its_name_is_an_error(liar, connect, tmp_path, 
 
     liar.offer("config.json", b"content")
     connection = connect(liar)
-    monkeypatch.setattr(connection_module.Path, "rename", refuse)
+    monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(StorageError, match="got not here"):
         connection.fetch_model(tmp_path)
     assert files_in(tmp_path) == set()

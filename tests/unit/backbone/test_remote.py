@@ -37,6 +37,8 @@ ACTIVE = {0: PROJECTIONS, 2: ("q_proj", "v_proj")}
 class FlakyCloud(pb_grpc.BackboneServicer):
     """A real cloud whose streams can be broken after so many messages."""
 
+    address: Address
+
     def __init__(self, service):
         self.service = service
         self.faults = []
@@ -399,7 +401,7 @@ def test_a_cloud_that_comes_back_with_another_model_ends_the_run(flaky, connect)
     assert flaky.passes == 1
 
 
-def test_a_cloud_that_is_started_again_is_found(cloud, connect, reference, monkeypatch):
+def test_a_cloud_that_is_started_again_is_found(cloud, connect, reference, clock, monkeypatch):
     servicer = FlakyCloud(cloud.service)
 
     def serve(port):
@@ -414,14 +416,15 @@ def test_a_cloud_that_is_started_again_is_found(cloud, connect, reference, monke
     sites = LinearSites()
     run = connect(servicer).forward(a_batch(), sites)
     first.stop(0).wait()
-    servers = []
+    servers: list[grpc.Server] = []
 
     def sleep(seconds):
         if not servers:
             servers.append(serve(port)[0])
         time.sleep(0.2)
 
-    monkeypatch.setattr(remote.time, "sleep", sleep)
+    monkeypatch.setattr(clock, "sleep", sleep)
+    monkeypatch.setattr(remote, "time", clock)
     run.backward(GRADIENT)
     assert equal((run.final_MD, sites.gradients), reference)
     wait_until(cloud.is_idle, "an idle cloud")

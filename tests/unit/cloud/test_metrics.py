@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import urllib.request
 
+import prometheus_client
 import pytest
 from prometheus_client import REGISTRY
 
@@ -18,10 +19,9 @@ from tidelock.wire.address import Address
 def clean(monkeypatch):
     """Forget the counters and stop the HTTP servers after a test."""
     known, started = set(REGISTRY._collector_to_names), []
-    original = metrics_module.start_http_server
 
     def start(*args, **kwargs):
-        started.append(original(*args, **kwargs))
+        started.append(prometheus_client.start_http_server(*args, **kwargs))
         return started[-1]
 
     monkeypatch.setattr(metrics_module, "start_http_server", start)

@@ -346,21 +346,18 @@ def test_closing_lets_go_of_the_backbone(make_model):
 SHAPES = "device/model.py: shapes of ids, mask and labels are not compared"
 
 
-@pytest.mark.xfail(reason=SHAPES, strict=True)
 @pytest.mark.parametrize("shape", [(2, 6), (1, 8), (2, 10), (4, 8), (8,)], ids=str)
 def test_a_mask_of_another_shape_than_the_ids_is_refused(make_model, shape):
     with pytest.raises(ConfigError):
         make_model()(a_batch()["input_ids"], attention_mask=torch.ones(shape, dtype=torch.long))
 
 
-@pytest.mark.xfail(reason=SHAPES, strict=True)
 @pytest.mark.parametrize("shape", [(2, 6), (1, 8), (4, 8)], ids=str)
 def test_labels_of_another_shape_than_the_ids_are_refused(make_model, shape):
     with pytest.raises(ConfigError):
         make_model()(a_batch()["input_ids"], labels=torch.ones(shape, dtype=torch.long))
 
 
-@pytest.mark.xfail(reason="device/bank.py: autograd.grad is asked for nothing", raises=RuntimeError, strict=True)
 def test_the_lowest_module_may_be_frozen(make_model):
     model = make_model()
     model.bank.module(0).requires_grad_(False)

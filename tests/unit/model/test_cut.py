@@ -44,7 +44,7 @@ def test_the_blocks_one_by_one_are_the_whole_decoder(model, cut):
 
 
 def test_whoever_runs_the_blocks_gets_all_calls_in_order(cut, model):
-    seen = []
+    seen: list[nn.Module] = []
 
     def look(calls, hidden_BTD):
         seen.extend(call.block for call in calls)
@@ -98,7 +98,7 @@ class Doubling:
 
 def test_a_visitor_is_asked_at_the_site_of_the_block_that_it_visits(cut, model):
     visitor = Doubling()
-    given = {}
+    given: dict[str, torch.Tensor] = {}
     linear = model.model.layers[1].self_attn.v_proj
     handle = linear.register_forward_hook(lambda module, args, output: given.update(x=args[0], y=output))
 
@@ -124,7 +124,7 @@ def test_the_visit_ends_with_the_block_even_when_it_fails(cut):
 
     visitor = Doubling()
     with pytest.raises(ZeroDivisionError):
-        visiting(visitor, fail, X)
+        visiting(visitor, fail, X)  # type: ignore[arg-type]
     cut.run(X, MASK, run_all)
     assert visitor.entered == []
 
@@ -162,9 +162,14 @@ class CalledByName(nn.ModuleList):
 
 def test_a_decoder_that_names_the_state_is_cut_too(model, tiny_folder):
     cut = CutModel(load(tiny_folder))
-    cut._skeleton._modules["layers"] = CalledByName(cut._skeleton._modules["layers"])
-    seen = []
-    out = cut.run(X, MASK, lambda calls, x: seen.extend(calls) or run_all(calls, x))
+    cut._skeleton._modules["layers"] = CalledByName(cut._skeleton.get_submodule("layers").children())
+    seen: list[BlockCall] = []
+
+    def run(calls, x):
+        seen.extend(calls)
+        return run_all(calls, x)
+
+    out = cut.run(X, MASK, run)
     assert [call.state_is_keyword for call in seen] == [True] * BLOCKS
     assert torch.equal(out, model.model(inputs_embeds=X, attention_mask=MASK).last_hidden_state)
 

@@ -102,9 +102,14 @@ def test_half_precision_is_stored_and_single_is_computed(tmp_path):
 
 def test_nothing_but_the_ends_is_read(tmp_path, monkeypatch):
     save(tmp_path, "llama")
-    read = []
+    read: list[str] = []
     original = Checkpoint.read
-    monkeypatch.setattr(Checkpoint, "read", lambda self, name: read.append(name) or original(self, name))
+
+    def note(self, name):
+        read.append(name)
+        return original(self, name)
+
+    monkeypatch.setattr(Checkpoint, "read", note)
     ends = open_ends(tmp_path)
     assert sorted(read) == ["lm_head.weight", "model.embed_tokens.weight"]
     assert sorted(ends.stored_names.values()) == sorted(read)
@@ -203,6 +208,7 @@ def test_ends_are_frozen_and_the_embedding_gives_no_graph(tmp_path):
     assert not ends.embed(torch.tensor([1])).requires_grad
     state = STATE.clone().requires_grad_()
     ends.logits(state).sum().backward()
+    assert state.grad is not None
     assert torch.allclose(state.grad, ends.head.weight.sum(0).expand(5, -1), atol=1e-4)
     assert ends.head.weight.grad is None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from torch import nn
-from transformers import AutoConfig, LlamaModel
+from transformers import AutoConfig, LlamaConfig, LlamaModel
 
 from tidelock.errors import ModelError
 from tidelock.model.ends import empty_model
@@ -54,7 +54,7 @@ def test_other_linears_are_all_but_the_sites():
 
 
 def test_a_model_without_a_head_is_refused():
-    model = LlamaModel(AutoConfig.for_model("llama", **SMALL, intermediate_size=16))
+    model = LlamaModel(LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64))
     with pytest.raises(ModelError, match=r"Cutting LlamaModel: expected a word embedding and a linear .* and NoneType"):
         geometry_of(model)
 

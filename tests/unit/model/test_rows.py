@@ -49,7 +49,8 @@ def test_gaps_and_empty_rows_are_refused_by_number(mask, row):
 
 @given(RUNS)
 def test_packing_and_unpacking_undo_each_other(runs):
-    rows = Rows(*zip(*runs, strict=True), max(start + length for start, length in runs))
+    starts, lengths = zip(*runs, strict=True)
+    rows = Rows(starts, lengths, max(start + length for start, length in runs))
     packed = torch.randn(rows.num_tokens, 3)
     shape = (len(runs), rows.width)
     padded = unpack(packed, rows.indices(), shape)
@@ -69,4 +70,5 @@ def test_unpacking_is_differentiated():
     packed = torch.randn(3, 4, requires_grad=True)
     weights = torch.randn(2, 2, 4)
     (unpack(packed, rows.indices(), (2, 2)) * weights).sum().backward()
+    assert packed.grad is not None
     assert torch.equal(packed.grad, weights.view(4, 4)[rows.indices()])

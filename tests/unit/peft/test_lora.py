@@ -215,8 +215,9 @@ def test_the_usual_start_is_uniform_and_the_other_normal():
 def make_module(geometry, targets, **settings):
     torch.manual_seed(0)
     made = LoraModule(geometry.sites[1], targets, LoraConfig(r=4, **settings), geometry)
-    for one in made.branches.values():
-        torch.nn.init.normal_(one.lora_B.weight)
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
     return made
 
 

@@ -236,6 +236,9 @@ def forwarded(host, to_port):
                 return
             if to_port is None:
                 device.recv(65536)
+                device.shutdown(socket.SHUT_WR)
+                while device.recv(65536):  # to the end: what is left unread would reset the connection instead
+                    pass
                 device.close()
                 continue
             cloud = socket.create_connection(("127.0.0.1", to_port))

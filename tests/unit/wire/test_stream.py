@@ -142,7 +142,19 @@ KNOWN = [
     "1a00",
     "1aac02" + "00" * 300,
 ]
-ODD = ["2d01020304", "31" + "00" * 8, "aa010100", "a20000", "2a022222", "00", "0b", "0c", "22ffffffff0f", "22830061"]
+ODD = [
+    "2d01020304",
+    "31" + "00" * 8,
+    "aa010100",
+    "a20000",
+    "2a022222",
+    "00",
+    "0b",
+    "0c",
+    "22ffffffff0f",
+    "22830061",
+    "2d00220100",
+]
 FIELDS = st.one_of(
     st.sampled_from([*KNOWN, *ODD]).map(bytes.fromhex),
     st.binary(max_size=20).map(lambda data: b"\x22" + bytes([len(data)]) + data),
