@@ -5,6 +5,7 @@ May import `backbone`, `model` and libraries.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
@@ -39,7 +40,7 @@ class GenerationSettings:
     stop_ids: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+        if self.max_new_tokens < 1 or not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             msg = (
                 "Generation: expected max_new_tokens of at least 1, a temperature of at least 0 and top_p in (0, 1], "
                 f"got {self.max_new_tokens}, {self.temperature} and {self.top_p}. Change the one that is out of range."

@@ -6,7 +6,7 @@ May import errors, `model` and libraries.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -15,7 +15,10 @@ from tidelock.errors import ConfigError, ModelError
 from tidelock.model.cut import CutModel
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
+    from transformers import PreTrainedModel
 
     from tidelock.model.checkpoint import Checkpoint
 
@@ -53,27 +56,42 @@ def load_cut_model(checkpoint: Checkpoint, choice: ModelChoice) -> CutModel:
     if choice.dtype not in BACKBONE_DTYPES:
         msg = f"Backbone dtype: expected one of {sorted(BACKBONE_DTYPES)}, got {choice.dtype!r}. Choose one of those."
         raise ConfigError(msg)
-    folder = checkpoint.materialise()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=BACKBONE_DTYPES[choice.dtype],
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        msg = (
-            f"Loading the model: expected a causal language model that transformers knows, with safetensors weights, "
-            f"got {type(error).__name__}: {error} ({folder}). Check the folder."
-        )
-        raise ModelError(msg) from error
+    model = _load(checkpoint.materialise(), BACKBONE_DTYPES[choice.dtype])
     try:
         cast("nn.Module", model).to(choice.torch_device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         msg = (
             f"Torch device: expected one that this machine has, got {choice.torch_device!r} ({error}). "
             "`tidelock doctor` lists them."
         )
         raise ConfigError(msg) from error
     return CutModel(model)
+
+
+def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model of a folder, every weight of which was stored there."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ArithmeticError) as error:
+        msg = (
+            f"Loading the model: expected a causal language model that transformers knows, with safetensors weights, "
+            f"got {type(error).__name__}: {error} ({folder}). Check the folder."
+        )
+        raise ModelError(msg) from error
+    model, loading = loaded
+    # transformers only logs these, and goes on with random numbers in their place.
+    absent = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in loading[kind])
+    if absent:
+        msg = (
+            f"Loading the model: expected a stored tensor for every weight that its configuration has, got none that "
+            f"fits for {len(absent)} of them, {absent[0]} among them ({folder}). Is the checkpoint complete?"
+        )
+        raise ModelError(msg)
+    return cast("PreTrainedModel", model)

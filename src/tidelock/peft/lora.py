@@ -73,6 +73,9 @@ def check_lora_config(config: LoraConfig) -> None:
                 "plain LoRA on q, k and v, whose frozen weights may be on another machine. Leave this one out."
             )
             raise ConfigError(msg)
+    if not 0 <= config.lora_dropout < 1:
+        msg = f"LoraConfig.lora_dropout: expected at least 0 and below 1, got {config.lora_dropout!r}. Change it."
+        raise ConfigError(msg)
     if config.init_lora_weights not in _INITS:
         msg = (
             f"LoraConfig.init_lora_weights: expected one of {_INITS}, got {config.init_lora_weights!r}, which needs "

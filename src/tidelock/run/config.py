@@ -6,6 +6,7 @@ command line imports it to print help. May import errors and small libraries.
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, final
@@ -40,9 +41,10 @@ class Rule:
     holds: Callable[[Any], bool]
 
 
-_AT_LEAST_0 = Rule("0 or more", lambda value: value >= 0)
+_AT_LEAST_0 = Rule("0 or more, and finite", lambda value: 0 <= value < math.inf)
 _AT_LEAST_1 = Rule("1 or more", lambda value: value >= 1)
-_POSITIVE = Rule("more than 0", lambda value: value > 0)
+_POSITIVE = Rule("more than 0, and finite", lambda value: 0 < value < math.inf)
+_SEED = Rule("from 0 to 4294967295", lambda value: 0 <= value < 1 << 32)  # what NumPy takes
 _FRACTION = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
@@ -99,7 +101,7 @@ class RunConfig:
         None, "Most tokens an example may have; the model's own limit by default.", _AT_LEAST_1
     )
     truncate: bool = _knob(False, "Cut longer examples instead of refusing them.")
-    seed: int = _knob(0, "Seed of every random choice.", _AT_LEAST_0)
+    seed: int = _knob(0, "Seed of every random choice.", _SEED)
     log_every: int = _knob(1, "Steps between lines of metrics.jsonl.", _AT_LEAST_1)
     save_every: int = _knob(50, "Steps between checkpoints.", _AT_LEAST_1)
     eval_every: int | None = _knob(None, "Steps between evaluations; once an epoch by default.", _AT_LEAST_1)

@@ -97,6 +97,8 @@ def run_demo(observer: Observer, data: Path, runs: Path) -> DemoResult:
         model.close()
         observer.say("Training: the frozen blocks run in the cloud process, LoRA, text and labels stay here.")
         result = train(config, observer)
+        if result.interrupted:
+            raise KeyboardInterrupt  # what was learned in part would tell nothing
         observer.say("Asking the same questions after training …")
         model = open_trained(RunFolder(Path(config.out)), config)
         after = _answer(model, questions)

@@ -63,8 +63,15 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
 
 
 def raw_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return plain text as token ids, as it would begin a training text."""
+    """Return plain text as token ids, as it would begin a training text.
+
+    Raises:
+        ConfigError: There is not one token.
+    """
     ids: list[int] = tokenizer(text)["input_ids"]
+    if not ids:
+        msg = "Prompt: expected at least one token to continue, got none. Give --prompt some text."
+        raise ConfigError(msg)
     return ids
 
 

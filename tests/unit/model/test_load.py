@@ -75,25 +75,17 @@ def test_a_tied_head_need_not_be_stored(copy):
     load(copy(lambda tensors: tensors.pop("lm_head.weight"), tie_word_embeddings=True))
 
 
-RANDOM = "model/load.py: transformers fills what is missing with random numbers and only logs it"
-
-
-@pytest.mark.xfail(reason=RANDOM, strict=True)
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
 def test_a_checkpoint_without_one_of_its_tensors_is_refused(copy, name):
     with pytest.raises(ModelError):
         load(copy(lambda tensors: tensors.pop(name)))
 
 
-@pytest.mark.xfail(reason=RANDOM, strict=True)
 def test_a_configuration_with_more_blocks_than_are_stored_is_refused(copy):
     with pytest.raises(ModelError):
         load(copy(num_hidden_layers=BLOCKS + 1))
 
 
-@pytest.mark.xfail(
-    reason="model/load.py: transformers' RuntimeError is not made ours", raises=RuntimeError, strict=True
-)
 def test_weights_of_another_shape_than_the_configuration_has_are_refused(copy):
     with pytest.raises(ModelError):
         load(copy(intermediate_size=64))

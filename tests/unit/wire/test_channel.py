@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -220,37 +221,14 @@ def forwarded(host, to_port):
     """Accept on a loopback address and hand on every connection; `to_port` None hangs up after the first bytes."""
     listening = socket.create_server((host, 0))
 
-    def pump(source, target):
-        try:
-            while data := source.recv(65536):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
-
     def serve():
         while True:
             try:
                 device, _ = listening.accept()
             except OSError:
                 return
-            if to_port is None:
-                device.recv(65536)
-                device.shutdown(socket.SHUT_WR)
-                while device.recv(65536):  # to the end: what is left unread would reset the connection instead
-                    pass
-                device.close()
-                continue
-            cloud = socket.create_connection(("127.0.0.1", to_port))
-            both = [
-                threading.Thread(target=pump, args=(device, cloud)), threading.Thread(target=pump, args=(cloud, device))
-            ]  # fmt: skip
-            for thread in both:
-                thread.start()
-            for thread in both:
-                thread.join()
-            device.close()
-            cloud.close()
+            with device:
+                hang_up(device) if to_port is None else hand_on(device, to_port)
 
     thread = threading.Thread(target=serve)
     thread.start()
@@ -260,6 +238,29 @@ def forwarded(host, to_port):
         listening.shutdown(socket.SHUT_RDWR)
         listening.close()
         thread.join()
+
+
+def hang_up(device):
+    device.recv(65536)
+    device.shutdown(socket.SHUT_WR)
+    while device.recv(65536):  # to the end: what is left unread would reset the connection instead
+        pass
+
+
+def hand_on(device, port):
+    with socket.create_connection(("127.0.0.1", port)) as cloud:
+        pumps = [threading.Thread(target=pump, args=ends) for ends in ((device, cloud), (cloud, device))]
+        for thread in pumps:
+            thread.start()
+        for thread in pumps:
+            thread.join()
+
+
+def pump(source, target):
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
 
 
 @pytest.mark.parametrize("url", ["grpc://192.168.0.1:7777", "grpc://cloud.example:7777", "grpc://0.0.0.0:7777"])

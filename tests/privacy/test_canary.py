@@ -1,0 +1,154 @@
+"""No marked text, label or adapter weight is in any byte that leaves the device, or in any log."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.privacy.spellings import found, spellings_of_ids, spellings_of_text, spellings_of_weights, windows
+from tests.support.chat_model import make_chat_tokenizer, save_chat_model
+from tests.support.proxy import CuttingProxy
+from tests.support.tidelock_process import TidelockProcess
+
+TOKEN = "0123456789abcdef-for-tests"
+STEPS = 6
+# One for each place in the data: what is asked, what is learned, what is only measured, what is asked afterwards.
+CANARIES = {
+    "system": "quokka-serval-ibex-41",
+    "prompt": "otter-walrus-lynx-72",
+    "label": "heron-badger-stoat-93",
+    "completion": "marmot-gannet-vole-58",
+    "evaluation": "puffin-weasel-hare-66",
+    "question": "tapir-gibbon-kudu-17",
+}
+WINDOW = 8
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Everything that a run, an evaluation and an answer left anywhere but in the data and on the person's screen.
+
+    Attributes:
+        sent: All bytes from the device to the cloud, as they are inside TLS.
+        received: All bytes the other way.
+        logs: What both processes have printed, all loggers at their most talkative.
+        files: What is in the run folder, the caches and the temporary folder.
+        model: Folder of the model.
+        out: The run folder.
+        fingerprint: What the cloud's model is known by.
+    """
+
+    sent: bytes
+    received: bytes
+    logs: dict[str, bytes]
+    files: dict[str, bytes]
+    model: Path
+    out: Path
+    fingerprint: str
+
+    @property
+    def places(self) -> dict[str, bytes]:
+        return {"sent": self.sent, "received": self.received, **self.logs, **self.files}
+
+
+def log_everything() -> None:
+    logging.basicConfig(level=logging.DEBUG)
+    logging.getLogger("tidelock").setLevel(logging.DEBUG)
+    logging.getLogger("tidelock").debug("At its most talkative.")
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    folder = tmp_path_factory.mktemp("canary")
+    model = save_chat_model(folder / "model")
+    (folder / "tokens").write_text(f"device {TOKEN}\n")
+    (folder / "token").write_text(TOKEN)
+    turns = [("system", "system"), ("user", "prompt"), ("assistant", "label")]
+    rows = [
+        {"messages": [{"role": role, "content": f"so {CANARIES[name]} it is"} for role, name in turns]},
+        {"prompt": "", "completion": CANARIES["completion"]},
+    ]
+    (folder / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+    (folder / "asked.jsonl").write_text(json.dumps({"text": CANARIES["evaluation"]}) + "\n")
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    env = {name: str(scratch) for name in ("TIDELOCK_CACHE", "TMPDIR", "HF_HOME", "HOME")}
+    start = functools.partial(TidelockProcess, env=env, hook=log_everything)
+    listen = ["--listen", "127.0.0.1:0", "--tokens", folder / "tokens", "--threads", 1, "--json"]
+    out = folder / "run"
+    with start("cloud", model, *listen, folder=folder / "cloud") as cloud:
+        cloud.wait_until(cloud.events)
+        port = int(cloud.events()[0]["address"].rpartition(":")[2])
+        with CuttingProxy(port, record=True) as proxy:
+            access = ["--cloud", f"grpc://127.0.0.1:{proxy.port}", "--token-file", folder / "token"]
+            data = [folder / "facts.jsonl", "--eval-data", folder / "asked.jsonl", "--out", out]
+            size = ["--max-steps", STEPS, "--batch-size", 2, "--save-every", 1, "--keep", 99, "--threads", 1]
+            train = start(
+                "train", *data, "--backbone", "cloud", *access, *size, "--dropout", 0.2, folder=folder / "train"
+            )
+            assert train.wait() == 0, train.stderr
+            ask = ["--prompt", CANARIES["question"], "--max-new-tokens", 4]
+            generate = start("generate", out, *ask, *access, folder=folder / "generate")
+            assert generate.wait() == 0, generate.stderr
+            sent, received = proxy.sent, proxy.received
+        cloud.kill()
+        logs = {f"log of the cloud {name}": text.encode() for name, text in (("", cloud.stderr), ("out", cloud.stdout))}
+        logs |= {"train out": train.stdout.encode(), "train err": train.stderr.encode()}
+        logs |= {"generate err": generate.stderr.encode()}
+        fingerprint = cloud.events()[0]["fingerprint"]
+    kept = [path for top in (out, scratch) for path in top.rglob("*") if path.is_file()]
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in kept}
+    return Recorded(sent, received, logs, files, model, out, fingerprint)
+
+
+def test_the_recording_is_of_the_real_thing(recorded: Recorded) -> None:
+    """What is known to be sent is found, or a search that finds nothing says nothing."""
+    assert found(spellings_of_text(recorded.fingerprint), {"sent": recorded.sent}) == ["utf-8 in sent"]
+    embedding = load_file(recorded.model / "model.safetensors")["model.embed_tokens.weight"]
+    ids = make_chat_tokenizer()(CANARIES["prompt"], add_special_tokens=False)["input_ids"]
+    embedded = spellings_of_weights({"embedding": embedding[ids]})
+    seen = found(embedded, {"sent": recorded.sent})
+    assert len(seen) > len(ids) / 2
+    assert all("float32" in name for name in seen)
+    assert len(recorded.received) > len(recorded.sent) / 10
+    for name in ("log of the cloud ", "train err", "generate err"):
+        assert b"At its most talkative." in recorded.logs[name]
+    ledger = json.loads((recorded.out / "ledger.json").read_text())
+    assert sum(ledger["sent"].values()) < len(recorded.sent)
+
+
+@pytest.mark.parametrize("name", CANARIES)
+def test_no_canary_is_anywhere_as_text(recorded: Recorded, name: str) -> None:
+    assert found(spellings_of_text(CANARIES[name]), recorded.places) == []
+
+
+@pytest.mark.parametrize("name", CANARIES)
+def test_no_canary_is_anywhere_as_token_ids(recorded: Recorded, name: str) -> None:
+    ids: list[int] = make_chat_tokenizer()(CANARIES[name], add_special_tokens=False)["input_ids"]
+    assert len(ids) >= 2 * WINDOW
+    for window in windows(ids, WINDOW):
+        assert found(spellings_of_ids(window), recorded.places) == []
+
+
+def test_no_weight_of_the_adapter_leaves_the_device(recorded: Recorded) -> None:
+    crossed = {"sent": recorded.sent, "received": recorded.received, **recorded.logs}
+    for step in range(1, STEPS + 1):
+        weights = load_file(recorded.out / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
+        assert any("lora_A" in name for name in weights)
+        assert found(spellings_of_weights(weights), crossed) == []
+    trained = load_file(recorded.out / "adapter" / "adapter_model.safetensors")
+    assert found(spellings_of_weights(trained), crossed) == []
+
+
+def test_the_search_finds_every_spelling() -> None:
+    text, ids = CANARIES["label"], list(range(100, 300, 7))
+    for spellings in (spellings_of_text(text), spellings_of_ids(ids), spellings_of_weights({"w": torch.randn(2, 4)})):
+        for name, spelling in spellings.items():
+            assert f"{name} in x" in found(spellings, {"x": b"before" + spelling + b"after"})

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tidelock.errors import CheckpointError, ConfigError, StorageError
+from tidelock.run.config import RunConfig
+from tidelock.run.folder import RunFolder, storage_error
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(RunConfig(data="facts.jsonl", out=str(tmp_path / "deep" / "run"), model="m"))
+
+
+def checkpoint(folder: RunFolder, step: int, *, complete: bool = True) -> Path:
+    path = folder.checkpoints / f"checkpoint-{step}"
+    path.mkdir()
+    (path / "weights").write_text(str(step))
+    if complete:
+        folder.mark_complete(path)
+    return path
+
+
+def refuse(*_args: object, **_kwargs: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_new_folder_is_a_run_once_its_configuration_is_written(tmp_path: Path) -> None:
+    folder = RunFolder.new(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"expected one with a run\.toml, got none"):
+        RunFolder.open(tmp_path / "run")
+    # Whoever failed before that may try again.
+    assert RunFolder.new(tmp_path / "run").path == folder.path
+    config = RunConfig(data="facts.jsonl", out=str(tmp_path / "run"), model="m", rank=3)
+    folder.write_config(config)
+    assert RunFolder.open(tmp_path / "run").config() == config
+    with pytest.raises(ConfigError, match="got one with a run in it"):
+        RunFolder.new(tmp_path / "run")
+
+
+def test_a_configuration_that_cannot_be_read(folder: RunFolder) -> None:
+    (folder.path / "run.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="expected a readable file, got UnicodeDecodeError"):
+        folder.config()
+    (folder.path / "run.toml").unlink()
+    with pytest.raises(CheckpointError, match="expected a readable file, got FileNotFoundError"):
+        folder.config()
+
+
+def test_a_place_for_no_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="Making the run folder: expected the disk to take it, got Not a directory"):
+        RunFolder.new(tmp_path / "file" / "run")
+
+
+def test_the_latest_checkpoint_is_the_newest_complete_one(folder: RunFolder) -> None:
+    assert folder.latest_checkpoint() is None
+    checkpoint(folder, 9)
+    tenth = checkpoint(folder, 10)
+    checkpoint(folder, 11, complete=False)
+    assert folder.latest_checkpoint() == tenth
+
+
+def test_the_newest_complete_checkpoints_are_kept(folder: RunFolder) -> None:
+    for step in (8, 9, 10):
+        checkpoint(folder, step)
+    checkpoint(folder, 7, complete=False)
+    checkpoint(folder, 12, complete=False)
+    folder.keep_newest(2)
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["checkpoint-10", "checkpoint-9"]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_not_taken_for_complete(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint(folder, 3)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_args, **_kwargs: None)
+    folder.discard(path)
+    assert path.exists()
+    assert folder.latest_checkpoint() is None
+    folder.discard(folder.checkpoints / "checkpoint-99")  # not there: nothing to do
+
+
+def test_metrics_are_kept_up_to_a_step_without_summaries_and_broken_lines(folder: RunFolder) -> None:
+    rows: list[dict[str, float]] = [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": 1.0},
+        {"step": 2, "train_runtime": 5.0},
+        {"step": 3},
+    ]
+    for row in rows:
+        folder.append_metrics(row)
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 2, "lo')
+    folder.keep_metrics_until(2)
+    assert [json.loads(line) for line in folder.metrics.read_text().splitlines()] == rows[:2]
+    assert folder.has_metric(2, "loss")
+    assert not folder.has_metric(2, "eval_loss")
+    assert not folder.has_metric(3, "loss")
+
+
+def test_without_metrics_there_are_none_to_keep(folder: RunFolder) -> None:
+    folder.keep_metrics_until(5)
+    assert folder.metrics.read_text() == ""
+
+
+def test_the_ledger_is_what_was_written_last(folder: RunFolder) -> None:
+    assert folder.read_ledger() == {}
+    folder.write_ledger({"sent": {"embedding": 5}, "received": {}})
+    assert folder.read_ledger() == {"sent": {"embedding": 5}, "received": {}}
+    # A line of metrics that came after it, before the process was killed.
+    folder.append_metrics({"step": 7, "bytes": {"sent": {"embedding": 6}, "received": {"control": 1}}})
+    assert folder.read_ledger()["sent"] == {"embedding": 6}
+    folder.write_ledger({"sent": {"embedding": 8}, "received": {}})
+    assert folder.read_ledger()["sent"] == {"embedding": 8}
+    (folder.path / "ledger.json").write_text('{"sent": {"embe')
+    assert folder.read_ledger()["sent"] == {"embedding": 6}
+
+
+def test_a_refusing_disk_is_a_storage_error(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.write_ledger({"sent": {"embedding": 5}})
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(StorageError, match=r"^Writing metrics: .*No space left on device .*Make room"):
+        folder.append_metrics({"step": 1})
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StorageError, match=r"Writing ledger\.json: .*No space left on device"):
+        folder.write_ledger({"sent": {"embedding": 6}})
+    assert folder.read_ledger() == {"sent": {"embedding": 5}}
+
+
+def test_a_refusal_says_what_the_system_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint-3"
+    error = storage_error("Saving", PermissionError(errno.EACCES, "Permission denied"), path)
+    assert error.message == (
+        f"Saving: expected the disk to take it, got Permission denied ({path}). Check disk and permissions, then use "
+        "--resume."
+    )
+    assert "got odd (" in storage_error("Saving", OSError("odd"), path).message
+    # A library's own words are used where the disk takes what it refused a moment ago.
+    libraries = RuntimeError("unexpected pos 64 vs 0")
+    assert "got unexpected pos 64 vs 0 (" in storage_error("Saving", libraries, path).message
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    said = storage_error("Saving", libraries, path).message
+    assert "got No space left on device (" in said
+    assert "Make room" in said

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import functools
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.run.conftest import Notes
+from tidelock.device.model import DeviceModel
+from tidelock.errors import CloudUnreachable, StorageError
+from tidelock.run.folder import RunFolder
+from tidelock.run.train import train
+from tidelock.run.trainer import Journal, RunTrainer, StopFlag
+from tidelock.wire.ledger import Ledger
+
+CTRL_C = signal.SIGINT
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), CTRL_C)
+
+
+def weights(config) -> bytes:
+    return (Path(config.out) / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, count: int, error: BaseException) -> None:
+    """Have the `count`-th call of a method fail."""
+    original = getattr(owner, method)
+    calls = 0
+
+    @functools.wraps(original)  # Trainer looks at what the model's forward takes
+    def wrapper(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, method, wrapper)
+
+
+def test_ctrl_c_sets_the_flag_and_a_second_one_stops() -> None:
+    said: list[str] = []
+    flag = StopFlag(said.append)
+    before = signal.getsignal(CTRL_C)
+    with flag.on_interrupt():
+        assert not flag.is_set
+        interrupt()
+        assert flag.is_set
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(1)
+    assert said == ["Stopping after this step; Ctrl-C again stops at once."]
+    assert signal.getsignal(CTRL_C) is before
+
+
+def test_outside_the_main_thread_ctrl_c_is_left_to_others() -> None:
+    flag = StopFlag(lambda _text: None)
+    before, inside = signal.getsignal(CTRL_C), []
+
+    def enter() -> None:
+        with flag.on_interrupt():
+            inside.append(signal.getsignal(CTRL_C))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert inside == [before]
+
+
+def test_random_draws_of_an_unfinished_step_are_undone(tmp_path: Path, notes: Notes) -> None:
+    journal = Journal(RunFolder(tmp_path), Ledger(), notes, StopFlag(notes.say))
+    unchanged = torch.get_rng_state()
+    journal.restore_random_state()
+    assert torch.equal(torch.get_rng_state(), unchanged)
+    journal.random_state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+    draws = [(random.random(), np.random.rand(), torch.rand(1).item())]
+    journal.restore_random_state()
+    draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert draws[0] == draws[1]
+
+
+def test_interrupted_after_a_step_and_resumed(make_config, notes: Notes) -> None:
+    config, other = make_config(), make_config("other")
+    train(other, notes)
+    notes.at_step = lambda step: interrupt() if step == 2 else None
+    stopped = train(config, notes)
+    assert (stopped.interrupted, stopped.steps) == (True, 3)
+    assert RunFolder(Path(config.out)).latest_checkpoint() == Path(config.out) / "checkpoints" / "checkpoint-3"
+    notes.at_step = lambda _step: None
+    resumed = train(config, notes, resume=True)
+    assert (resumed.interrupted, resumed.steps, notes.began) == (False, 4, (4, 3))
+    assert weights(config) == weights(other)
+
+
+@pytest.mark.parametrize("call", [3, 5], ids=["in an evaluation", "in a step"])
+def test_a_fault_saves_the_steps_before_it(
+    make_config, notes: Notes, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    config, other = make_config(), make_config("other")
+    expected = train(other, notes)
+    fail_at(monkeypatch, DeviceModel, "forward", call, CloudUnreachable("Gone."))
+    with pytest.raises(CloudUnreachable, match=r"^Gone\.$"):
+        train(config, notes)
+    assert RunFolder(Path(config.out)).latest_checkpoint() == Path(config.out) / "checkpoints" / "checkpoint-2"
+    monkeypatch.undo()
+    resumed = train(config, notes, resume=True)
+    assert weights(config) == weights(other)
+    assert resumed.eval_loss == expected.eval_loss
+    assert [RunFolder(Path(config.out)).has_metric(step, "eval_loss") for step in (2, 4)] == [True, True]
+    assert notes.finished == 3
+
+
+def test_a_fault_in_the_last_evaluation_leaves_only_that_to_do(
+    make_config, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(eval_every=3)
+    fail_at(monkeypatch, RunTrainer, "evaluate", 2, CloudUnreachable("Gone."))
+    with pytest.raises(CloudUnreachable):
+        train(config, notes)
+    monkeypatch.undo()
+    notes.steps.clear()
+    resumed = train(config, notes, resume=True)
+    assert notes.steps == []
+    assert resumed.eval_loss is not None
+    assert RunFolder(Path(config.out)).has_metric(4, "eval_loss")
+
+
+def test_a_fault_before_the_first_step_saves_nothing(
+    make_config, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    fail_at(monkeypatch, DeviceModel, "forward", 1, CloudUnreachable("Gone."))
+    with pytest.raises(CloudUnreachable):
+        train(config, notes)
+    assert list((Path(config.out) / "checkpoints").iterdir()) == []
+
+
+def test_weights_on_their_way_to_the_next_step_are_not_saved_as_those_of_one(
+    make_config, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    fail_at(monkeypatch, torch.optim.lr_scheduler.LambdaLR, "step", 4, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        train(config, notes)
+    assert list((Path(config.out) / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("unexpected pos")],
+    ids=["from the system", "from a library"],
+)
+def test_a_checkpoint_that_cannot_be_written_is_removed(
+    make_config, notes: Notes, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    config = make_config(save_every=2)
+    fail_at(monkeypatch, RunTrainer, "_save_rng_state", 2, error)
+    with pytest.raises(StorageError, match=r"^Writing a checkpoint: expected the disk to take it"):
+        train(config, notes)
+    assert [path.name for path in (Path(config.out) / "checkpoints").iterdir()] == ["checkpoint-2"]
