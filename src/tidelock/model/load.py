@@ -59,7 +59,7 @@ def load_cut_model(checkpoint: Checkpoint, choice: ModelChoice) -> CutModel:
     model = _load(checkpoint.materialise(), BACKBONE_DTYPES[choice.dtype])
     try:
         cast("nn.Module", model).to(choice.torch_device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         msg = (
             f"Torch device: expected one that this machine has, got {choice.torch_device!r} ({error}). "
             "`tidelock doctor` lists them."
