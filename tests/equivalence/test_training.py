@@ -117,7 +117,6 @@ def _sentence_batches(folder: Path) -> Iterable[TokenBatch]:
         yield TokenBatch(ids, mask, labels)
 
 
-@pytest.mark.slow
 def test_twenty_steps_of_smollm2_equal_peft(smollm2: Path, tmp_path: Path):
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj"])
     batches = list(_sentence_batches(smollm2))

@@ -162,7 +162,6 @@ def test_a_run_with_cuts_ends_where_one_without_does(
     assert_bit_equal(cut, undisturbed)
 
 
-@pytest.mark.slow
 def test_a_cloud_killed_in_mid_backward_and_restarted_gives_the_same_gradients(
     tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -8,7 +8,6 @@ from tidelock.data.encode import Encoder, encode_all
 from tidelock.data.example import parse_row
 
 pytestmark = [
-    pytest.mark.slow,
     # What TRL and the libraries below it say of their own future is not ours to mend.
     pytest.mark.filterwarnings("ignore"),
 ]

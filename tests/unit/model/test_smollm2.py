@@ -198,7 +198,6 @@ def test_the_fixture_skips_with_the_reason(world):
         support.smollm2_folder()
 
 
-@pytest.mark.slow
 def test_the_real_model_answers():
     folder = support.smollm2_folder()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
