@@ -23,6 +23,7 @@ from tests.cli.conftest import CloudAccess
 from tests.support.chat_model import POSITIONS, save_chat_model
 from tests.support.tiny_models import save_tiny_model
 from tidelock.cli.main import run
+from tidelock.cli.progress import StepProgress
 
 Capture = pytest.CaptureFixture[str]
 QUICK = ("--max-steps", "2", "--batch-size", "2", "--threads", "1")
@@ -352,6 +353,30 @@ def test_an_error_is_a_json_object_too(capsys: Capture, tmp_path: Path, chat_mod
     error = json.loads(line)["error"]
     assert (code, error["type"], error["exit_code"]) == (3, "DataError", 3)
     assert "bad.jsonl:1" in error["message"]
+
+
+def test_ctrl_c_says_how_to_go_on(
+    capsys: Capture, tmp_path: Path, chat_model: Path, facts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = StepProgress.step
+
+    def step(progress: StepProgress, number: int, loss: float | None) -> None:
+        draw(progress, number, loss)
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(StepProgress, "step", step)
+    out = tmp_path / "run"
+    args = [facts, "--model", chat_model, "--out", out, "--batch-size", 2, "--max-steps", 4, "--threads", 1]
+    assert train(*args) == 130
+    stopped = capsys.readouterr()
+    advice = f"Go on with: tidelock train --resume --out {out}"
+    assert stopped.out.startswith(f"Stopped after step 2; all up to it is saved. {advice}\n")
+    assert "Stopping after this step; Ctrl-C again stops at once.\n" in stopped.err
+    assert train("--resume", "--out", out) == 0
+    resumed = capsys.readouterr()
+    assert f"Going on from {out / 'checkpoints' / 'checkpoint-2'}." in resumed.err
+    assert resumed.out.startswith("Done: 4 steps in ")
 
 
 def test_a_process_that_a_shell_starts_stops_at_ctrl_c_and_goes_on(

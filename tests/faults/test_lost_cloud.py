@@ -81,7 +81,7 @@ def test_a_cloud_that_freezes_is_noticed(world: World, undisturbed: Run) -> None
     with world.cloud("frozen") as cloud:
         hook = strike(Place.SITE_BACKWARD, 7 * 3 - 1, signal.SIGSTOP, pid=cloud.process.pid)
         run = world.train("frozen-run", cloud.address, "--patience", 1, hook=hook)
-        assert run.process.wait() == 11
+        assert run.process.wait(200) == 11
         assert "ping timeout" in run.process.stderr
         assert run.checkpoints == [3]
         cloud.process.send(signal.SIGCONT)

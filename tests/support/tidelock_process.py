@@ -80,9 +80,9 @@ class TidelockProcess:
             self.send(signal.SIGKILL)
         return self.wait()
 
-    def wait(self) -> int:
+    def wait(self, seconds: float = PATIENCE_SECONDS) -> int:
         """Return its exit code once it has ended by itself."""
-        self._process.join(PATIENCE_SECONDS)
+        self._process.join(seconds)
         code = self._process.exitcode
         if code is None:
             self.send(signal.SIGKILL)
