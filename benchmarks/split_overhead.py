@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 RESULTS = Path(__file__).parent / "results"
+SHARED_CORES = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 TARGETS = ["q_proj", "k_proj", "v_proj"]
 
 
@@ -93,8 +94,8 @@ class _Side:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            # As the command line has it, and for both sides alike: idle threads do not spin.
-            env={**os.environ, "OMP_WAIT_POLICY": "passive"},
+            # As the command line has it where two processes share the cores; peft, alone, is best left as it is.
+            env={**os.environ, **({} if worker == "peft" else SHARED_CORES)},
         )
 
     def __enter__(self) -> _Side:

@@ -22,4 +22,4 @@ FETCH_SECONDS = 600.0
 
 # HTTP/2 pings, which notice a peer that is gone without having said so.
 KEEPALIVE_MS = 20_000
-KEEPALIVE_TIMEOUT_MS = 10_000
+KEEPALIVE_TIMEOUT_MS = 20_000
