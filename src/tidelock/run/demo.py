@@ -148,9 +148,9 @@ def _demo_config(data: Path, out: Path, cloud: LoopbackCloud) -> RunConfig:
         lr_schedule="linear",
         warmup_steps=10,
         batch_size=4,
-        max_steps=240,
+        max_steps=200,
         log_every=5,
-        save_every=120,
+        save_every=100,
     )
 
 
