@@ -72,6 +72,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="examples in a step")
     parser.add_argument("--length", type=int, default=64, help="tokens in an example")
     parser.add_argument("--labelled", type=int, default=32, help="of them with a label, at the end")
+    parser.add_argument("--in-flight", type=int, default=2, help="micro-batches on their way at once")
     parser.add_argument("--steps", type=int, default=3, help="steps in a round")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds")
     parser.add_argument("--out", type=Path, default=RESULTS / "split_overhead.json", help="where to write the JSON")
@@ -87,7 +88,7 @@ class _Side:
     """One side of the comparison, in a process of its own that is told when to run."""
 
     def __init__(self, worker: str, model: str, options: argparse.Namespace, extra: list[str]) -> None:
-        names = ("torch_device", "threads", "batch", "length", "labelled")
+        names = ("torch_device", "threads", "batch", "length", "labelled", "in_flight")
         shared = [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--worker", worker, "--model", model, *shared, *extra],
@@ -171,6 +172,7 @@ def _device_model(options: argparse.Namespace) -> torch.nn.Module:
         token=options.token_file.read_text().strip(),
         ca=options.ca,
         codec=options.codec,
+        in_flight=options.in_flight,
     )
 
 
@@ -190,6 +192,7 @@ def _report(options: argparse.Namespace, model: str, times: dict[str, list[float
         "tokens_per_step": options.batch * options.length,
         "labelled_per_step": options.batch * options.labelled,
         "threads": options.threads,
+        "in_flight": options.in_flight,
         "torch_device": options.torch_device,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "grpcio", "tidelock")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

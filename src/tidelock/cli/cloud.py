@@ -59,6 +59,10 @@ def command(
     ] = None,
     metrics: Annotated[str | None, typer.Option(help="HOST:PORT to serve Prometheus metrics at.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice by default.")] = None,
+    at_once: Annotated[
+        int | None,
+        typer.Option(min=1, help="Passes that compute at once and share the threads; 2 by default, on a GPU 1."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON objects only.")] = False,
 ) -> None:
     """Serve the frozen blocks of a model to devices, until Ctrl-C."""
@@ -67,14 +71,16 @@ def command(
     output.say(f"Loading {model} ...")
     listener = _listener(listen, tls_cert, tls_key, client_ca, insecure=insecure)
     tenants, token = _tenants(tokens)
-    choice = _choice(model, dtype, torch_device, threads, output)
+    choice = _choice(model, dtype, torch_device, output)
+    at_once = at_once or (2 if torch_device == "cpu" else 1)
+    _share_threads(threads, at_once)
     # The usual way to stop a service: leave as after any error, tidying up, with exit code 0.
     signal.signal(signal.SIGTERM, _leave)
     # Loads torch, which --help must not wait for; so does what is called above.
     from tidelock.cloud.server import CloudServer
     from tidelock.cloud.service import Limits
 
-    limits = Limits(max_sessions=max_sessions, max_memory_bytes=memory)
+    limits = Limits(max_sessions=max_sessions, max_memory_bytes=memory, at_once=at_once)
     counters = None if metrics is None else _metrics(metrics)
     server = CloudServer(choice, tenants, listener, limits=limits, metrics=counters)
     try:
@@ -111,16 +117,19 @@ def _require_free(address: Address) -> None:
         raise ListenRefused(msg) from error
 
 
-def _choice(model: str, dtype: str, torch_device: str, threads: int | None, output: Output) -> ModelChoice:
-    """Return which model is served; a folder that is called like the small one is that folder."""
+def _share_threads(threads: int | None, at_once: int) -> None:
+    """Give each pass that computes an equal part of the threads: several narrow passes wait less than one wide."""
     import torch
 
+    torch.set_num_threads(max(1, (threads or torch.get_num_threads()) // at_once))
+
+
+def _choice(model: str, dtype: str, torch_device: str, output: Output) -> ModelChoice:
+    """Return which model is served; a folder that is called like the small one is that folder."""
     from tidelock.model.load import ModelChoice
     from tidelock.model.smollm2 import fetch_smollm2
 
     output.quiet_libraries()
-    if threads is not None:
-        torch.set_num_threads(threads)
     if model == SMOLLM2 and not Path(model).is_dir():
         model = str(fetch_smollm2(on_progress=output.say))
     return ModelChoice(model, dtype, torch_device)

@@ -42,11 +42,13 @@ class Limits:
         max_sessions: Passes that are open at once; more wait.
         max_tokens: Tokens, padding included, in one pass.
         max_memory_bytes: What open passes may keep together; None for no limit.
+        at_once: Passes that compute at the same time.
     """
 
     max_sessions: int = 8
     max_tokens: int = 1 << 16
     max_memory_bytes: int | None = None
+    at_once: int = 1
 
 
 @final
@@ -84,7 +86,7 @@ class BackboneService(pb_grpc.BackboneServicer):
         self._tenants = tenants
         self._limits = limits
         self._metrics = metrics
-        self._compute = ComputeQueue()
+        self._compute = ComputeQueue(limits.at_once)
         self._memory = MemoryBudget(limits.max_memory_bytes)
         self._cost = measure_cost(cut)
         # A pass keeps one of these threads from its Open to its end; further passes wait in the executor's line.

@@ -1,10 +1,11 @@
-"""Whose turn it is to compute: one pass at a time, first come first served, given up after every segment.
+"""Whose turn it is to compute: a few passes at a time, first come first served, given up after every segment.
 
 May import errors and libraries.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
 class ComputeQueue:
     """A fair lock: whoever asked first computes next.
 
-    One pass at a time uses all cores, or the whole GPU, better than several that get in each other's way.
+    Args:
+        at_once: Passes that compute at the same time. More than there are processors for would only get in each
+            other's way.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int = 1) -> None:
+        self.at_once = at_once
         self._condition = threading.Condition()
         self._line: deque[object] = deque()
 
@@ -31,7 +35,7 @@ class ComputeQueue:
         ticket = object()
         with self._condition:
             self._line.append(ticket)
-            self._condition.wait_for(lambda: self._line[0] is ticket)
+            self._condition.wait_for(lambda: ticket in itertools.islice(self._line, self.at_once))
         return ticket
 
     def leave(self, ticket: object) -> None:
@@ -80,7 +84,7 @@ class Turn:
 
     def give_way(self) -> None:
         """Let those compute who asked meanwhile."""
-        if self._line.waiting > 1:
+        if self._line.waiting > self._line.at_once:
             with self.waiting():
                 pass
 

@@ -11,6 +11,7 @@ May import `backbone`, `peft`, `model`, `device` and libraries.
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, final
 
 import torch
@@ -21,6 +22,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from tidelock.device.bank import Bank, BankPass
+from tidelock.device.in_flight import BatchPass
 from tidelock.device.generate import GenerationSettings, generate
 from tidelock.errors import ConfigError, NonFiniteError, WireError
 from tidelock.model.rows import Rows
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PretrainedConfig
 
-    from tidelock.backbone.protocol import Backbone, Pass
+    from tidelock.backbone.protocol import Backbone
     from tidelock.model.ends import Ends
     from tidelock.peft.export import Adapter
     from tidelock.peft.lora import LoraModule
@@ -49,8 +51,7 @@ _HARMLESS = frozenset({"use_cache", "return_dict", "output_attentions", "output_
 class _PassContext(Protocol):
     """What the forward pass leaves for the backward pass."""
 
-    sites: BankPass
-    run: Pass | None
+    run: BatchPass | None
 
 
 @final
@@ -58,24 +59,21 @@ class _ThroughBackbone(torch.autograd.Function):
     """From embeddings to final states; its gradient is that of the PEFT parameters."""
 
     @staticmethod
-    def forward(ctx: _PassContext, backbone: Backbone, batch: Batch, sites: BankPass, *_parameters: Tensor) -> Tensor:
-        ctx.sites = sites
-        ctx.run = run = backbone.forward(batch, sites)
+    def forward(ctx: _PassContext, run: BatchPass, *_parameters: Tensor) -> Tensor:
+        ctx.run = run
         return run.final_MD.to(torch.float32)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _PassContext, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
-        run = ctx.run
+        run, ctx.run = ctx.run, None
         if run is None:
             msg = (
                 "Backward pass: expected one for each forward pass, got a second one. What the frozen blocks kept is "
                 "freed by the first; run the forward pass again."
             )
             raise WireError(msg)
-        ctx.run = None
-        run.backward(grad_MD)
-        return (None, None, None, *ctx.sites.gradients())
+        return (None, *run.backward(grad_MD))
 
 
 @final
@@ -86,6 +84,7 @@ class DeviceModel(nn.Module):
         ends: The model's embedding and head.
         backbone: Runs the frozen blocks.
         peft_config: The checked LoRA configuration.
+        in_flight: Micro-batches on their way through the blocks at once; a batch is split into so many.
 
     Attributes:
         config: The model's Hugging Face configuration.
@@ -98,7 +97,7 @@ class DeviceModel(nn.Module):
     accepts_loss_kwargs = True
     base_model_prefix = "base_model"
 
-    def __init__(self, ends: Ends, backbone: Backbone, peft_config: LoraConfig) -> None:
+    def __init__(self, ends: Ends, backbone: Backbone, peft_config: LoraConfig, *, in_flight: int = 1) -> None:
         super().__init__()
         self.config: PretrainedConfig = ends.config
         self.generation_config = GenerationConfig.from_model_config(ends.config)
@@ -106,6 +105,8 @@ class DeviceModel(nn.Module):
         self.bank = Bank(peft_config, ends.geometry)
         self.ends = ends
         self.backbone = backbone
+        self.in_flight = in_flight
+        self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="in-flight")
 
     @property
     def device(self) -> torch.device:
@@ -237,6 +238,7 @@ class DeviceModel(nn.Module):
     def close(self) -> None:
         """Let go of the backbone."""
         self.backbone.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def open_batch(self, ids_BT: Tensor, rows: Rows, select_M: Tensor) -> Batch:
         """Return a micro-batch at the cut: embedded, without padding."""
@@ -262,8 +264,12 @@ class DeviceModel(nn.Module):
         return [parameter for parameter in self.bank.parameters() if parameter.requires_grad]
 
     def _through_backbone(self, ids_BT: Tensor, rows: Rows, select_M: Tensor) -> Tensor:
-        batch = self.open_batch(ids_BT, rows, select_M)
-        final_MD: Tensor = _ThroughBackbone.apply(self.backbone, batch, self.open_sites(), *self._trained())  # type: ignore[no-untyped-call]
+        batches = self.open_batch(ids_BT, rows, select_M).split(self.in_flight)
+        # CUDA has one autograd thread a GPU: a pass in another thread would wait for the backward that waits for it.
+        at_once = len(batches) > 1 and self.device.type == "cpu"
+        micro_batches = [(batch, self.open_sites()) for batch in batches]
+        run = BatchPass(self.backbone, micro_batches, self._threads if at_once else None)
+        final_MD: Tensor = _ThroughBackbone.apply(run, *self._trained())  # type: ignore[no-untyped-call]
         return final_MD.to(self.device)
 
     def _read_batch(

@@ -67,6 +67,11 @@ class Rows:
         """Whether there is no padding at all."""
         return self.num_tokens == len(self.lengths) * self.width
 
+    def split(self, count: int) -> list[Rows]:
+        """Return at most `count` groups of rows, in order, each as wide as its own rows need."""
+        groups = torch.arange(len(self.lengths)).tensor_split(min(count, len(self.lengths)))
+        return [self._take(int(group[0]), int(group[-1]) + 1) for group in groups]
+
     def mask(self) -> Tensor:
         """Return the attention mask, int64 of shape (B, T)."""
         positions = torch.arange(self.width)
@@ -76,6 +81,10 @@ class Rows:
     def indices(self) -> Tensor:
         """Return where each real token is in the flattened batch, int64 of shape (N,)."""
         return self.mask().flatten().nonzero().squeeze(1)
+
+    def _take(self, first: int, end: int) -> Rows:
+        starts, lengths = self.starts[first:end], self.lengths[first:end]
+        return Rows(starts, lengths, max(start + length for start, length in zip(starts, lengths, strict=True)))
 
 
 def pack(x_BTD: Tensor, indices_N: Tensor | None) -> Tensor:

@@ -61,6 +61,19 @@ class Batch:
     active: Mapping[int, tuple[str, ...]]
     training: bool
 
+    def split(self, count: int) -> list[Batch]:
+        """Return at most `count` batches of whole rows, in order, of about as many rows each."""
+        if count == 1:
+            return [self]
+        batches, start = [], 0
+        for rows in self.rows.split(count):
+            end = start + rows.num_tokens
+            inside = (self.select_M >= start) & (self.select_M < end)
+            embeddings, select = self.embeddings_NE[start:end], self.select_M[inside] - start
+            batches.append(Batch(embeddings, rows, select, self.active, self.training))
+            start = end
+        return batches
+
 
 @final
 @dataclass(slots=True)

@@ -42,6 +42,7 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
     token: str | None = None,
     ca: str | os.PathLike[str] | None = None,
     codec: str = "fp32",
+    in_flight: int | None = None,
     patience_seconds: float = 120.0,
     ledger: Ledger | None = None,
 ) -> DeviceModel:
@@ -58,6 +59,8 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         token: Bearer token for the cloud.
         ca: PEM file with the authority (or the certificate itself) to trust.
         codec: How activations and gradients are written on the wire: `fp32` or, at half the bytes, `bf16`.
+        in_flight: Micro-batches into which a batch is split and which are on their way at once; None is 2 with a cloud,
+            whose waiting they hide, and 1 with `local`.
         patience_seconds: How long a step waits for a cloud that went away.
         ledger: Counts what crosses; None makes one, found at `backbone.connection.egress.ledger`.
 
@@ -76,6 +79,7 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
     check_lora_config(config)
     if where == "local":
         ends, backbone = _local(model)
+        in_flight = in_flight or 1
     else:
         credentials = credentials or Credentials(token or "", Path(ca) if ca is not None else None)
         egress = Egress(ledger or Ledger())
@@ -87,7 +91,8 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
             connection.close()
             raise
         backbone = RemoteBackbone(connection, ends.geometry)
-    return DeviceModel(ends, backbone, config)
+        in_flight = in_flight or 2
+    return DeviceModel(ends, backbone, config, in_flight=in_flight)
 
 
 def _local(model: str | os.PathLike[str] | None) -> tuple[Ends, Backbone]:

@@ -1,0 +1,71 @@
+"""The micro-batches of one batch, on their way through the backbone at once.
+
+While one waits for the device or the wire, the backbone computes another. The result does not depend on which is
+faster: each micro-batch has its own graphs and dropout seed, and gradients are summed in the order of the rows.
+
+Shapes: M tokens whose final state is wanted, D hidden width. May import `backbone`, `device`, `model` and libraries.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any, TypeVar, final
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from tidelock.backbone.protocol import Backbone
+    from tidelock.device.bank import BankPass
+    from tidelock.model.walk import Batch
+
+_T = TypeVar("_T")
+
+
+@final
+class BatchPass:
+    """One batch that has been run forward, as one pass for each of its micro-batches.
+
+    Args:
+        backbone: Runs the frozen blocks.
+        micro_batches: Each with the bank's half of its pass, in the order of the rows.
+        threads: Runs the passes at once; None runs one after another.
+
+    Attributes:
+        final_MD: The decoder's final states at the selected tokens, shape (M, D), detached.
+    """
+
+    def __init__(
+        self, backbone: Backbone, micro_batches: Sequence[tuple[Batch, BankPass]], threads: ThreadPoolExecutor | None
+    ) -> None:
+        self._threads = threads
+        self._sites = [sites for _, sites in micro_batches]
+        self._passes = self._each(backbone.forward, micro_batches)
+        self._sizes = [len(run.final_MD) for run in self._passes]
+        self.final_MD = torch.cat([run.final_MD for run in self._passes])
+
+    def backward(self, grad_MD: Tensor) -> list[Tensor]:
+        """Take the gradient of `final_MD`; return that of each wanted parameter. Once, and only when training.
+
+        Raises:
+            WireError: A parameter got no gradient.
+            NonFiniteError: A gradient is infinite or not a number.
+        """
+        passes, self._passes = self._passes, []
+        self._each(lambda run, grad: run.backward(grad), list(zip(passes, grad_MD.split(self._sizes), strict=True)))
+        first, *others = [sites.gradients() for sites in self._sites]
+        for grads in others:
+            for total, grad in zip(first, grads, strict=True):
+                total += grad
+        return first
+
+    def _each(self, call: Callable[..., _T], arguments: Sequence[tuple[Any, ...]]) -> list[_T]:
+        """Return what a function returns for each of the arguments; when one fails, once all have ended."""
+        if self._threads is None:
+            return [call(*values) for values in arguments]
+        futures = [self._threads.submit(call, *values) for values in arguments]
+        wait(futures)
+        return [future.result() for future in futures]
