@@ -74,7 +74,7 @@ class StorageError(TidelockError):
 
 
 class NonFiniteError(TidelockError):
-    """A loss or a gradient is infinite or not a number; raised before the optimizer moves."""
+    """A loss, a gradient or an activation is infinite or not a number; raised before the optimizer moves."""
 
     exit_code = 7
 

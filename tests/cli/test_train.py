@@ -294,7 +294,7 @@ def test_run_folders_that_do_not_fit(capsys: Capture, tmp_path: Path, chat_model
         (("--model", "m", "--cloud", "grpcs://x:1"), "got --cloud grpcs://x:1 with --backbone local"),
         (("--model", "m", "--backbone", "moon"), "--backbone: expected one of local, cloud, got 'moon'"),
         (("--model", "m", "--method", "prompt"), "--method: expected one of lora, got 'prompt'"),
-        (("--model", "m", "--codec", "int3"), "--codec: expected one of fp32, bf16, got 'int3'"),
+        (("--model", "m", "--codec", "int3"), "--codec: expected one of fp32, bf16, int8, int4, got 'int3'"),
         (("--model", "m", "--rank", "0"), "--rank: expected 1 or more, got 0"),
         (("--model", "m", "--dropout", "1"), "--dropout: expected at least 0 and below 1, got 1.0"),
         (("--model", "m", "--epochs", "inf"), "--epochs: expected more than 0, and finite, got inf"),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 BACKBONES = ("local", "cloud")
 METHODS = ("lora",)
-CODECS = ("fp32", "bf16")
+CODECS = ("fp32", "bf16", "int8", "int4")
 LR_SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -78,7 +78,9 @@ class RunConfig:
     client_cert: str | None = _knob(None, "PEM file with this device's certificate, if the cloud wants one.")
     client_key: str | None = _knob(None, "PEM file with its key.")
     insecure: bool = _knob(False, "Allow grpc:// without TLS to another machine (inside a tunnel).")
-    codec: str = _knob("fp32", "Numbers on the wire: fp32, or bf16 at half the bytes.", _one_of(CODECS))
+    codec: str = _knob("fp32", "Numbers on the wire: fp32, or fewer bytes with bf16, int8, int4.", _one_of(CODECS))
+    gradient_codec: str | None = _knob(None, "Likewise, for gradients; as --codec by default.", _one_of(CODECS))
+    stochastic_rounding: bool = _knob(False, "Round int8 or int4 gradients at random, right on average.")
     patience: float = _knob(120.0, "Seconds to wait for a cloud that went away.", _AT_LEAST_0)
     method: str = _knob("lora", "What is trained: lora.", _one_of(METHODS))
     rank: int = _knob(8, "LoRA rank r.", _AT_LEAST_1)

@@ -21,10 +21,13 @@ from tidelock.data.source import read_examples
 from tidelock.errors import ConfigError
 from tidelock.peft.export import load_adapter
 from tidelock.peft.lora import ALL_PROJECTIONS
+from tidelock.run.codecs import describe_codecs
 from tidelock.run.connect import connect
 from tidelock.run.folder import RunFolder
 from tidelock.run.trainer import Journal, Observer, RunTrainer, StopFlag
 from tidelock.wire.channel import Credentials
+from tidelock.wire.codec import Codecs
+from tidelock.wire.distortion import Distortion
 from tidelock.wire.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -48,6 +51,7 @@ class TrainResult:
         eval_loss: The last evaluation's loss, or None.
         seconds: How long this part of the run took.
         traffic_bytes: Bytes that crossed, by direction and kind.
+        codec_error: What rounding on the wire took in this part of the run; see `Distortion.totals`.
         interrupted: Whether Ctrl-C ended it early.
     """
 
@@ -57,6 +61,7 @@ class TrainResult:
     eval_loss: float | None
     seconds: float
     traffic_bytes: dict[str, dict[str, int]]
+    codec_error: dict[str, dict[str, float]]
     interrupted: bool
 
 
@@ -77,10 +82,12 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     set_seed(config.seed)
-    ledger = Ledger()
-    model = open_model(config, ledger)
+    ledger, distortion = Ledger(), Distortion()
+    model = open_model(config, ledger, distortion)
     try:
         observer.say(f"Model: {_describe(model)}.")
+        if config.cloud is not None:
+            observer.say(f"{describe_codecs(_codecs(config), model.ends.geometry, model.bank.targets)}.")
         rows, eval_rows = _encode(config, model)
         observer.say(f"Data: {len(rows)} examples to learn from, {len(eval_rows)} to measure on.")
         if resume:
@@ -106,6 +113,9 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
             trainer.train_or_save(checkpoint)
         model.save_adapter(folder.adapter, config.model)
         folder.write_ledger(ledger.totals())
+        codec_error = distortion.totals()
+        if codec_error:
+            folder.append_metrics({"step": trainer.state.global_step, "codec_error": codec_error})
         history = trainer.state.log_history
         return TrainResult(
             adapter=folder.adapter,
@@ -114,14 +124,20 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
             eval_loss=_last(history, "eval_loss"),
             seconds=time.monotonic() - began,
             traffic_bytes=ledger.totals(),
+            codec_error=codec_error,
             interrupted=stop.is_set and trainer.state.global_step < trainer.state.max_steps,
         )
     finally:
         model.close()
 
 
-def open_model(config: RunConfig, ledger: Ledger) -> DeviceModel:
+def open_model(config: RunConfig, ledger: Ledger, distortion: Distortion | None = None) -> DeviceModel:
     """Return the device's model of a run, joined to its backbone, with the adapter that it continues.
+
+    Args:
+        config: The run.
+        ledger: Counts what crosses.
+        distortion: Measures what rounding on the wire takes; None measures for nobody.
 
     Raises:
         TidelockError: As `connect`.
@@ -133,8 +149,11 @@ def open_model(config: RunConfig, ledger: Ledger) -> DeviceModel:
         peft_config=adapter.config if adapter is not None else _lora_config(config),
         credentials=_credentials(config),
         codec=config.codec,
+        gradient_codec=config.gradient_codec,
+        stochastic_rounding=config.stochastic_rounding,
         patience_seconds=config.patience,
         ledger=ledger,
+        distortion=distortion,
     )
     if adapter is not None:
         model.load_adapter(adapter)
@@ -171,6 +190,10 @@ def _lora_config(config: RunConfig) -> LoraConfig:
         layers_to_transform=config.layer,
         task_type="CAUSAL_LM",
     )
+
+
+def _codecs(config: RunConfig) -> Codecs:
+    return Codecs.named(config.codec, config.gradient_codec, stochastic_rounding=config.stochastic_rounding)
 
 
 def _credentials(config: RunConfig) -> Credentials | None:

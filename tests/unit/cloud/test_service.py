@@ -215,7 +215,7 @@ def leave_before_the_embedding(run):
 def leave_in_the_middle_of_the_embedding(run):
     run.open()
     run.outbox.put(
-        pb.DeviceMessage(embedding=pb.TensorPart(dtype=pb.FP32, shape=[8, WIDTH], data=bytes(8 * WIDTH * 4)))
+        pb.DeviceMessage(embedding=pb.TensorPart(codec=pb.FP32, shape=[8, WIDTH], data=bytes(8 * WIDTH * 4)))
     )
     run.receive("site_input", 8, WIDTH)
 

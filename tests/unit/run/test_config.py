@@ -19,7 +19,8 @@ PLAIN = RunConfig(data="facts.jsonl", out="run", model="m")
 # For each knob with a rule: values on its edges that are good, and bad ones.
 EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "backbone": (["local"], ["pool", ""]),
-    "codec": (list(CODECS), ["int8"]),
+    "codec": (list(CODECS), ["int3"]),
+    "gradient_codec": ([None, *CODECS], ["fp16"]),
     "method": (["lora"], ["side"]),
     "lr_schedule": (list(LR_SCHEDULES), ["step"]),
     "patience": ([0.0, 1e9], [-0.1, math.inf, math.nan]),
