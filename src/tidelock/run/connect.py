@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     import os
 
     from tidelock.backbone.protocol import Backbone
-    from tidelock.wire.distortion import Distortion
 
 
 def connect(  # noqa: PLR0913  (the public door: every argument has a default)
@@ -48,7 +47,6 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
     stochastic_rounding: bool = False,
     patience_seconds: float = 120.0,
     ledger: Ledger | None = None,
-    distortion: Distortion | None = None,
 ) -> DeviceModel:
     """Return a causal language model to train here, whose frozen blocks run wherever `where` says.
 
@@ -62,13 +60,11 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         credentials: For a cloud; or give `token` and `ca` only.
         token: Bearer token for the cloud.
         ca: PEM file with the authority (or the certificate itself) to trust.
-        codec: How activations and gradients are written on the wire: `fp32`; `bf16`, at half the bytes; `int8`, at a
-            quarter; `int4`, at an eighth.
+        codec: How activations and gradients cross: `fp32`, `bf16` (half the bytes), `int8` (a quarter), `int4`.
         gradient_codec: Another one for gradients.
         stochastic_rounding: Round `int8` or `int4` gradients up or down at random, right on average.
         patience_seconds: How long a step waits for a cloud that went away.
-        ledger: Counts what crosses; None makes one, found at `backbone.connection.egress.ledger`.
-        distortion: Measures what the codecs take from what this device sends; None makes one, found beside the ledger.
+        ledger: Counts what crosses and is lost; None makes one, found at `backbone.connection.egress.ledger`.
 
     Raises:
         ConfigError: An argument cannot be honoured.
@@ -88,7 +84,7 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         ends, backbone = _local(model)
     else:
         credentials = credentials or Credentials(token or "", Path(ca) if ca is not None else None)
-        egress = Egress(ledger or Ledger(), distortion)
+        egress = Egress(ledger or Ledger())
         address = parse_url(where)
         connection = Connection(address, credentials, egress, codecs=codecs, patience_seconds=patience_seconds)
         try:

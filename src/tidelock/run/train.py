@@ -27,7 +27,6 @@ from tidelock.run.folder import RunFolder
 from tidelock.run.trainer import Journal, Observer, RunTrainer, StopFlag
 from tidelock.wire.channel import Credentials
 from tidelock.wire.codec import Codecs
-from tidelock.wire.distortion import Distortion
 from tidelock.wire.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -82,12 +81,11 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     set_seed(config.seed)
-    ledger, distortion = Ledger(), Distortion()
-    model = open_model(config, ledger, distortion)
+    ledger = Ledger()
+    model = open_model(config, ledger)
     try:
         observer.say(f"Model: {_describe(model)}.")
-        if config.cloud is not None:
-            observer.say(f"{describe_codecs(_codecs(config), model.ends.geometry, model.bank.targets)}.")
+        _say_codecs(config, model, observer)
         rows, eval_rows = _encode(config, model)
         observer.say(f"Data: {len(rows)} examples to learn from, {len(eval_rows)} to measure on.")
         if resume:
@@ -113,9 +111,6 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
             trainer.train_or_save(checkpoint)
         model.save_adapter(folder.adapter, config.model)
         folder.write_ledger(ledger.totals())
-        codec_error = distortion.totals()
-        if codec_error:
-            folder.append_metrics({"step": trainer.state.global_step, "codec_error": codec_error})
         history = trainer.state.log_history
         return TrainResult(
             adapter=folder.adapter,
@@ -124,20 +119,15 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
             eval_loss=_last(history, "eval_loss"),
             seconds=time.monotonic() - began,
             traffic_bytes=ledger.totals(),
-            codec_error=codec_error,
+            codec_error=_record_distortion(folder, ledger, trainer.state.global_step),
             interrupted=stop.is_set and trainer.state.global_step < trainer.state.max_steps,
         )
     finally:
         model.close()
 
 
-def open_model(config: RunConfig, ledger: Ledger, distortion: Distortion | None = None) -> DeviceModel:
+def open_model(config: RunConfig, ledger: Ledger) -> DeviceModel:
     """Return the device's model of a run, joined to its backbone, with the adapter that it continues.
-
-    Args:
-        config: The run.
-        ledger: Counts what crosses.
-        distortion: Measures what rounding on the wire takes; None measures for nobody.
 
     Raises:
         TidelockError: As `connect`.
@@ -153,7 +143,6 @@ def open_model(config: RunConfig, ledger: Ledger, distortion: Distortion | None 
         stochastic_rounding=config.stochastic_rounding,
         patience_seconds=config.patience,
         ledger=ledger,
-        distortion=distortion,
     )
     if adapter is not None:
         model.load_adapter(adapter)
@@ -192,8 +181,19 @@ def _lora_config(config: RunConfig) -> LoraConfig:
     )
 
 
-def _codecs(config: RunConfig) -> Codecs:
-    return Codecs.named(config.codec, config.gradient_codec, stochastic_rounding=config.stochastic_rounding)
+def _say_codecs(config: RunConfig, model: DeviceModel, observer: Observer) -> None:
+    """Tell what the codecs save and what they may cost, where anything crosses."""
+    if config.cloud is not None:
+        codecs = Codecs.named(config.codec, config.gradient_codec, stochastic_rounding=config.stochastic_rounding)
+        observer.say(f"{describe_codecs(codecs, model.ends.geometry, model.bank.targets)}.")
+
+
+def _record_distortion(folder: RunFolder, ledger: Ledger, step: int) -> dict[str, dict[str, float]]:
+    """Write what rounding on the wire took, if anything was rounded, and return it."""
+    error = ledger.distortion.totals()
+    if error:
+        folder.append_metrics({"step": step, "codec_error": error})
+    return error
 
 
 def _credentials(config: RunConfig) -> Credentials | None:

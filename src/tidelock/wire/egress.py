@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, final
 from tidelock.errors import WireError
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire.codec import Codec, rounding_seed, split_parts
-from tidelock.wire.distortion import Distortion
 from tidelock.wire.ledger import Kind, Ledger
 from tidelock.wire.stream import write_part
 
@@ -33,16 +32,10 @@ _ROLES = {
 
 @final
 class Egress:
-    """Turns what may leave the device into messages, and writes each into the ledger.
+    """Turns what may leave the device into messages, and writes each into the ledger."""
 
-    Args:
-        ledger: Counts the messages.
-        distortion: Measures what rounding takes from the tensors; None makes one.
-    """
-
-    def __init__(self, ledger: Ledger, distortion: Distortion | None = None) -> None:
+    def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self.distortion = distortion or Distortion()
 
     def open(self, message: pb.Open) -> bytes:
         """Return the encoded message that opens a pass."""
@@ -80,7 +73,7 @@ class Egress:
         encoded = codec.encode(kind.value, tensor, seed=rounding_seed(pass_seed, kind.value, block))
         if codec is not Codec.FP32:
             stochastic = pass_seed is not None
-            self.distortion.measure(_ROLES[kind], kind.value, tensor, encoded, codec, stochastic=stochastic)
+            self.ledger.distortion.measure(_ROLES[kind], kind.value, tensor, encoded, codec, stochastic=stochastic)
         for part in split_parts(encoded, tuple(tensor.shape), codec, block=block):
             yield self._count(kind, write_part(pb.DeviceMessage, kind.value, part))
 

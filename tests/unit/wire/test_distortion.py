@@ -83,7 +83,7 @@ def test_the_door_measures_what_leaves_by_its_role():
     egress = Egress(Ledger())
     for kind in (Kind.EMBEDDING, Kind.SITE_OUTPUT, Kind.FINAL_GRADIENT, Kind.INPUT_GRADIENT):
         list(egress.tensor(kind, torch.randn(4, 16), Codec.INT8, pass_seed=None))
-    assert {role: error["tokens"] for role, error in egress.distortion.totals().items()} == {
+    assert {role: error["tokens"] for role, error in egress.ledger.distortion.totals().items()} == {
         "activation": 8,
         "gradient": 8,
     }
@@ -92,7 +92,7 @@ def test_the_door_measures_what_leaves_by_its_role():
 def test_nothing_is_lost_in_fp32():
     egress = Egress(Ledger())
     list(egress.tensor(Kind.EMBEDDING, torch.randn(4, 16), Codec.FP32))
-    assert egress.distortion.totals() == {}
+    assert egress.ledger.distortion.totals() == {}
 
 
 def test_the_door_rounds_alike_at_every_attempt():
