@@ -121,6 +121,13 @@ class RunConfig:
             got = "no --cloud" if self.backbone == "cloud" else f"--cloud {self.cloud} with --backbone {self.backbone}"
             msg = f"Backbone: expected --backbone cloud together with --cloud grpcs://HOST:PORT, got {got}. Give both."
             raise ConfigError(msg)
+        gradient_codec = self.gradient_codec or self.codec
+        if self.stochastic_rounding and gradient_codec not in {"int8", "int4"}:
+            msg = (
+                f"--stochastic-rounding: expected gradients in int8 or int4, got {gradient_codec}, which is rounded to "
+                "the nearest. Choose another --gradient-codec, or leave it out."
+            )
+            raise ConfigError(msg)
         if self.backbone == "local" and self.model is None:
             msg = "Backbone: expected --model with --backbone local, got none. Name a model folder or a hub model."
             raise ConfigError(msg)

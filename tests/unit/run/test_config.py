@@ -65,6 +65,8 @@ def test_a_knob_keeps_its_rule(name: str) -> None:
     [
         ({"backbone": "cloud"}, "got no --cloud"),
         ({"cloud": "grpcs://c:1"}, "got --cloud grpcs://c:1 with --backbone local"),
+        ({"stochastic_rounding": True, "codec": "int8", "gradient_codec": "bf16"}, "in int8 or int4, got bf16"),
+        ({"stochastic_rounding": True}, "in int8 or int4, got fp32"),
         ({"model": None}, "expected --model with --backbone local, got none"),
     ],
 )
