@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor
+from transformers import AutoTokenizer
 
+from tests.architecture.source import ROOT
 from tests.support.cloud_process import TOKEN, CloudProcess, Service
 from tests.support.parity import (
+    IGNORED,
     TokenBatch,
     adapter_of,
     assert_bit_equal,
@@ -103,6 +107,56 @@ def test_rounding_on_the_wire_changes_the_result_a_little(
     assert all(0 < error["mean"] <= error["max"] <= error["bound"] for error in measured.values())
     exact.close()
     lossy.close()
+
+
+def _chats(folder: Path) -> TokenBatch:
+    """Return the first eight of the example's chats as one batch, with a label at every token."""
+    chats = [json.loads(line)["messages"] for line in (ROOT / "examples" / "household.jsonl").read_text().splitlines()]
+    texts = [" ".join(message["content"] for message in messages) for messages in chats[:8]]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    ids, mask = torch.zeros(8, max(map(len, rows)), dtype=torch.long), torch.zeros(8, max(map(len, rows)))
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+    return TokenBatch(ids, mask.long(), ids.masked_fill(mask == 0, IGNORED))
+
+
+# Smallest and largest change of the loss, and largest of the gradient; docs/protocol.md has what was measured.
+_ON_SMOLLM2 = {
+    ("bf16", "bf16", False): (0.0, 0.01, 0.02),
+    ("int8", "int8", False): (0.0, 0.01, 0.1),
+    ("int8", "int4", True): (0.0, 0.01, 0.5),
+    ("int4", "int8", False): (0.1, 1.0, 2.0),
+}
+
+
+@pytest.mark.slow
+def test_what_rounding_does_to_a_real_model(smollm2: Path, tmp_path: Path):
+    batch = _chats(smollm2)
+
+    def run(codec: str, gradient_codec: str, stochastic: bool) -> tuple[float, Tensor]:
+        torch.manual_seed(0)
+        model = connect(
+            cloud.url("smollm2"),
+            model=smollm2,
+            token=TOKEN,
+            codec=codec,
+            gradient_codec=gradient_codec,
+            stochastic_rounding=stochastic,
+        )
+        randomise_adapter(model, size=0.02)
+        loss, gradients = _pass(model, batch)
+        model.close()
+        return loss, torch.cat([gradient.flatten() for gradient in gradients.values()])
+
+    with CloudProcess([Service("smollm2", str(smollm2))], tmp_path / "log") as cloud:
+        exact_loss, exact = run("fp32", "fp32", False)
+        for codecs, (least, most, allowed) in _ON_SMOLLM2.items():
+            loss, gradient = run(*codecs)
+            change = abs(loss - exact_loss) / exact_loss
+            assert least < change < most, codecs
+            assert relative_error(gradient, exact) < allowed, codecs
 
 
 def _ledger(model: DeviceModel) -> Ledger:
