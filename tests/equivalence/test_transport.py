@@ -92,7 +92,7 @@ def test_rounding_on_the_wire_changes_the_result_a_little(
     codecs: tuple[str, str, bool], cloud: CloudProcess, tiny_models: Path
 ):
     codec, gradient_codec, stochastic = codecs
-    options = {"codec": codec, "gradient_codec": gradient_codec, "stochastic_rounding": stochastic}
+    options: dict[str, Any] = {"codec": codec, "gradient_codec": gradient_codec, "stochastic_rounding": stochastic}
     exact = _join(cloud.port(_MODEL), tiny_models / _MODEL)
     lossy = _join(cloud.port(_MODEL), tiny_models / _MODEL, **options)
     (loss, gradients), (lossy_loss, lossy_gradients) = (_pass(model, token_batch("right")) for model in (exact, lossy))

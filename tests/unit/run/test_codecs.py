@@ -18,8 +18,10 @@ ALL = ("q_proj", "k_proj", "v_proj")
 @pytest.fixture(scope="module")
 def smollm2() -> Geometry:
     """Return the shape of SmolLM2-135M: width 576, and 960 of q, k and v together."""
-    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
-    return geometry_of(empty_model(LlamaConfig(hidden_size=576, num_hidden_layers=30, vocab_size=8, **heads)))
+    config = LlamaConfig(
+        hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=8
+    )
+    return geometry_of(empty_model(config))
 
 
 def test_every_codec_states_its_ratio_and_its_bound(smollm2: Geometry) -> None:
