@@ -6,7 +6,7 @@
     ├── ModelError                  4   a model folder, a tensor of it, or an architecture that cannot be cut
     ├── CheckpointError             5   a run folder or a checkpoint that cannot be read or resumed
     ├── StorageError                6   the disk refused: full, read-only or gone
-    ├── NonFiniteError              7   a loss or a gradient is not a finite number
+    ├── NonFiniteError              7   a loss, a gradient or an activation is not a finite number
     ├── WireError                   10  a message broke the protocol: length, shape, dtype or order
     ├── CloudUnreachable            11  no cloud answers at that address, or it stayed away too long
     ├── TlsError                    12  the cloud's certificate is not trusted, or ours is refused
@@ -74,7 +74,7 @@ class StorageError(TidelockError):
 
 
 class NonFiniteError(TidelockError):
-    """A loss or a gradient is infinite or not a number; raised before the optimizer moves."""
+    """A loss, a gradient or an activation is infinite or not a number; raised before the optimizer moves."""
 
     exit_code = 7
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -121,6 +122,42 @@ def test_for_people_it_says_what_it_did(
     ledger = json.loads((out / "ledger.json").read_text())
     assert ledger["sent"]["embedding"] > 0
     assert ledger["received"]["site_gradient"] > 0
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_rounding_is_stated_before_and_measured_after(
+    capsys: Capture, tmp_path: Path, chat_model: Path, cloud_access: CloudAccess, facts: Path, as_json: bool
+) -> None:
+    out = tmp_path / "run"
+    codecs = ["--codec", "int8", "--gradient-codec", "int4", "--stochastic-rounding"]
+    args = [facts, "--model", chat_model, *cloud_access.options(), *codecs, "--out", out, *QUICK]
+    assert train(*args, *(["--json"] if as_json else [])) == 0
+    shown = capsys.readouterr()
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2
+    assert set(last["codec_error"]) == {"activation", "gradient"}
+    assert all(0 < error["mean"] <= error["max"] <= error["bound"] for error in last["codec_error"].values())
+    if as_json:
+        assert json.loads(shown.out.splitlines()[-1])["codec_error"] == last["codec_error"]
+        return
+    before = r"^On the wire: activations in int8, 3\.\d+ times smaller than fp32, .*int4 rounded"
+    assert re.search(before, shown.err, re.MULTILINE)
+    mean = last["codec_error"]["gradient"]["mean"]
+    after = rf"^Rounded on the wire: a token's activations off by .*gradients off by {mean:.2%}"
+    assert re.search(after, shown.out, re.MULTILINE)
+    text = (out / "run.toml").read_text()
+    assert 'codec = "int8"\ngradient_codec = "int4"\nstochastic_rounding = true\n' in text
+
+
+def test_what_is_exact_has_no_error(
+    capsys: Capture, tmp_path: Path, chat_model: Path, cloud_access: CloudAccess, facts: Path
+) -> None:
+    args = [facts, "--model", chat_model, *cloud_access.options(), "--out", tmp_path / "run", *QUICK]
+    assert train(*args) == 0
+    shown = capsys.readouterr()
+    assert "On the wire: activations in fp32, exact; gradients in fp32, exact." in shown.err
+    assert "Rounded" not in shown.out
+    assert "codec_error" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_without_a_model_the_clouds_own_is_fetched(
@@ -294,7 +331,12 @@ def test_run_folders_that_do_not_fit(capsys: Capture, tmp_path: Path, chat_model
         (("--model", "m", "--cloud", "grpcs://x:1"), "got --cloud grpcs://x:1 with --backbone local"),
         (("--model", "m", "--backbone", "moon"), "--backbone: expected one of local, cloud, got 'moon'"),
         (("--model", "m", "--method", "prompt"), "--method: expected one of lora, got 'prompt'"),
-        (("--model", "m", "--codec", "int3"), "--codec: expected one of fp32, bf16, got 'int3'"),
+        (("--model", "m", "--codec", "int3"), "--codec: expected one of fp32, bf16, int8, int4, got 'int3'"),
+        (("--model", "m", "--gradient-codec", ""), "--gradient-codec: expected one of fp32, bf16, int8, int4, got ''"),
+        (
+            ("--model", "m", "--stochastic-rounding"),
+            "--stochastic-rounding: expected gradients in int8 or int4",
+        ),
         (("--model", "m", "--rank", "0"), "--rank: expected 1 or more, got 0"),
         (("--model", "m", "--dropout", "1"), "--dropout: expected at least 0 and below 1, got 1.0"),
         (("--model", "m", "--epochs", "inf"), "--epochs: expected more than 0, and finite, got inf"),

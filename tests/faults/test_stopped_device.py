@@ -39,6 +39,16 @@ def test_killed_and_resumed(
     assert f"Going on from {where}." in resumed.process.stderr
 
 
+def test_a_run_that_rounds_at_random_is_killed_and_resumed(world: World, cloud: Cloud) -> None:
+    codecs = ["--codec", "int8", "--gradient-codec", "int4", "--stochastic-rounding"]
+    whole = world.train("rounded", cloud.address, *codecs)
+    assert whole.process.wait() == 0, whole.process.stderr
+    killed = world.train("rounded-killed", cloud.address, *codecs, hook=strike(Place.SITE_BACKWARD, 14 * 3 + 2, KILL))
+    assert killed.process.wait() == -KILL
+    assert killed.checkpoints == [8]
+    check_equal(world.resume(killed), whole)
+
+
 def test_what_crossed_twice_is_counted_twice(world: World, cloud: Cloud, undisturbed: Run) -> None:
     run = world.train("counted", cloud.address, hook=strike(Place.UNMARKED, 2, KILL))
     assert run.process.wait() == -KILL

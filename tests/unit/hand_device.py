@@ -14,7 +14,7 @@ from tidelock.cloud.server import CloudServer
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire import tidelock_pb2_grpc as pb_grpc
 from tidelock.wire.address import Address
-from tidelock.wire.codec import Part, TensorReader, write_parts
+from tidelock.wire.codec import Codec, Part, TensorReader, write_parts
 from tidelock.wire.limits import PROTOCOL_VERSION
 
 TOKEN = "0123456789abcdef-token"
@@ -107,11 +107,11 @@ class HandPass:
         self.outbox.put(pb.DeviceMessage(open=an_open(**{"fingerprint": self.fingerprint, **changes})))
 
     def send(self, field: str, *shape: int, block: int = 0) -> None:
-        for part in write_parts(torch.full(shape, 0.01), torch.float32, block=block):
+        for part in write_parts(field, torch.full(shape, 0.01), Codec.FP32, block=block):
             self.outbox.put(pb.DeviceMessage(**{field: to_protobuf(part)}))  # type: ignore[arg-type]
 
     def receive(self, field: str, *shape: int, block: int = 0) -> torch.Tensor:
-        reader = TensorReader(field, shape, torch.float32, block=block)
+        reader = TensorReader(field, shape, Codec.FP32, block=block)
         while not reader.complete:
             message = next(self.call)
             assert message.WhichOneof("body") == field
@@ -152,11 +152,11 @@ class HandPass:
 
 def to_protobuf(part: Part) -> pb.TensorPart:
     """Return a part as protobuf's own code has it."""
-    return pb.TensorPart(block=part.block, dtype=part.dtype, shape=part.shape, data=bytes(part.data))  # type: ignore[arg-type]
+    return pb.TensorPart(block=part.block, codec=part.codec, shape=part.shape, data=bytes(part.data))  # type: ignore[arg-type]
 
 
 def from_protobuf(message: pb.TensorPart) -> Part:
-    return Part(message.block, message.dtype, tuple(message.shape), memoryview(message.data))
+    return Part(message.block, message.codec, tuple(message.shape), memoryview(message.data))
 
 
 def an_open(**changes) -> pb.Open:
@@ -168,7 +168,7 @@ def an_open(**changes) -> pb.Open:
         "lengths": [8],
         "width": 8,
         "active": [pb.ActiveSite(block=block, projections=PROJECTIONS) for block in (0, 1)],
-        "activation_dtype": pb.FP32,
-        "gradient_dtype": pb.FP32,
+        "activation_codec": pb.FP32,
+        "gradient_codec": pb.FP32,
     }
     return pb.Open(**{**values, **changes})

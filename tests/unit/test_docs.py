@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import math
 import re
 import shlex
 import xml.etree.ElementTree as ET
@@ -30,6 +31,7 @@ from tidelock.run.config import BACKBONES, CODECS, METHODS
 from tidelock.run.folder import RunFolder
 from tidelock.wire import limits
 from tidelock.wire import tidelock_pb2 as pb
+from tidelock.wire.codec import Codec
 from tidelock.wire.ledger import Kind
 
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -322,7 +324,21 @@ LLAMA_7B = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_hea
 def test_sizes_are_those_of_the_formula(row: str, config: LlamaConfig, blocks: int):
     cells = {cells[0]: cells for cells in table(section(ROOT / "docs" / "protocol.md", "Sizes"))}[row]
     token, selected = numbers_per_token(config, blocks)
-    assert cells[4:] == [f"{token:,}", f"{4 * token:,} B", f"{2 * token:,} B", f"{4 * selected:,} B"]
+    rows = 1 + 4 * blocks - 1  # the embedding, and four at each site but the lowest, whose input has no gradient
+    sizes = [4 * token, 2 * token, token + 4 * rows, token // 2 + 4 * rows, 4 * selected]
+    assert cells[4:] == [f"{token:,}", *(f"{size:,} B" for size in sizes)]
+
+
+def test_a_codecs_bytes_and_bounds_are_those_of_the_page():
+    listed = table(section(ROOT / "docs" / "protocol.md", "Tensors").split("A row is")[0])[1:]
+    assert [row[0].strip("`") for row in listed] == [codec.value for codec in Codec]
+    signs = {"⌈W / 2⌉": "ceil(W / 2)", "N W": "N * W", "N (": "N * (", "√": "sqrt", "\u2212": "-", "·": "*", "²": "**2"}
+    names = {"N": 3, "W": 576, "sqrt": math.sqrt, "ceil": math.ceil}
+    for codec, (_, *cells) in zip(Codec, listed, strict=True):
+        size, bound = (re.sub("|".join(map(re.escape, signs)), lambda sign: signs[sign[0]], cell) for cell in cells)
+        size = re.sub(r"^(\d) N", r"\1 * N", size.partition(":")[0])
+        assert eval(size, names) == codec.size_bytes((3, 576))  # noqa: S307  (our own page)
+        assert eval(bound, names) == pytest.approx(codec.error_bound(576, stochastic=False))  # noqa: S307
 
 
 def test_the_run_folders_files_are_listed(tmp_path: Path):

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 import grpc
-import torch
 
-from tidelock.errors import ConfigError, StorageError, WireError
+from tidelock.errors import StorageError, WireError
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire import tidelock_pb2_grpc as pb_grpc
 from tidelock.wire.channel import Credentials, explain, open_channel
-from tidelock.wire.codec import WIRE_DTYPES
+from tidelock.wire.codec import Codecs
 from tidelock.wire.egress import Egress
 from tidelock.wire.ledger import Kind
 from tidelock.wire.limits import CALL_SECONDS, FETCH_SECONDS, PASS_METHOD, PROTOCOL_VERSION
@@ -42,7 +41,7 @@ class Connection:
         address: Where the cloud listens.
         credentials: Token and certificates.
         egress: Counts and checks what is sent.
-        codec: How activations and gradients are written on the wire: `fp32` or `bf16`.
+        codecs: How activations and gradients are written on the wire; None is fp32.
         patience_seconds: How long to wait for a cloud that went away.
 
     Attributes:
@@ -61,17 +60,13 @@ class Connection:
         credentials: Credentials,
         egress: Egress,
         *,
-        codec: str = "fp32",
+        codecs: Codecs | None = None,
         patience_seconds: float = 120.0,
     ) -> None:
-        if codec not in WIRE_DTYPES:
-            msg = f"Codec: expected one of {sorted(WIRE_DTYPES)}, got {codec!r}. Choose one of those."
-            raise ConfigError(msg)
         self.address = address
         self.credentials = credentials
         self.egress = egress
-        self.activation_dtype: torch.dtype = WIRE_DTYPES[codec]
-        self.gradient_dtype: torch.dtype = WIRE_DTYPES[codec]
+        self.codecs = codecs or Codecs()
         self.patience_seconds = patience_seconds
         self.cloud_seconds = 0.0
         self._channel = open_channel(address, credentials)

@@ -20,7 +20,7 @@ import torch
 
 from tidelock.errors import CloudUnreachable, WireError
 from tidelock.wire import tidelock_pb2 as pb
-from tidelock.wire.codec import TensorReader, dtype_to_pb
+from tidelock.wire.codec import Codec, TensorReader
 from tidelock.wire.ledger import Kind
 from tidelock.wire.limits import PASS_SECONDS, PROTOCOL_VERSION
 from tidelock.wire.stream import read_message
@@ -57,9 +57,9 @@ class _Stream:
         for message in messages:
             self._outbox.put(message)
 
-    def receive(self, kind: Kind, shape: tuple[int, ...], dtype: torch.dtype, *, block: int = 0) -> Tensor:
+    def receive(self, kind: Kind, shape: tuple[int, ...], codec: Codec, *, block: int = 0) -> Tensor:
         """Return the tensor that must come next; `Kind` and the message's field have the same names."""
-        reader = TensorReader(kind.value, shape, dtype, block=block)
+        reader = TensorReader(kind.value, shape, codec, block=block)
         while not reader.complete:
             reader.add(self._next(kind, kind.value))
         return reader.tensor()
@@ -96,6 +96,9 @@ class _Attempts:
         self._attempt_sites = sites
         self._mode = mode
         self._blocks = sorted(batch.active)
+        # From the global generator, as dropout's: a repeat rounds alike, and so does a resumed run.
+        rounds = mode == pb.TRAIN and backbone.connection.codecs.stochastic
+        self._rounding_seed = int(torch.randint(2**62, ())) if rounds else None
         self.sites: Sites = sites.begin()
         self.stream: _Stream | None = None
 
@@ -106,37 +109,37 @@ class _Attempts:
         connection, batch = self.connection, self._batch
         self.stream = stream = _Stream(connection)
         stream.send([connection.egress.open(self._open_message())])
-        stream.send(connection.egress.tensor(Kind.EMBEDDING, batch.embeddings_NE, connection.activation_dtype))
+        stream.send(connection.egress.tensor(Kind.EMBEDDING, batch.embeddings_NE, connection.codecs.activation))
         return self.answer_sites(batch.rows.num_tokens, len(batch.select_M))
 
     def answer_sites(self, tokens: int, selected: int) -> Tensor:
         """Answer at every active site on the way up; return the final states at its end."""
-        stream, geometry, dtype = self._open_stream(), self._backbone.geometry, self.connection.activation_dtype
+        stream, geometry, codec = self._open_stream(), self._backbone.geometry, self.connection.codecs.activation
         for block in self._blocks:
-            x_ND = stream.receive(Kind.SITE_INPUT, (tokens, geometry.sites[block].width), dtype, block=block)
+            x_ND = stream.receive(Kind.SITE_INPUT, (tokens, geometry.sites[block].width), codec, block=block)
             y_NW = self.sites.forward(block, x_ND)
-            stream.send(self.connection.egress.tensor(Kind.SITE_OUTPUT, y_NW, dtype, block=block))
-        return stream.receive(Kind.FINAL_STATE, (selected, geometry.final_width), dtype)
+            stream.send(self.connection.egress.tensor(Kind.SITE_OUTPUT, y_NW, codec, block=block))
+        return stream.receive(Kind.FINAL_STATE, (selected, geometry.final_width), codec)
 
     def backward(self, grad_MD: Tensor) -> None:
         """Answer at every active site on the way down."""
-        stream, dtype = self._open_stream(), self.connection.gradient_dtype
+        stream, codec, seed = self._open_stream(), self.connection.codecs.gradient, self._rounding_seed
         egress, sites = self.connection.egress, self._backbone.geometry.sites
-        stream.send(egress.tensor(Kind.FINAL_GRADIENT, grad_MD, dtype))
+        stream.send(egress.tensor(Kind.FINAL_GRADIENT, grad_MD, codec, pass_seed=seed))
         for block in reversed(self._blocks):
             width = sites[block].output_width(self._batch.active[block])
             shape = (self._batch.rows.num_tokens, width)
-            grad_NW = stream.receive(Kind.SITE_GRADIENT, shape, dtype, block=block)
+            grad_NW = stream.receive(Kind.SITE_GRADIENT, shape, codec, block=block)
             grad_ND = self.sites.backward(block, grad_NW, need_input=block != self._blocks[0])
             if grad_ND is not None:
-                stream.send(egress.tensor(Kind.INPUT_GRADIENT, grad_ND, dtype, block=block))
+                stream.send(egress.tensor(Kind.INPUT_GRADIENT, grad_ND, codec, block=block, pass_seed=seed))
         self.connection.cloud_seconds += stream.receive_done().compute_seconds
         self.close()
 
     def extend(self, embeddings_BE: Tensor) -> Tensor:
         """Return the final states after one more token a row, shape (B, D)."""
         connection = self.connection
-        self._open_stream().send(connection.egress.tensor(Kind.EMBEDDING, embeddings_BE, connection.activation_dtype))
+        self._open_stream().send(connection.egress.tensor(Kind.EMBEDDING, embeddings_BE, connection.codecs.activation))
         return self.answer_sites(len(embeddings_BE), len(embeddings_BE))
 
     def close(self) -> None:
@@ -184,8 +187,9 @@ class _Attempts:
             width=batch.rows.width,
             selected=[] if every else batch.select_M.tolist(),
             active=[pb.ActiveSite(block=block, projections=batch.active[block]) for block in self._blocks],
-            activation_dtype=dtype_to_pb(connection.activation_dtype),
-            gradient_dtype=dtype_to_pb(connection.gradient_dtype),
+            activation_codec=connection.codecs.activation.to_pb(),
+            gradient_codec=connection.codecs.gradient.to_pb(),
+            rounding_seed=self._rounding_seed,
         )
 
 

@@ -63,6 +63,8 @@ def _resumed(knobs: dict[str, Any]) -> RunConfig:
 
 
 def _report(result: TrainResult, out: Path, output: Output) -> None:
+    # Loaded with the training.
+    describe_distortion = import_module("tidelock.run.codecs").describe_distortion
     sent = sum(result.traffic_bytes.get("sent", {}).values())
     received = sum(result.traffic_bytes.get("received", {}).values())
     lines = [
@@ -71,6 +73,7 @@ def _report(result: TrainResult, out: Path, output: Output) -> None:
         else f"Done: {result.steps} steps in {format_seconds(result.seconds)}.",
         f"Loss {_shown(result.loss)}; on the evaluation data {_shown(result.eval_loss)}.",
         f"Crossed the wire: {format_bytes(sent)} sent, {format_bytes(received)} received ({out / 'ledger.json'}).",
+        *([f"{describe_distortion(result.codec_error)}."] if result.codec_error else []),
         f"Adapter: {result.adapter}",
     ]
     values = {
@@ -80,6 +83,7 @@ def _report(result: TrainResult, out: Path, output: Output) -> None:
         "eval_loss": result.eval_loss,
         "seconds": round(result.seconds, 3),
         "traffic_bytes": result.traffic_bytes,
+        "codec_error": result.codec_error,
         "adapter": str(result.adapter),
     }
     output.result(values, "\n".join(lines))

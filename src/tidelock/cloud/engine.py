@@ -24,7 +24,7 @@ from tidelock.errors import WireError
 from tidelock.model.rows import Rows
 from tidelock.model.walk import Batch, Walk
 from tidelock.wire import tidelock_pb2 as pb
-from tidelock.wire.codec import TensorReader, dtype_from_pb, write_parts
+from tidelock.wire.codec import Codec, TensorReader, rounding_seed, write_parts
 from tidelock.wire.stream import read_message, write_part
 
 if TYPE_CHECKING:
@@ -49,8 +49,9 @@ class PassOrder:
     rows: Rows
     select_M: Tensor
     active: dict[int, tuple[str, ...]]
-    activation_dtype: torch.dtype
-    gradient_dtype: torch.dtype
+    activation_codec: Codec
+    gradient_codec: Codec
+    rounding_seed: int | None
 
     @property
     def training(self) -> bool:
@@ -89,13 +90,17 @@ def read_open(message: pb.Open, geometry: Geometry, max_tokens: int) -> PassOrde
     _require(message.mode in {pb.TRAIN, pb.EVALUATE, pb.GENERATE}, "a known mode", f"{message.mode}")
     at_right = all(start + length == width for start, length in zip(starts, lengths, strict=True))
     _require(message.mode != pb.GENERATE or at_right, "prompts padded at the left", "padding at the right")
+    gradient_codec = Codec.from_pb(message.gradient_codec)
+    seed = message.rounding_seed if message.HasField("rounding_seed") else None
+    _require(seed is None or gradient_codec.is_integer, "a rounding seed with int8 or int4 only", gradient_codec.value)
     return PassOrder(
         mode=message.mode,
         rows=rows,
         select_M=torch.tensor(selected) if selected else torch.arange(rows.num_tokens),
         active=_read_active(message, geometry),
-        activation_dtype=dtype_from_pb(message.activation_dtype),
-        gradient_dtype=dtype_from_pb(message.gradient_dtype),
+        activation_codec=Codec.from_pb(message.activation_codec),
+        gradient_codec=gradient_codec,
+        rounding_seed=seed,
     )
 
 
@@ -136,9 +141,14 @@ class Line:
         self._incoming = incoming
         self._send = send
 
-    def send(self, field: str, tensor: Tensor, dtype: torch.dtype, *, block: int = 0) -> None:
-        """Send a tensor as the named field of `CloudMessage`."""
-        for part in write_parts(tensor, dtype, block=block):
+    def send(self, field: str, tensor: Tensor, codec: Codec, *, block: int = 0, pass_seed: int | None = None) -> None:
+        """Send a tensor as the named field of `CloudMessage`; with the pass's seed, rounded stochastically.
+
+        Raises:
+            NonFiniteError: It holds an infinite or undefined number, for which the codec has no place.
+        """
+        seed = rounding_seed(pass_seed, field, block)
+        for part in write_parts(field, tensor, codec, block=block, seed=seed):
             self._send(write_part(pb.CloudMessage, field, part))
 
     def send_done(self, done: pb.Done) -> None:
@@ -155,9 +165,9 @@ class Line:
         message: pb.Open = self._next("open")
         return message
 
-    def tensor(self, field: str, shape: tuple[int, ...], dtype: torch.dtype, *, block: int = 0) -> Tensor:
+    def tensor(self, field: str, shape: tuple[int, ...], codec: Codec, *, block: int = 0) -> Tensor:
         """Return the tensor that must come next; errors as for `open`."""
-        reader = TensorReader(field, shape, dtype, block=block)
+        reader = TensorReader(field, shape, codec, block=block)
         while not reader.complete:
             reader.add(self._next(field))
         return reader.tensor()
@@ -188,21 +198,21 @@ class StreamSites:
 
     def forward(self, block: int, x_ND: Tensor) -> Tensor:
         """Send a site's input; return the device's answer, shape (N, W)."""
-        dtype = self._order.activation_dtype
+        codec = self._order.activation_codec
         width = self._geometry.sites[block].output_width(self._order.active[block])
         with self._turn.waiting():
-            self._line.send("site_input", x_ND, dtype, block=block)
-            return self._line.tensor("site_output", (x_ND.shape[0], width), dtype, block=block)
+            self._line.send("site_input", x_ND, codec, block=block)
+            return self._line.tensor("site_output", (x_ND.shape[0], width), codec, block=block)
 
     def backward(self, block: int, grad_NW: Tensor, *, need_input: bool) -> Tensor | None:
         """Send a site's gradient; return that of its input, shape (N, D), if it is needed."""
-        dtype = self._order.gradient_dtype
+        codec = self._order.gradient_codec
         with self._turn.waiting():
-            self._line.send("site_gradient", grad_NW, dtype, block=block)
+            self._line.send("site_gradient", grad_NW, codec, block=block, pass_seed=self._order.rounding_seed)
             if not need_input:
                 return None
             shape = (grad_NW.shape[0], self._geometry.sites[block].width)
-            return self._line.tensor("input_gradient", shape, dtype, block=block)
+            return self._line.tensor("input_gradient", shape, codec, block=block)
 
 
 def run_pass(cut: CutModel, order: PassOrder, line: Line, compute: ComputeQueue) -> float:
@@ -214,17 +224,17 @@ def run_pass(cut: CutModel, order: PassOrder, line: Line, compute: ComputeQueue)
     """
     geometry, turn = cut.geometry, Turn(compute)
     shape = (order.rows.num_tokens, geometry.embedding_width)
-    embeddings_NE = line.tensor("embedding", shape, order.activation_dtype)
+    embeddings_NE = line.tensor("embedding", shape, order.activation_codec)
     batch = Batch(embeddings_NE, order.rows, order.select_M, order.active, order.training)
     walk = Walk(cut, batch, StreamSites(line, order, geometry, turn), turn.give_way)
     cache = DynamicCache(config=cut.config) if order.mode == pb.GENERATE else None
     with turn.computing():
         final_MD = walk.forward(cache)
-    line.send("final_state", final_MD, order.activation_dtype)
+    line.send("final_state", final_MD, order.activation_codec)
     if cache is not None:
         _generate(walk, cache, order, line, turn, geometry)
     elif order.training:
-        grad_MD = line.tensor("final_gradient", tuple(final_MD.shape), order.gradient_dtype)
+        grad_MD = line.tensor("final_gradient", tuple(final_MD.shape), order.gradient_codec)
         with turn.computing():
             walk.backward(grad_MD)
         line.send_done(pb.Done(compute_seconds=turn.seconds))
@@ -236,7 +246,7 @@ def _generate(walk: Walk, cache: DynamicCache, order: PassOrder, line: Line, tur
     rows = order.rows
     shape = (len(rows.lengths), geometry.embedding_width)
     for _ in range((geometry.max_positions or rows.width + 4096) - rows.width):
-        embeddings_BE = line.tensor("embedding", shape, order.activation_dtype)
+        embeddings_BE = line.tensor("embedding", shape, order.activation_codec)
         with turn.computing():
             final_BD = walk.extend(embeddings_BE, cache)
-        line.send("final_state", final_BD, order.activation_dtype)
+        line.send("final_state", final_BD, order.activation_codec)

@@ -16,7 +16,7 @@ import grpc
 from tidelock.cloud.engine import Line, PassAbandoned, read_open, run_pass
 from tidelock.cloud.memory import MemoryBudget, measure_cost
 from tidelock.cloud.turns import ComputeQueue
-from tidelock.errors import ConfigError, ModelMismatch, TidelockError, TokenRefused, WireError
+from tidelock.errors import ConfigError, ModelMismatch, NonFiniteError, TidelockError, TokenRefused, WireError
 from tidelock.units import format_bytes
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire import tidelock_pb2_grpc as pb_grpc
@@ -209,6 +209,7 @@ _STATUS: dict[type[TidelockError], grpc.StatusCode] = {
     TokenRefused: grpc.StatusCode.UNAUTHENTICATED,
     ModelMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     ConfigError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    NonFiniteError: grpc.StatusCode.OUT_OF_RANGE,
     WireError: grpc.StatusCode.INVALID_ARGUMENT,
 }
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 BACKBONES = ("local", "cloud")
 METHODS = ("lora",)
-CODECS = ("fp32", "bf16")
+CODECS = ("fp32", "bf16", "int8", "int4")
 LR_SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -78,7 +78,12 @@ class RunConfig:
     client_cert: str | None = _knob(None, "PEM file with this device's certificate, if the cloud wants one.")
     client_key: str | None = _knob(None, "PEM file with its key.")
     insecure: bool = _knob(False, "Allow grpc:// without TLS to another machine (inside a tunnel).")
-    codec: str = _knob("fp32", "Numbers on the wire: fp32, or bf16 at half the bytes.", _one_of(CODECS))
+    codec: str = _knob("fp32", "Numbers on the wire: fp32, or fewer bytes with bf16, int8, int4.", _one_of(CODECS))
+    gradient_codec: str | None = _knob(None, "Likewise, for gradients; as --codec by default.", _one_of(CODECS))
+    stochastic_rounding: bool = _knob(False, "Round int8 or int4 gradients at random, right on average.")
+    in_flight: int | None = _knob(
+        None, "Micro-batches of a batch on their way at once; 2 with a cloud and 1 locally by default.", _AT_LEAST_1
+    )
     patience: float = _knob(120.0, "Seconds to wait for a cloud that went away.", _AT_LEAST_0)
     method: str = _knob("lora", "What is trained: lora.", _one_of(METHODS))
     rank: int = _knob(8, "LoRA rank r.", _AT_LEAST_1)
@@ -90,8 +95,8 @@ class RunConfig:
     adapter: str | None = _knob(None, "Continue this PEFT adapter; its rank, alpha and targets are kept.")
     epochs: float = _knob(3.0, "Passes over the data.", _POSITIVE)
     max_steps: int | None = _knob(None, "Stop after so many optimizer steps instead.", _AT_LEAST_1)
-    batch_size: int = _knob(8, "Examples in a micro-batch.", _AT_LEAST_1)
-    accumulate: int = _knob(1, "Micro-batches in an optimizer step.", _AT_LEAST_1)
+    batch_size: int = _knob(8, "Examples in a batch.", _AT_LEAST_1)
+    accumulate: int = _knob(1, "Batches in an optimizer step.", _AT_LEAST_1)
     learning_rate: float = _knob(3e-4, "Peak learning rate of AdamW.", _POSITIVE)
     lr_schedule: str = _knob("linear", "How it falls: linear, cosine or constant.", _one_of(LR_SCHEDULES))
     warmup_steps: int = _knob(0, "Steps over which it rises first.", _AT_LEAST_0)
@@ -118,6 +123,13 @@ class RunConfig:
         if (self.backbone == "cloud") != (self.cloud is not None):
             got = "no --cloud" if self.backbone == "cloud" else f"--cloud {self.cloud} with --backbone {self.backbone}"
             msg = f"Backbone: expected --backbone cloud together with --cloud grpcs://HOST:PORT, got {got}. Give both."
+            raise ConfigError(msg)
+        gradient_codec = self.gradient_codec or self.codec
+        if self.stochastic_rounding and gradient_codec not in {"int8", "int4"}:
+            msg = (
+                f"--stochastic-rounding: expected gradients in int8 or int4, got {gradient_codec}, which is rounded to "
+                "the nearest. Choose another --gradient-codec, or leave it out."
+            )
             raise ConfigError(msg)
         if self.backbone == "local" and self.model is None:
             msg = "Backbone: expected --model with --backbone local, got none. Name a model folder or a hub model."

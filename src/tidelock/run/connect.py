@@ -24,6 +24,7 @@ from tidelock.model.load import ModelChoice, load_cut_model
 from tidelock.peft.lora import ALL_PROJECTIONS, check_lora_config
 from tidelock.wire.address import parse_url
 from tidelock.wire.channel import Credentials
+from tidelock.wire.codec import Codecs
 from tidelock.wire.egress import Egress
 from tidelock.wire.ledger import Ledger
 
@@ -42,6 +43,8 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
     token: str | None = None,
     ca: str | os.PathLike[str] | None = None,
     codec: str = "fp32",
+    gradient_codec: str | None = None,
+    stochastic_rounding: bool = False,
     in_flight: int | None = None,
     patience_seconds: float = 120.0,
     ledger: Ledger | None = None,
@@ -58,11 +61,12 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         credentials: For a cloud; or give `token` and `ca` only.
         token: Bearer token for the cloud.
         ca: PEM file with the authority (or the certificate itself) to trust.
-        codec: How activations and gradients are written on the wire: `fp32` or, at half the bytes, `bf16`.
-        in_flight: Micro-batches into which a batch is split and which are on their way at once; None is 2 with a cloud,
-            whose waiting they hide, and 1 with `local`.
+        codec: How activations and gradients cross: `fp32`, `bf16` (half the bytes), `int8` (a quarter), `int4`.
+        gradient_codec: Another one for gradients.
+        stochastic_rounding: Round `int8` or `int4` gradients up or down at random, right on average.
+        in_flight: Micro-batches of a batch on their way at once; None is 2 with a cloud and 1 with `local`.
         patience_seconds: How long a step waits for a cloud that went away.
-        ledger: Counts what crosses; None makes one, found at `backbone.connection.egress.ledger`.
+        ledger: Counts what crosses and is lost; None makes one, found at `backbone.connection.egress.ledger`.
 
     Raises:
         ConfigError: An argument cannot be honoured.
@@ -77,6 +81,7 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
     """
     config = copy.copy(peft_config) if peft_config is not None else LoraConfig(target_modules=[ALL_PROJECTIONS])
     check_lora_config(config)
+    codecs = Codecs.named(codec, gradient_codec, stochastic_rounding=stochastic_rounding)
     if where == "local":
         ends, backbone = _local(model)
         in_flight = in_flight or 1
@@ -84,7 +89,7 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         credentials = credentials or Credentials(token or "", Path(ca) if ca is not None else None)
         egress = Egress(ledger or Ledger())
         address = parse_url(where)
-        connection = Connection(address, credentials, egress, codec=codec, patience_seconds=patience_seconds)
+        connection = Connection(address, credentials, egress, codecs=codecs, patience_seconds=patience_seconds)
         try:
             ends = _ends_for(connection, None if model is None else str(model))
         except BaseException:

@@ -21,10 +21,12 @@ from tidelock.data.source import read_examples
 from tidelock.errors import ConfigError
 from tidelock.peft.export import load_adapter
 from tidelock.peft.lora import ALL_PROJECTIONS
+from tidelock.run.codecs import describe_codecs
 from tidelock.run.connect import connect
 from tidelock.run.folder import RunFolder
 from tidelock.run.trainer import Journal, Observer, RunTrainer, StopFlag
 from tidelock.wire.channel import Credentials
+from tidelock.wire.codec import Codecs
 from tidelock.wire.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class TrainResult:
         eval_loss: The last evaluation's loss, or None.
         seconds: How long this part of the run took.
         traffic_bytes: Bytes that crossed, by direction and kind.
+        codec_error: What rounding on the wire took in this part of the run; see `Distortion.totals`.
         interrupted: Whether Ctrl-C ended it early.
     """
 
@@ -57,6 +60,7 @@ class TrainResult:
     eval_loss: float | None
     seconds: float
     traffic_bytes: dict[str, dict[str, int]]
+    codec_error: dict[str, dict[str, float]]
     interrupted: bool
 
 
@@ -81,6 +85,7 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
     model = open_model(config, ledger)
     try:
         observer.say(f"Model: {_describe(model)}.")
+        _say_codecs(config, model, observer)
         rows, eval_rows = _encode(config, model)
         observer.say(f"Data: {len(rows)} examples to learn from, {len(eval_rows)} to measure on.")
         if resume:
@@ -114,6 +119,7 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
             eval_loss=_last(history, "eval_loss"),
             seconds=time.monotonic() - began,
             traffic_bytes=ledger.totals(),
+            codec_error=_record_distortion(folder, ledger, trainer.state.global_step),
             interrupted=stop.is_set and trainer.state.global_step < trainer.state.max_steps,
         )
     finally:
@@ -133,6 +139,9 @@ def open_model(config: RunConfig, ledger: Ledger) -> DeviceModel:
         peft_config=adapter.config if adapter is not None else _lora_config(config),
         credentials=_credentials(config),
         codec=config.codec,
+        gradient_codec=config.gradient_codec,
+        stochastic_rounding=config.stochastic_rounding,
+        in_flight=config.in_flight,
         patience_seconds=config.patience,
         ledger=ledger,
     )
@@ -171,6 +180,21 @@ def _lora_config(config: RunConfig) -> LoraConfig:
         layers_to_transform=config.layer,
         task_type="CAUSAL_LM",
     )
+
+
+def _say_codecs(config: RunConfig, model: DeviceModel, observer: Observer) -> None:
+    """Tell what the codecs save and what they may cost, where anything crosses."""
+    if config.cloud is not None:
+        codecs = Codecs.named(config.codec, config.gradient_codec, stochastic_rounding=config.stochastic_rounding)
+        observer.say(f"{describe_codecs(codecs, model.ends.geometry, model.bank.targets)}.")
+
+
+def _record_distortion(folder: RunFolder, ledger: Ledger, step: int) -> dict[str, dict[str, float]]:
+    """Write what rounding on the wire took, if anything was rounded, and return it."""
+    error = ledger.distortion.totals()
+    if error:
+        folder.append_metrics({"step": step, "codec_error": error})
+    return error
 
 
 def _credentials(config: RunConfig) -> Credentials | None:

@@ -17,6 +17,7 @@ from tidelock.errors import (
     CloudUnreachable,
     ConfigError,
     ModelMismatch,
+    NonFiniteError,
     TidelockError,
     TlsError,
     TokenRefused,
@@ -140,6 +141,8 @@ def explain(error: grpc.RpcError, address: Address, credentials: Credentials) ->
         return ModelMismatch(details)
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return ConfigError(details)
+    if code == grpc.StatusCode.OUT_OF_RANGE:
+        return NonFiniteError(f"Cloud at {address.url}: {details}")
     if code in {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNIMPLEMENTED}:
         return WireError(f"Cloud at {address.url}: expected it to take the message, got {details}")
     return (_tls_fault(address, credentials) if address.tls else None) or CloudUnreachable(

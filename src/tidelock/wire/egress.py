@@ -12,18 +12,22 @@ from typing import TYPE_CHECKING, final
 
 from tidelock.errors import WireError
 from tidelock.wire import tidelock_pb2 as pb
-from tidelock.wire.codec import write_parts
+from tidelock.wire.codec import Codec, rounding_seed, split_parts
 from tidelock.wire.ledger import Kind, Ledger
 from tidelock.wire.stream import write_part
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import torch
     from torch import Tensor
 
-# A kind's name is that of its message's field.
-_TENSOR_KINDS = (Kind.EMBEDDING, Kind.SITE_OUTPUT, Kind.FINAL_GRADIENT, Kind.INPUT_GRADIENT)
+# What may leave, and as what its rounding is counted. A kind's name is that of its message's field.
+_ROLES = {
+    Kind.EMBEDDING: "activation",
+    Kind.SITE_OUTPUT: "activation",
+    Kind.FINAL_GRADIENT: "gradient",
+    Kind.INPUT_GRADIENT: "gradient",
+}
 
 
 @final
@@ -37,15 +41,26 @@ class Egress:
         """Return the encoded message that opens a pass."""
         return self._count(Kind.CONTROL, pb.DeviceMessage(open=message).SerializeToString())
 
-    def tensor(self, kind: Kind, tensor: Tensor, dtype: torch.dtype, *, block: int = 0) -> Iterator[bytes]:
+    def tensor(
+        self, kind: Kind, tensor: Tensor, codec: Codec, *, block: int = 0, pass_seed: int | None = None
+    ) -> Iterator[bytes]:
         """Yield the encoded messages that carry a tensor to the cloud.
 
+        Args:
+            kind: What it is.
+            tensor: Of any floating dtype, on any device.
+            codec: How its numbers are written.
+            block: The site's block, where it belongs to a site.
+            pass_seed: Rounds integers stochastically, alike at every attempt of a pass; None rounds to the nearest.
+
         Raises:
-            WireError: Tensors of this kind do not leave the device, or this one does not hold floating-point numbers.
+            NonFiniteError: It holds an infinite or undefined number, for which its codec has no place.
+            WireError: Tensors of this kind do not leave the device, this one does not hold floating-point numbers, or
+                the codec took more from it than it may.
         """
-        if kind not in _TENSOR_KINDS:
+        if kind not in _ROLES:
             msg = (
-                f"Sending a {kind.value}: expected one of {sorted(known.value for known in _TENSOR_KINDS)}, got "
+                f"Sending a {kind.value}: expected one of {sorted(known.value for known in _ROLES)}, got "
                 "something that must not leave the device. This is a fault in tidelock; please report it."
             )
             raise WireError(msg)
@@ -55,7 +70,11 @@ class Egress:
                 "ids or labels. This is a fault in tidelock; please report it."
             )
             raise WireError(msg)
-        for part in write_parts(tensor, dtype, block=block):
+        encoded = codec.encode(kind.value, tensor, seed=rounding_seed(pass_seed, kind.value, block))
+        if codec is not Codec.FP32:
+            stochastic = pass_seed is not None
+            self.ledger.distortion.measure(_ROLES[kind], kind.value, tensor, encoded, codec, stochastic=stochastic)
+        for part in split_parts(encoded, tuple(tensor.shape), codec, block=block):
             yield self._count(kind, write_part(pb.DeviceMessage, kind.value, part))
 
     def _count(self, kind: Kind, message: bytes) -> bytes:

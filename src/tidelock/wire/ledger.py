@@ -1,7 +1,7 @@
-"""What left the device and what came to it, in bytes and kinds.
+"""What left the device and what came to it, in bytes and kinds, and what rounding took of what left.
 
 Counted are the serialised messages, as handed to and taken from gRPC; the framing of HTTP/2 and TLS comes on top.
-May import nothing of tidelock.
+May import `wire` and libraries.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import threading
 from collections import Counter
 from enum import Enum
 from typing import final
+
+from tidelock.wire.distortion import Distortion
 
 
 class Kind(str, Enum):
@@ -28,9 +30,14 @@ class Kind(str, Enum):
 
 @final
 class Ledger:
-    """Counts bytes by kind and direction; safe to use from several threads."""
+    """Counts bytes by kind and direction; safe to use from several threads.
+
+    Attributes:
+        distortion: What the codecs took from the tensors that left.
+    """
 
     def __init__(self) -> None:
+        self.distortion = Distortion()
         self._lock = threading.Lock()
         self._sent: Counter[Kind] = Counter()
         self._received: Counter[Kind] = Counter()

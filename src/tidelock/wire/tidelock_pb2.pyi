@@ -7,11 +7,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
-    DTYPE_UNSPECIFIED: _ClassVar[DType]
-    FP32: _ClassVar[DType]
-    BF16: _ClassVar[DType]
+    CODEC_UNSPECIFIED: _ClassVar[Codec]
+    FP32: _ClassVar[Codec]
+    BF16: _ClassVar[Codec]
+    INT8: _ClassVar[Codec]
+    INT4: _ClassVar[Codec]
 
 class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -19,9 +21,11 @@ class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TRAIN: _ClassVar[Mode]
     EVALUATE: _ClassVar[Mode]
     GENERATE: _ClassVar[Mode]
-DTYPE_UNSPECIFIED: DType
-FP32: DType
-BF16: DType
+CODEC_UNSPECIFIED: Codec
+FP32: Codec
+BF16: Codec
+INT8: Codec
+INT4: Codec
 MODE_UNSPECIFIED: Mode
 TRAIN: Mode
 EVALUATE: Mode
@@ -80,7 +84,7 @@ class FetchPart(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "fingerprint", "mode", "starts", "lengths", "width", "selected", "active", "activation_dtype", "gradient_dtype")
+    __slots__ = ("protocol", "fingerprint", "mode", "starts", "lengths", "width", "selected", "active", "activation_codec", "gradient_codec", "rounding_seed")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -89,8 +93,9 @@ class Open(_message.Message):
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     SELECTED_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_FIELD_NUMBER: _ClassVar[int]
-    ACTIVATION_DTYPE_FIELD_NUMBER: _ClassVar[int]
-    GRADIENT_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_CODEC_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_CODEC_FIELD_NUMBER: _ClassVar[int]
+    ROUNDING_SEED_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     fingerprint: str
     mode: Mode
@@ -99,9 +104,10 @@ class Open(_message.Message):
     width: int
     selected: _containers.RepeatedScalarFieldContainer[int]
     active: _containers.RepeatedCompositeFieldContainer[ActiveSite]
-    activation_dtype: DType
-    gradient_dtype: DType
-    def __init__(self, protocol: _Optional[int] = ..., fingerprint: _Optional[str] = ..., mode: _Optional[_Union[Mode, str]] = ..., starts: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., selected: _Optional[_Iterable[int]] = ..., active: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., activation_dtype: _Optional[_Union[DType, str]] = ..., gradient_dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
+    activation_codec: Codec
+    gradient_codec: Codec
+    rounding_seed: int
+    def __init__(self, protocol: _Optional[int] = ..., fingerprint: _Optional[str] = ..., mode: _Optional[_Union[Mode, str]] = ..., starts: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., selected: _Optional[_Iterable[int]] = ..., active: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., activation_codec: _Optional[_Union[Codec, str]] = ..., gradient_codec: _Optional[_Union[Codec, str]] = ..., rounding_seed: _Optional[int] = ...) -> None: ...
 
 class ActiveSite(_message.Message):
     __slots__ = ("block", "projections")
@@ -112,16 +118,16 @@ class ActiveSite(_message.Message):
     def __init__(self, block: _Optional[int] = ..., projections: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TensorPart(_message.Message):
-    __slots__ = ("block", "dtype", "shape", "data")
+    __slots__ = ("block", "codec", "shape", "data")
     BLOCK_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     block: int
-    dtype: DType
+    codec: Codec
     shape: _containers.RepeatedScalarFieldContainer[int]
     data: bytes
-    def __init__(self, block: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, block: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class DeviceMessage(_message.Message):
     __slots__ = ("open", "embedding", "site_output", "final_gradient", "input_gradient")

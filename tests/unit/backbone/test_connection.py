@@ -15,7 +15,7 @@ import pytest
 from tests.unit.hand_device import TOKEN
 from tidelock.backbone import connection as connection_module
 from tidelock.backbone.connection import Connection
-from tidelock.errors import CloudUnreachable, ConfigError, StorageError, TokenRefused, WireError
+from tidelock.errors import CloudUnreachable, StorageError, TokenRefused, WireError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire import tidelock_pb2_grpc as pb_grpc
@@ -93,11 +93,6 @@ def test_the_cloud_says_what_it_holds(liar, connect):
         "sent": {},
         "received": {"control": liar.description.ByteSize()},
     }
-
-
-def test_an_unknown_codec_is_refused_before_anything_is_sent(connect):
-    with pytest.raises(ConfigError, match=r"Codec: expected one of \['bf16', 'fp32'\], got 'int3'"):
-        Connection(Address("127.0.0.1", 1, tls=False), Credentials(TOKEN), Egress(Ledger()), codec="int3")
 
 
 def test_errors_are_ours(liar, connect):

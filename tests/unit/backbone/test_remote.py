@@ -18,7 +18,15 @@ from tidelock.backbone.connection import Connection
 from tidelock.backbone.local import LocalBackbone
 from tidelock.backbone.remote import RemoteBackbone
 from tidelock.cloud.service import Limits, add_service
-from tidelock.errors import CloudUnreachable, ConfigError, ModelMismatch, TidelockError, TokenRefused, WireError
+from tidelock.errors import (
+    CloudUnreachable,
+    ConfigError,
+    ModelMismatch,
+    NonFiniteError,
+    TidelockError,
+    TokenRefused,
+    WireError,
+)
 from tidelock.model.cut import CutModel
 from tidelock.model.rows import Rows
 from tidelock.model.walk import Batch
@@ -26,6 +34,7 @@ from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire import tidelock_pb2_grpc as pb_grpc
 from tidelock.wire.address import Address
 from tidelock.wire.channel import Credentials
+from tidelock.wire.codec import Codec, Codecs
 from tidelock.wire.egress import Egress
 from tidelock.wire.ledger import Kind, Ledger
 
@@ -231,6 +240,7 @@ FINAL = {
     grpc.StatusCode.UNAUTHENTICATED: TokenRefused,
     grpc.StatusCode.FAILED_PRECONDITION: ModelMismatch,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ConfigError,
+    grpc.StatusCode.OUT_OF_RANGE: NonFiniteError,
     grpc.StatusCode.INVALID_ARGUMENT: WireError,
     grpc.StatusCode.UNKNOWN: WireError,
 }
@@ -259,12 +269,12 @@ def test_a_cloud_that_breaks_the_protocol_is_not_asked_again(flaky, connect, aft
 @pytest.mark.parametrize(
     "part",
     [
-        pb.TensorPart(block=0, dtype=pb.FP32, shape=[11, WIDTH], data=bytes(11 * WIDTH * 4)),
-        pb.TensorPart(block=0, dtype=pb.FP32, shape=[2**31, 2**31], data=bytes(8)),
-        pb.TensorPart(block=1, dtype=pb.FP32, shape=[10, WIDTH], data=bytes(10 * WIDTH * 4)),
-        pb.TensorPart(block=0, dtype=pb.BF16, shape=[10, WIDTH], data=bytes(10 * WIDTH * 2)),
+        pb.TensorPart(block=0, codec=pb.FP32, shape=[11, WIDTH], data=bytes(11 * WIDTH * 4)),
+        pb.TensorPart(block=0, codec=pb.FP32, shape=[2**31, 2**31], data=bytes(8)),
+        pb.TensorPart(block=1, codec=pb.FP32, shape=[10, WIDTH], data=bytes(10 * WIDTH * 4)),
+        pb.TensorPart(block=0, codec=pb.BF16, shape=[10, WIDTH], data=bytes(10 * WIDTH * 2)),
     ],
-    ids=["rows", "huge", "block", "dtype"],
+    ids=["rows", "huge", "block", "codec"],
 )
 def test_a_tensor_that_is_not_the_expected_one_is_refused(flaky, connect, part):
     flaky.faults = [(0, pb.CloudMessage(site_input=part))]
@@ -295,19 +305,121 @@ def test_all_states_can_be_asked_for(flaky, connect):
     assert torch.equal(backbone.forward(every, LinearSites()).final_MD[[2, 5, 9]], some)
 
 
-def test_the_codec_is_used_both_ways(flaky, connect, reference):
+@pytest.mark.parametrize(("codec", "allowed"), [("bf16", 0.05), ("int8", 0.15), ("int4", 0.9)])
+def test_the_codec_is_used_both_ways(flaky, connect, reference, codec, allowed):
     totals = {}
-    for codec in ("fp32", "bf16"):
-        backbone = connect(flaky, codec=codec)
+    for name in ("fp32", codec):
+        backbone = connect(flaky, codecs=Codecs.named(name))
         states, gradients = step(backbone, LinearSites())
-        totals[codec] = backbone.connection.egress.ledger.totals()
-    assert states.dtype == torch.bfloat16
-    assert (states.float() - reference[0]).norm() < 0.05 * reference[0].norm()
-    relative = (gradients[0] - reference[1][0]).norm() / reference[1][0].norm()
-    assert 0 < relative < 0.05
+        totals[name] = backbone.connection.egress.ledger.totals()
+    assert states.dtype == (torch.bfloat16 if codec == "bf16" else torch.float32)
+    assert 0 < relative_error(states, reference[0]) < allowed
+    assert 0 < relative_error(gradients[0], reference[1][0]) < allowed
+    ratio = Codec(codec).ratio([WIDTH])  # framing apart
     for direction in ("sent", "received"):
         for kind in totals["fp32"][direction].keys() - {"control"}:
-            assert totals["bf16"][direction][kind] == pytest.approx(totals["fp32"][direction][kind] / 2, rel=0.05)
+            assert totals[codec][direction][kind] == pytest.approx(totals["fp32"][direction][kind] / ratio, abs=50)
+
+
+def relative_error(got, exact):
+    return float((got.float() - exact).norm() / exact.norm())
+
+
+def test_the_ledger_holds_the_stated_bytes(flaky, connect):
+    backbone = connect(flaky, codecs=Codecs.named("int4", "int8"))
+    step(backbone, LinearSites())
+    totals = backbone.connection.egress.ledger.totals()
+    bytes_by_kind = {**totals["sent"], **totals["received"]}
+    expected = {
+        "embedding": [Codec.INT4.size_bytes((10, WIDTH))],
+        "site_input": [Codec.INT4.size_bytes((10, WIDTH))] * 2,
+        "site_output": [Codec.INT4.size_bytes((10, width)) for width in (SITE_WIDTH, 48)],
+        "final_state": [Codec.INT4.size_bytes((3, WIDTH))],
+        "final_gradient": [Codec.INT8.size_bytes((3, WIDTH))],
+        "site_gradient": [Codec.INT8.size_bytes((10, width)) for width in (SITE_WIDTH, 48)],
+        "input_gradient": [Codec.INT8.size_bytes((10, WIDTH))],
+    }
+    assert bytes_by_kind.keys() - {"control"} == expected.keys()
+    for kind, sizes in expected.items():
+        # Around the data of a part: its block, codec, shape and lengths.
+        assert sum(sizes) < bytes_by_kind[kind] <= sum(sizes) + 20 * len(sizes), kind
+
+
+def test_gradients_have_a_codec_of_their_own(flaky, connect, reference):
+    exact = step(connect(flaky, codecs=Codecs.named("fp32", "int8")), LinearSites())
+    assert torch.equal(exact[0], reference[0])
+    assert not torch.equal(exact[1][0], reference[1][0])
+    rounded = step(connect(flaky, codecs=Codecs.named("int8", "fp32")), LinearSites())
+    assert not torch.equal(rounded[0], reference[0])
+
+
+STOCHASTIC = Codecs.named("int8", "int4", stochastic_rounding=True)
+
+
+def test_stochastic_rounding_draws_anew_for_every_pass_and_only_for_gradients(flaky, connect):
+    backbone = connect(flaky, codecs=STOCHASTIC)
+    torch.manual_seed(3)
+    first, second = (step(backbone, LinearSites()) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    # Both ends draw: the highest site's gradient was rounded by the cloud last, the lowest one's by both.
+    assert not any(torch.equal(first[1][block], second[1][block]) for block in first[1])
+    torch.manual_seed(3)
+    assert equal(step(backbone, LinearSites()), first)
+
+
+def test_evaluation_draws_no_number(flaky, connect):
+    backbone = connect(flaky, codecs=STOCHASTIC)
+    before = torch.get_rng_state()
+    backbone.forward(a_batch(training=False), LinearSites()).close()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("after", range(6))
+def test_a_repeat_rounds_alike_at_both_ends(flaky, connect, after):
+    backbone = connect(flaky, codecs=STOCHASTIC)
+    torch.manual_seed(3)
+    expected = step(backbone, LinearSites())
+    torch.manual_seed(3)
+    flaky.faults = [(after, grpc.StatusCode.UNAVAILABLE)]
+    assert equal(step(backbone, LinearSites()), expected)
+    assert flaky.passes == 3
+
+
+def test_stochastic_gradients_are_right_on_average(flaky, connect, reference):
+    backbone = connect(flaky, codecs=Codecs.named("fp32", "int4", stochastic_rounding=True))
+    nearest = step(connect(flaky, codecs=Codecs.named("fp32", "int4")), LinearSites())[1][2]
+    drawn = torch.stack([step(backbone, LinearSites())[1][2] for _ in range(60)])
+    assert relative_error(drawn.mean(0), reference[1][2]) < 0.5 * relative_error(nearest, reference[1][2])
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_not_finite_does_not_leave_as_an_integer(flaky, connect, bad):
+    class Damaged(LinearSites):
+        def forward(self, block, x_ND):
+            return super().forward(block, x_ND).index_fill_(0, torch.tensor([3]), bad)
+
+    with pytest.raises(NonFiniteError, match=r"^Sending a site_output: expected finite numbers"):
+        connect(flaky, codecs=Codecs.named("int8")).forward(a_batch(), Damaged())
+    assert flaky.passes == 1
+
+
+def test_a_cloud_that_computes_what_is_not_finite_says_so(flaky, connect):
+    class Huge(LinearSites):
+        def forward(self, block, x_ND):
+            return torch.full((len(x_ND), self.matrices[block].shape[1]), 3e38)
+
+    with pytest.raises(NonFiniteError, match=r"^Cloud at grpc://.*: Sending a \w+: expected finite numbers"):
+        connect(flaky, codecs=Codecs.named("int8")).forward(a_batch(), Huge())
+    assert flaky.passes == 1
+
+
+def test_a_cloud_that_sends_no_rows_of_integers_is_not_believed(flaky, connect):
+    data = bytes(Codec.INT8.size_bytes((10, WIDTH)))  # scales of zero, which none has
+    part = pb.TensorPart(block=0, codec=pb.INT8, shape=[10, WIDTH], data=data)
+    flaky.faults = [(0, pb.CloudMessage(site_input=part))]
+    with pytest.raises(WireError, match=r"Reading site_input: expected scales from"):
+        connect(flaky, codecs=Codecs.named("int8")).forward(a_batch(), LinearSites())
+    assert flaky.passes == 1
 
 
 def test_the_ledger_has_every_kind_and_nothing_for_the_lowest_site(flaky, connect):

@@ -7,7 +7,6 @@ import tracemalloc
 
 import grpc
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
@@ -18,6 +17,7 @@ from tidelock.errors import WireError
 from tidelock.model.ends import empty_model
 from tidelock.model.geometry import geometry_of
 from tidelock.wire import tidelock_pb2 as pb
+from tidelock.wire.codec import Codec
 
 MAX_TOKENS = 256
 
@@ -38,14 +38,15 @@ def test_an_order_is_read(geometry):
         width=5,
         selected=[0, 4, 7],
         active=[site(2, "q_proj", "v_proj"), site(0, "k_proj")],
-        gradient_dtype=pb.BF16,
+        gradient_codec=pb.INT4,
+        rounding_seed=2**63,
     )
     order = read_open(message, geometry, MAX_TOKENS)
     assert order.training
     assert (order.rows.starts, order.rows.lengths, order.rows.width) == ((0, 2), (5, 3), 5)
     assert order.select_M.tolist() == [0, 4, 7]
     assert order.active == {2: ("q_proj", "v_proj"), 0: ("k_proj",)}
-    assert (order.activation_dtype, order.gradient_dtype) == (torch.float32, torch.bfloat16)
+    assert (order.activation_codec, order.gradient_codec, order.rounding_seed) == (Codec.FP32, Codec.INT4, 2**63)
 
 
 def test_no_selection_is_all_tokens_and_not_every_mode_needs_a_site(geometry):
@@ -82,8 +83,9 @@ REFUSED = {
     "projections out of order": (an_open(active=[site(0, "k_proj", "q_proj")]), "in order"),
     "a projection twice": (an_open(active=[site(0, "q_proj", "q_proj")]), "in order"),
     "one projection too many": (an_open(active=[site(0, *PROJECTIONS, "q_proj")]), "in order"),
-    "no activation dtype": (an_open(activation_dtype=0), "Wire dtype"),
-    "an unknown gradient dtype": (an_open(gradient_dtype=5), "Wire dtype"),
+    "no activation codec": (an_open(activation_codec=0), "Wire codec"),
+    "an unknown gradient codec": (an_open(gradient_codec=5), "Wire codec"),
+    "a seed with exact gradients": (an_open(rounding_seed=0), "a rounding seed with int8 or int4 only, got fp32"),
 }
 
 
@@ -107,8 +109,9 @@ OPENS = st.builds(
     width=UINT32,
     selected=st.lists(UINT32, max_size=6),
     active=st.lists(SITES, max_size=4),
-    activation_dtype=st.integers(0, 3),
-    gradient_dtype=st.integers(0, 3),
+    activation_codec=st.integers(0, 5),
+    gradient_codec=st.integers(0, 5),
+    rounding_seed=st.none() | st.integers(0, 2**64 - 1),
 )
 
 
@@ -186,7 +189,7 @@ def test_a_line_hands_on_what_must_come_next():
 @pytest.mark.parametrize("incoming", [iter([]), broken()], ids=["closed", "lost"])
 def test_a_device_that_left_ends_the_pass(incoming):
     with pytest.raises(PassAbandoned):
-        Line(incoming, lambda _: None).tensor("embedding", (1, 1), torch.float32)
+        Line(incoming, lambda _: None).tensor("embedding", (1, 1), Codec.FP32)
 
 
 @pytest.mark.parametrize(
@@ -196,4 +199,4 @@ def test_a_message_out_of_order_is_refused(message):
     line = Line(iter([message.SerializeToString()]), lambda _: None)
     got = message.WhichOneof("body")
     with pytest.raises(WireError, match=f"expected embedding, got {got}"):
-        line.tensor("embedding", (1, 1), torch.float32)
+        line.tensor("embedding", (1, 1), Codec.FP32)

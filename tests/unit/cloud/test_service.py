@@ -17,6 +17,7 @@ from tidelock.cloud.service import BackboneService, Limits
 from tidelock.errors import WireError
 from tidelock.model.cut import BlockCall
 from tidelock.wire import tidelock_pb2 as pb
+from tidelock.wire.codec import Codec
 from tidelock.wire.limits import PASS_SECONDS
 
 pytestmark = pytest.mark.timeout(120)
@@ -171,7 +172,14 @@ def test_another_protocol_is_refused(device, undisturbed):
     )
 
 
+def send_scales_of_zero(run):
+    run.open(activation_codec=pb.INT8)
+    data = bytes(Codec.INT8.size_bytes((8, WIDTH)))
+    run.outbox.put(pb.DeviceMessage(embedding=pb.TensorPart(codec=pb.INT8, shape=[8, WIDTH], data=data)))
+
+
 BROKEN = {
+    "integers that none wrote": (send_scales_of_zero, "Reading embedding: expected scales from .*, got another"),
     "first message": (lambda run: run.send("embedding", 8, WIDTH), "expected open, got embedding"),
     "open twice": (lambda run: (run.open(), run.open()), "expected embedding, got open"),
     "narrow embedding": (lambda run: (run.open(), run.send("embedding", 8, WIDTH - 1)), r"of shape \(8, 31\)"),
@@ -215,7 +223,7 @@ def leave_before_the_embedding(run):
 def leave_in_the_middle_of_the_embedding(run):
     run.open()
     run.outbox.put(
-        pb.DeviceMessage(embedding=pb.TensorPart(dtype=pb.FP32, shape=[8, WIDTH], data=bytes(8 * WIDTH * 4)))
+        pb.DeviceMessage(embedding=pb.TensorPart(codec=pb.FP32, shape=[8, WIDTH], data=bytes(8 * WIDTH * 4)))
     )
     run.receive("site_input", 8, WIDTH)
 

@@ -19,7 +19,8 @@ PLAIN = RunConfig(data="facts.jsonl", out="run", model="m")
 # For each knob with a rule: values on its edges that are good, and bad ones.
 EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "backbone": (["local"], ["pool", ""]),
-    "codec": (list(CODECS), ["int8"]),
+    "codec": (list(CODECS), ["int3"]),
+    "gradient_codec": ([None, *CODECS], ["fp16"]),
     "method": (["lora"], ["side"]),
     "lr_schedule": (list(LR_SCHEDULES), ["step"]),
     "patience": ([0.0, 1e9], [-0.1, math.inf, math.nan]),
@@ -64,6 +65,8 @@ def test_a_knob_keeps_its_rule(name: str) -> None:
     [
         ({"backbone": "cloud"}, "got no --cloud"),
         ({"cloud": "grpcs://c:1"}, "got --cloud grpcs://c:1 with --backbone local"),
+        ({"stochastic_rounding": True, "codec": "int8", "gradient_codec": "bf16"}, "in int8 or int4, got bf16"),
+        ({"stochastic_rounding": True}, "in int8 or int4, got fp32"),
         ({"model": None}, "expected --model with --backbone local, got none"),
     ],
 )

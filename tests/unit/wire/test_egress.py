@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tidelock.errors import WireError
 from tidelock.wire import tidelock_pb2 as pb
+from tidelock.wire.codec import Codec
 from tidelock.wire.egress import Egress
 from tidelock.wire.ledger import Kind, Ledger
 from tidelock.wire.limits import PART_BYTES
@@ -25,7 +26,7 @@ def test_every_kind_is_either_sent_or_refused():
 def test_what_must_not_leave_is_refused(kind):
     egress = Egress(Ledger())
     with pytest.raises(WireError, match=f"Sending a {kind.value}: .*must not leave the device"):
-        list(egress.tensor(kind, torch.zeros(2), torch.float32))
+        list(egress.tensor(kind, torch.zeros(2), Codec.FP32))
     assert egress.ledger.totals() == {"sent": {}, "received": {}}
 
 
@@ -34,17 +35,17 @@ def test_what_must_not_leave_is_refused(kind):
 def test_token_ids_and_labels_are_refused_whatever_they_are_called(kind, dtype):
     egress = Egress(Ledger())
     with pytest.raises(WireError, match=f"expected floating-point numbers, got {dtype}"):
-        list(egress.tensor(kind, torch.zeros(2, dtype=dtype), torch.float32))
+        list(egress.tensor(kind, torch.zeros(2, dtype=dtype), Codec.FP32))
     assert egress.ledger.totals()["sent"] == {}
 
 
 @pytest.mark.parametrize("kind", LEAVING)
 def test_a_tensor_leaves_under_its_own_name(kind):
-    (frame,) = Egress(Ledger()).tensor(kind, torch.ones(2), torch.bfloat16, block=5)
+    (frame,) = Egress(Ledger()).tensor(kind, torch.ones(2), Codec.BF16, block=5)
     message = pb.DeviceMessage.FromString(frame)
     assert message.WhichOneof("body") == kind.value
     part = getattr(message, kind.value)
-    assert (part.block, part.dtype, list(part.shape), len(part.data)) == (5, pb.BF16, [2], 4)
+    assert (part.block, part.codec, list(part.shape), len(part.data)) == (5, pb.BF16, [2], 4)
 
 
 @given(st.lists(st.tuples(st.sampled_from(LEAVING), st.integers(1, 3000)), max_size=6), st.binary(max_size=40))
@@ -52,7 +53,7 @@ def test_the_ledger_holds_the_bytes_of_the_messages(sendings, fingerprint):
     egress, expected = Egress(Ledger()), dict.fromkeys(Kind, 0)
     expected[Kind.CONTROL] = len(egress.open(pb.Open(fingerprint=fingerprint.hex(), starts=[0], width=7)))
     for kind, numbers in sendings:
-        frames = list(egress.tensor(kind, torch.zeros(numbers), torch.float32))
+        frames = list(egress.tensor(kind, torch.zeros(numbers), Codec.FP32))
         expected[kind] += sum(map(len, frames))
         assert sum(pb.DeviceMessage.FromString(frame).ByteSize() for frame in frames) == sum(map(len, frames))
     sent = {kind.value: size for kind, size in expected.items() if size}
@@ -61,7 +62,7 @@ def test_the_ledger_holds_the_bytes_of_the_messages(sendings, fingerprint):
 
 def test_a_part_is_counted_when_it_leaves_not_before():
     egress = Egress(Ledger())
-    messages = egress.tensor(Kind.EMBEDDING, torch.zeros(PART_BYTES), torch.float32)
+    messages = egress.tensor(Kind.EMBEDDING, torch.zeros(PART_BYTES), Codec.FP32)
     assert egress.ledger.totals()["sent"] == {}
     first = next(messages)
     assert egress.ledger.totals()["sent"] == {"embedding": len(first)}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.unit.hand_device import an_open, from_protobuf, to_protobuf
 from tidelock.errors import WireError
 from tidelock.wire import tidelock_pb2 as pb
-from tidelock.wire.codec import Part, write_parts
+from tidelock.wire.codec import Codec, Part, write_parts
 from tidelock.wire.limits import MESSAGE_BYTES, PART_BYTES
 from tidelock.wire.stream import read_message, write_part
 
@@ -22,7 +22,7 @@ UINT32 = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1))
 PARTS = st.builds(
     Part,
     UINT32,
-    st.integers(0, 2),
+    st.integers(0, 4),
     st.lists(UINT32, max_size=6).map(tuple),
     st.one_of(st.binary(max_size=40), st.integers(0, 40_000).map(bytes)).map(memoryview),
 )
@@ -64,7 +64,7 @@ def same(body, part):
 
 
 def test_the_data_of_a_part_is_not_copied():
-    (part,) = write_parts(torch.ones(1000), torch.float32, block=7)
+    (part,) = write_parts("a tensor", torch.ones(1000), Codec.FP32, block=7)
     frame = write_part(pb.CloudMessage, "site_input", part)
     assert read_message(pb.CloudMessage, frame).body.data.obj is frame
 

@@ -1,0 +1,56 @@
+"""What a run's codecs save and what they cost, in words: before it begins, and as measured at its end.
+
+May import everything below `run`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tidelock.wire.codec import Codec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from tidelock.model.geometry import Geometry
+    from tidelock.wire.codec import Codecs
+
+
+def describe_codecs(codecs: Codecs, geometry: Geometry, active: Mapping[int, Sequence[str]]) -> str:
+    """Return what crosses for a token in training, against fp32, and how far a token can be off.
+
+    Args:
+        codecs: Those of the run.
+        geometry: The model's, which has the widths.
+        active: The projections that are adapted, by block.
+    """
+    activations: list[int] = [geometry.embedding_width]
+    gradients: list[int] = []
+    for block in sorted(active):
+        site = geometry.sites[block]
+        activations += [site.width, site.output_width(tuple(active[block]))]
+        # Nothing learns below the lowest active site: the gradient of its input is not sent.
+        gradients += [site.output_width(tuple(active[block])), *([site.width] if gradients else [])]
+    return (
+        f"On the wire: activations in {_describe(codecs.activation, activations, stochastic=False)}; gradients in "
+        f"{_describe(codecs.gradient, gradients, stochastic=codecs.stochastic)}"
+    )
+
+
+def _describe(codec: Codec, widths: Sequence[int], *, stochastic: bool) -> str:
+    if codec is Codec.FP32:
+        return "fp32, exact"
+    how = " rounded stochastically" if stochastic else ""
+    bound = max(codec.error_bound(width, stochastic=stochastic) for width in widths)
+    return (
+        f"{codec.value}{how}, {codec.ratio(widths):.2f} times smaller than fp32, each token off by at most {bound:.2%}"
+    )
+
+
+def describe_distortion(totals: Mapping[str, Mapping[str, float]]) -> str:
+    """Return what rounding took, as `Distortion.totals` measured it."""
+    roles = [
+        f"{role}s off by {error['mean']:.2%} on average and {error['max']:.2%} at most"
+        for role, error in sorted(totals.items())
+    ]
+    return f"Rounded on the wire: a token's {', '.join(roles)}"
