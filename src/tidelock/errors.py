@@ -91,6 +91,10 @@ class CloudUnreachable(TidelockError):
     exit_code = 11
 
 
+class CloudBusy(CloudUnreachable):
+    """A cloud has no place for another pass of a device that holds one; the device goes on with fewer at once."""
+
+
 class TlsError(TidelockError):
     """TLS failed: the cloud's certificate is not trusted, or the cloud does not trust the device's."""
 

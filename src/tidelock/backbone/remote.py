@@ -16,13 +16,13 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import grpc
-import torch
 
-from tidelock.errors import CloudUnreachable, WireError
+from tidelock.backbone.open_passes import OpenPasses
+from tidelock.errors import CloudBusy, CloudUnreachable, WireError
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire.codec import Codec, TensorReader
 from tidelock.wire.ledger import Kind
-from tidelock.wire.limits import PASS_SECONDS, PROTOCOL_VERSION
+from tidelock.wire.limits import NO_WAITING, PASS_SECONDS, PROTOCOL_VERSION
 from tidelock.wire.stream import read_message
 
 if TYPE_CHECKING:
@@ -46,12 +46,11 @@ _SLOWEST_RETRY_SECONDS = 5.0
 class _Stream:
     """One Pass stream: one attempt at one micro-batch."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, *, may_wait: bool) -> None:
         self._connection = connection
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._call: Any = connection.open_pass(
-            iter(self._outbox.get, None), metadata=connection.credentials.metadata(), timeout=PASS_SECONDS
-        )
+        metadata = (*connection.credentials.metadata(), *(() if may_wait else (NO_WAITING,)))
+        self._call: Any = connection.open_pass(iter(self._outbox.get, None), metadata=metadata, timeout=PASS_SECONDS)
 
     def send(self, messages: Iterable[bytes]) -> None:
         for message in messages:
@@ -96,9 +95,9 @@ class _Attempts:
         self._attempt_sites = sites
         self._mode = mode
         self._blocks = sorted(batch.active)
-        # From the global generator, as dropout's: a repeat rounds alike, and so does a resumed run.
         rounds = mode == pb.TRAIN and backbone.connection.codecs.stochastic
-        self._rounding_seed = int(torch.randint(2**62, ())) if rounds else None
+        self._rounding_seed = batch.seed if rounds else None
+        self._may_wait = True
         self.sites: Sites = sites.begin()
         self.stream: _Stream | None = None
 
@@ -107,7 +106,7 @@ class _Attempts:
         self.close()
         self.sites = self._attempt_sites.begin()
         connection, batch = self.connection, self._batch
-        self.stream = stream = _Stream(connection)
+        self.stream = stream = _Stream(connection, may_wait=self._may_wait)
         stream.send([connection.egress.open(self._open_message())])
         stream.send(connection.egress.tensor(Kind.EMBEDDING, batch.embeddings_NE, connection.codecs.activation))
         return self.answer_sites(batch.rows.num_tokens, len(batch.select_M))
@@ -142,23 +141,33 @@ class _Attempts:
         self._open_stream().send(connection.egress.tensor(Kind.EMBEDDING, embeddings_BE, connection.codecs.activation))
         return self.answer_sites(len(embeddings_BE), len(embeddings_BE))
 
+    @property
+    def is_open(self) -> bool:
+        return self.stream is not None
+
     def close(self) -> None:
-        if self.stream is not None:
-            self.stream.close()
-            self.stream = None
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            stream.close()
 
     def persist(self, action: Callable[[], _T]) -> _T:
         """Return what an action returns, repeated while the cloud is away and the device has patience."""
         # Patience runs from the first loss: an attempt that computed for long before it was lost has not used it up.
         give_up: float | None = None
         delay = _FIRST_RETRY_SECONDS
+        passes, alone = self._backbone.open_passes, False
         while True:
             try:
-                return action()
+                with passes.alone(self) if alone else passes.running(self) as holds:
+                    self._may_wait = not holds
+                    return action()
             except (grpc.RpcError, CloudUnreachable) as error:
                 self.close()
-                give_up = give_up or time.monotonic() + self.connection.patience_seconds
                 ours = self.connection.explain(error) if isinstance(error, grpc.RpcError) else error
+                if isinstance(ours, CloudBusy) and not alone:
+                    alone = True
+                    continue
+                give_up = give_up or time.monotonic() + self.connection.patience_seconds
                 if not isinstance(ours, CloudUnreachable) or time.monotonic() + delay > give_up:
                     raise ours from error
                 logger.warning("%s Trying again.", ours)
@@ -255,6 +264,7 @@ class RemoteBackbone:
 
     def __init__(self, connection: Connection, geometry: Geometry) -> None:
         self.connection = connection
+        self.open_passes = OpenPasses()
         self._geometry = geometry
 
     @property

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
+from tidelock.errors import CloudBusy
 from tidelock.model.rows import Rows
 from tidelock.model.walk import Batch, Walk
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from tidelock.model.cut import CutModel
 
 _PROBE_WIDTHS = (16, 64)
+NO_PLACE = "Opening a pass: expected a free place, as its device holds one already, got none. Go on with one at a time."
 
 
 @final
@@ -108,10 +110,16 @@ class MemoryBudget:
         return self.limit_bytes is None or size_bytes <= self.limit_bytes
 
     @contextmanager
-    def reserve(self, size_bytes: int) -> Iterator[None]:
-        """Hold that much memory inside; wait for it before."""
+    def reserve(self, size_bytes: int, *, may_wait: bool = True) -> Iterator[None]:
+        """Hold that much memory inside; wait for it before.
+
+        Raises:
+            CloudBusy: It would have to wait, and may not.
+        """
         ticket = object()
         with self._condition:
+            if not may_wait and (self._line or not self.fits(self._used + size_bytes)):
+                raise CloudBusy(NO_PLACE)
             self._line.append(ticket)
             self._condition.wait_for(lambda: self._line[0] is ticket and self.fits(self._used + size_bytes))
             self._line.pop(0)

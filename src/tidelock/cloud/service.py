@@ -7,20 +7,29 @@ from __future__ import annotations
 
 import logging
 import queue
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, final
 
 import grpc
 
 from tidelock.cloud.engine import Line, PassAbandoned, read_open, run_pass
-from tidelock.cloud.memory import MemoryBudget, measure_cost
+from tidelock.cloud.memory import NO_PLACE, MemoryBudget, measure_cost
 from tidelock.cloud.turns import ComputeQueue
-from tidelock.errors import ConfigError, ModelMismatch, NonFiniteError, TidelockError, TokenRefused, WireError
+from tidelock.errors import (
+    CloudBusy,
+    ConfigError,
+    ModelMismatch,
+    NonFiniteError,
+    TidelockError,
+    TokenRefused,
+    WireError,
+)
 from tidelock.units import format_bytes
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire import tidelock_pb2_grpc as pb_grpc
-from tidelock.wire.limits import PART_BYTES, PASS_SECONDS, PROTOCOL_VERSION, SERVICE_NAME
+from tidelock.wire.limits import NO_WAITING, PART_BYTES, PASS_SECONDS, PROTOCOL_VERSION, SERVICE_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,6 +100,8 @@ class BackboneService(pb_grpc.BackboneServicer):
         self._cost = measure_cost(cut)
         # A pass keeps one of these threads from its Open to its end; further passes wait in the executor's line.
         self._engines = ThreadPoolExecutor(limits.max_sessions, thread_name_prefix="pass")
+        self._submitting = threading.Lock()
+        self._passes: set[Future[None]] = set()
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
         """Say what this cloud holds."""
@@ -116,7 +127,10 @@ class BackboneService(pb_grpc.BackboneServicer):
             _refuse(context, WireError(msg))
         outbox: queue.SimpleQueue[bytes | TidelockError | None] = queue.SimpleQueue()
         line = Line(request_iterator, outbox.put)
-        running = self._engines.submit(self._run, line, outbox, tenant)
+        may_wait = NO_WAITING not in context.invocation_metadata()
+        running = self._submit(line, outbox, tenant, may_wait=may_wait)
+        if running is None:
+            _refuse(context, CloudBusy(NO_PLACE))
 
         def leave() -> None:
             # A device that leaves before its pass has begun: nobody else would end the loop below.
@@ -134,7 +148,21 @@ class BackboneService(pb_grpc.BackboneServicer):
         """Take no more passes."""
         self._engines.shutdown(wait=False, cancel_futures=True)
 
-    def _run(self, line: Line, outbox: queue.SimpleQueue[bytes | TidelockError | None], tenant: str) -> None:
+    def _submit(
+        self, line: Line, outbox: queue.SimpleQueue[bytes | TidelockError | None], tenant: str, *, may_wait: bool
+    ) -> Future[None] | None:
+        """Put a pass in the engines' line; return None when it would wait there and may not."""
+        with self._submitting:
+            self._passes = {running for running in self._passes if not running.done()}
+            if not may_wait and len(self._passes) >= self._limits.max_sessions:
+                return None
+            running = self._engines.submit(self._run, line, outbox, tenant, may_wait=may_wait)
+            self._passes.add(running)
+        return running
+
+    def _run(
+        self, line: Line, outbox: queue.SimpleQueue[bytes | TidelockError | None], tenant: str, *, may_wait: bool
+    ) -> None:
         """Run a pass in an engine thread; whatever happens, the outbox is closed."""
         try:
             message = line.open()
@@ -143,13 +171,16 @@ class BackboneService(pb_grpc.BackboneServicer):
             rows = order.rows
             size_bytes = self._cost.bytes_for(len(rows.lengths), rows.width) if order.training else 0
             self._check_memory(size_bytes)
-            with self._memory.reserve(size_bytes):
+            with self._memory.reserve(size_bytes, may_wait=may_wait):
                 seconds = run_pass(self._cut, order, line, self._compute)
             logger.debug("Pass of %s: %d tokens, %.3f s computing.", tenant, rows.num_tokens, seconds)
             if self._metrics is not None:
                 self._metrics.count_pass(tenant, rows.num_tokens, seconds)
         except PassAbandoned:
             logger.debug("Pass of %s: the device left.", tenant)
+        except CloudBusy as error:
+            logger.debug("Pass of %s: no place for another.", tenant)
+            outbox.put(error)
         except TidelockError as error:
             logger.warning("Pass of %s refused: %s", tenant, error)
             outbox.put(error)
@@ -206,6 +237,7 @@ def add_service(servicer: pb_grpc.BackboneServicer, server: grpc.Server) -> None
 
 
 _STATUS: dict[type[TidelockError], grpc.StatusCode] = {
+    CloudBusy: grpc.StatusCode.ABORTED,
     TokenRefused: grpc.StatusCode.UNAUTHENTICATED,
     ModelMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     ConfigError: grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -8,6 +8,7 @@ Shapes: M tokens whose final state is wanted, D hidden width. May import `backbo
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
@@ -56,11 +57,8 @@ class BatchPass:
         """
         passes, self._passes = self._passes, []
         self._each(lambda run, grad: run.backward(grad), list(zip(passes, grad_MD.split(self._sizes), strict=True)))
-        first, *others = [sites.gradients() for sites in self._sites]
-        for grads in others:
-            for total, grad in zip(first, grads, strict=True):
-                total += grad
-        return first
+        by_parameter = zip(*(sites.gradients() for sites in self._sites), strict=True)
+        return [functools.reduce(torch.add, grads) for grads in by_parameter]
 
     def _each(self, call: Callable[..., _T], arguments: Sequence[tuple[Any, ...]]) -> list[_T]:
         """Return what a function returns for each of the arguments; when one fails, once all have ended."""

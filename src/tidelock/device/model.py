@@ -22,8 +22,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from tidelock.device.bank import Bank, BankPass
-from tidelock.device.in_flight import BatchPass
 from tidelock.device.generate import GenerationSettings, generate
+from tidelock.device.in_flight import BatchPass
 from tidelock.errors import ConfigError, NonFiniteError, WireError
 from tidelock.model.rows import Rows
 from tidelock.model.walk import Batch
@@ -245,7 +245,9 @@ class DeviceModel(nn.Module):
         indices_N = rows.indices().to(ids_BT.device)
         ids_N = ids_BT[:, : rows.width].flatten().index_select(0, indices_N)
         training = torch.is_grad_enabled() and bool(self._trained())
-        return Batch(self.ends.embed(ids_N), rows, select_M, self.bank.targets, training=training)
+        # From the global generator, whose state Trainer saves and restores: resumed runs round alike.
+        seed = int(torch.randint(2**62, ())) if training else 0
+        return Batch(self.ends.embed(ids_N), rows, select_M, self.bank.targets, training=training, seed=seed)
 
     def open_sites(self) -> BankPass:
         """Return the bank's half of a pass; draws one random number if it will drop out."""

@@ -53,6 +53,7 @@ class Batch:
         select_M: Which of the N tokens' final states are wanted, int64.
         active: The targeted projections of each active site, by block.
         training: Whether a backward pass will follow.
+        seed: Fixes every random choice of the pass that is not the bank's.
     """
 
     embeddings_NE: Tensor
@@ -60,17 +61,18 @@ class Batch:
     select_M: Tensor
     active: Mapping[int, tuple[str, ...]]
     training: bool
+    seed: int = 0
 
     def split(self, count: int) -> list[Batch]:
         """Return at most `count` batches of whole rows, in order, of about as many rows each."""
         if count == 1:
             return [self]
         batches, start = [], 0
-        for rows in self.rows.split(count):
+        for number, rows in enumerate(self.rows.split(count)):
             end = start + rows.num_tokens
             inside = (self.select_M >= start) & (self.select_M < end)
             embeddings, select = self.embeddings_NE[start:end], self.select_M[inside] - start
-            batches.append(Batch(embeddings, rows, select, self.active, self.training))
+            batches.append(Batch(embeddings, rows, select, self.active, self.training, self.seed + number))
             start = end
         return batches
 

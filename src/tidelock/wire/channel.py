@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, final
 import grpc
 
 from tidelock.errors import (
+    CloudBusy,
     CloudUnreachable,
     ConfigError,
     ModelMismatch,
@@ -128,6 +129,14 @@ def _read(path: Path | None, option: str) -> bytes | None:
         raise ConfigError(msg) from error
 
 
+_MEANING: dict[grpc.StatusCode, type[TidelockError]] = {
+    grpc.StatusCode.UNAUTHENTICATED: TokenRefused,
+    grpc.StatusCode.FAILED_PRECONDITION: ModelMismatch,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ConfigError,
+    grpc.StatusCode.ABORTED: CloudBusy,
+}
+
+
 def explain(error: grpc.RpcError, address: Address, credentials: Credentials) -> TidelockError:
     """Return our error for one of gRPC's.
 
@@ -135,12 +144,8 @@ def explain(error: grpc.RpcError, address: Address, credentials: Credentials) ->
     """
     code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
     details = (error.details() if isinstance(error, grpc.Call) else None) or str(error)
-    if code == grpc.StatusCode.UNAUTHENTICATED:
-        return TokenRefused(details)
-    if code == grpc.StatusCode.FAILED_PRECONDITION:
-        return ModelMismatch(details)
-    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return ConfigError(details)
+    if code in _MEANING:
+        return _MEANING[code](details)
     if code == grpc.StatusCode.OUT_OF_RANGE:
         return NonFiniteError(f"Cloud at {address.url}: {details}")
     if code in {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNIMPLEMENTED}:

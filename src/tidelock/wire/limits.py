@@ -5,7 +5,7 @@ May import nothing.
 
 from __future__ import annotations
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 SERVICE_NAME = "tidelock.v1.Backbone"
 PASS_METHOD = f"/{SERVICE_NAME}/Pass"
 
@@ -23,3 +23,6 @@ FETCH_SECONDS = 600.0
 # HTTP/2 pings, which notice a peer that is gone without having said so.
 KEEPALIVE_MS = 20_000
 KEEPALIVE_TIMEOUT_MS = 20_000
+
+# Goes with a Pass whose device holds another one: the cloud refuses it rather than let it wait for a place.
+NO_WAITING = ("tidelock-no-waiting", "1")
