@@ -77,7 +77,7 @@ def _pass(model: DeviceModel, batch: TokenBatch) -> tuple[float, dict[str, Tenso
 
 
 def test_fp32_over_the_wire_is_the_local_result_bit_for_bit(cloud: CloudProcess, tiny_models: Path):
-    local = connect("local", model=tiny_models / _MODEL, peft_config=_config(dropout=0.2))
+    local = connect("local", model=tiny_models / _MODEL, peft_config=_config(dropout=0.2), in_flight=2)
     randomise_adapter(local)
     remote = _join(cloud.port(_MODEL), tiny_models / _MODEL, dropout=0.2)
     for padding in ("right", "left", "none"):

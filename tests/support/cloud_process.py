@@ -152,7 +152,7 @@ def _start(service: Service) -> tuple[str, int]:
         ModelChoice(service.model, service.dtype),
         Tenants({"tests": TOKEN}),
         Listener(Address("127.0.0.1", service.port, cert is not None), cert, key, client_ca),
-        limits=Limits(max_sessions=service.max_sessions, max_memory_bytes=service.max_memory_bytes),
+        limits=Limits(max_sessions=service.max_sessions, max_memory_bytes=service.max_memory_bytes, at_once=2),
     )
     _KEPT.append(server)
     return service.name, server.start().port

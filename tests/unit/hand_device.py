@@ -36,21 +36,21 @@ def wait_until(holds, what: str, seconds: float = 20.0) -> None:
 class RunningCloud:
     server: CloudServer
     address: Address
-    busy: list[str]
+    busy: list[object]
 
     @classmethod
     def of(cls, server: CloudServer) -> RunningCloud:
         """Start a server, with its engines counted while they work."""
-        busy: list[str] = []
+        busy: list[object] = []
         service = server._service
         original = service._run
 
-        def counted(line, outbox, tenant):
-            busy.append(tenant)
+        def counted(*arguments, **options):
+            busy.append(arguments)
             try:
-                original(line, outbox, tenant)
+                original(*arguments, **options)
             finally:
-                busy.remove(tenant)
+                busy.remove(arguments)
 
         service._run = counted  # type: ignore[method-assign]
         return cls(server, server.start(), busy)

@@ -59,10 +59,7 @@ def command(
     ] = None,
     metrics: Annotated[str | None, typer.Option(help="HOST:PORT to serve Prometheus metrics at.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice by default.")] = None,
-    at_once: Annotated[
-        int | None,
-        typer.Option(min=1, help="Passes that compute at once and share the threads; 2 by default, on a GPU 1."),
-    ] = None,
+    at_once: Annotated[int | None, typer.Option(min=1, help="Passes that compute at once; 2 on a CPU, else 1.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON objects only.")] = False,
 ) -> None:
     """Serve the frozen blocks of a model to devices, until Ctrl-C."""
@@ -72,8 +69,7 @@ def command(
     listener = _listener(listen, tls_cert, tls_key, client_ca, insecure=insecure)
     tenants, token = _tenants(tokens)
     choice = _choice(model, dtype, torch_device, output)
-    at_once = at_once or (2 if torch_device == "cpu" else 1)
-    _share_threads(threads, at_once)
+    at_once = _share_threads(threads, at_once or (2 if torch_device == "cpu" else 1))
     # The usual way to stop a service: leave as after any error, tidying up, with exit code 0.
     signal.signal(signal.SIGTERM, _leave)
     # Loads torch, which --help must not wait for; so does what is called above.
@@ -117,11 +113,12 @@ def _require_free(address: Address) -> None:
         raise ListenRefused(msg) from error
 
 
-def _share_threads(threads: int | None, at_once: int) -> None:
-    """Give each pass that computes an equal part of the threads: several narrow passes wait less than one wide."""
+def _share_threads(threads: int | None, at_once: int) -> int:
+    """Give each pass that computes an equal part of the threads; return how many may compute at once."""
     import torch
 
     torch.set_num_threads(max(1, (threads or torch.get_num_threads()) // at_once))
+    return at_once
 
 
 def _choice(model: str, dtype: str, torch_device: str, output: Output) -> ModelChoice:

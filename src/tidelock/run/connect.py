@@ -84,20 +84,22 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
     codecs = Codecs.named(codec, gradient_codec, stochastic_rounding=stochastic_rounding)
     if where == "local":
         ends, backbone = _local(model)
-        in_flight = in_flight or 1
     else:
         credentials = credentials or Credentials(token or "", Path(ca) if ca is not None else None)
         egress = Egress(ledger or Ledger())
         address = parse_url(where)
         connection = Connection(address, credentials, egress, codecs=codecs, patience_seconds=patience_seconds)
-        try:
-            ends = _ends_for(connection, None if model is None else str(model))
-        except BaseException:
-            connection.close()
-            raise
-        backbone = RemoteBackbone(connection, ends.geometry)
-        in_flight = in_flight or 2
-    return DeviceModel(ends, backbone, config, in_flight=in_flight)
+        ends, backbone = _remote(connection, None if model is None else str(model))
+    return DeviceModel(ends, backbone, config, in_flight=in_flight or (1 if where == "local" else 2))
+
+
+def _remote(connection: Connection, model: str | None) -> tuple[Ends, Backbone]:
+    try:
+        ends = _ends_for(connection, model)
+    except BaseException:
+        connection.close()
+        raise
+    return ends, RemoteBackbone(connection, ends.geometry)
 
 
 def _local(model: str | os.PathLike[str] | None) -> tuple[Ends, Backbone]:

@@ -23,7 +23,7 @@ from tidelock.wire.address import Address
 from tidelock.wire.channel import Credentials, open_channel
 from tidelock.wire.egress import Egress
 from tidelock.wire.ledger import Ledger
-from tidelock.wire.limits import PART_BYTES
+from tidelock.wire.limits import PART_BYTES, PROTOCOL_VERSION
 
 
 class LyingCloud(pb_grpc.BackboneServicer):
@@ -32,7 +32,7 @@ class LyingCloud(pb_grpc.BackboneServicer):
     address: Address
 
     def __init__(self):
-        self.description = pb.Description(protocol=1, version="9.9", fingerprint="0" * 64)
+        self.description = pb.Description(protocol=PROTOCOL_VERSION, version="9.9", fingerprint="0" * 64)
         self.given = {}
         self.fetched = []
         self.wait = None
@@ -123,7 +123,7 @@ def test_another_protocol_is_refused_and_the_connection_closed(liar, connect, mo
 
     monkeypatch.setattr(connection_module, "open_channel", open_and_note)
     liar.description.protocol = 7
-    with pytest.raises(WireError, match=r"expected protocol 1, got 7 \(its tidelock is 9.9\)"):
+    with pytest.raises(WireError, match=r"expected protocol 2, got 7 \(its tidelock is 9.9\)"):
         connect(liar)
     with pytest.raises(ValueError, match="closed channel"):
         pb_grpc.BackboneStub(channels[0]).Describe(pb.DescribeRequest())

@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.certs import make_certificates
 from tidelock.errors import (
+    CloudBusy,
     CloudUnreachable,
     ConfigError,
     ModelMismatch,
@@ -97,6 +98,7 @@ FINAL = {
     "UNAUTHENTICATED": TokenRefused,
     "FAILED_PRECONDITION": ModelMismatch,
     "RESOURCE_EXHAUSTED": ConfigError,
+    "ABORTED": CloudBusy,
     "OUT_OF_RANGE": NonFiniteError,
     "INVALID_ARGUMENT": WireError,
     "UNKNOWN": WireError,
