@@ -6,6 +6,7 @@ May import everything below `run`.
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from tidelock.backbone.connection import Connection
 from tidelock.backbone.local import LocalBackbone
 from tidelock.backbone.remote import RemoteBackbone
 from tidelock.device.model import DeviceModel
-from tidelock.errors import ConfigError, ModelMismatch
+from tidelock.errors import ConfigError, ModelMismatch, WireError
 from tidelock.model.cache_folder import cache_folder
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import Ends, read_config
@@ -31,7 +32,14 @@ from tidelock.wire.ledger import Ledger
 if TYPE_CHECKING:
     import os
 
+    from transformers import PretrainedConfig
+
     from tidelock.backbone.protocol import Backbone
+
+# Where a model came from, who made its files and in what it computes: no part of what it computes.
+_NOT_THE_MODEL = frozenset(
+    {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+)
 
 
 def connect(  # noqa: PLR0913  (the public door: every argument has a default)
@@ -120,6 +128,7 @@ def _ends_for(connection: Connection, model: str | None) -> Ends:
         checkpoint = Checkpoint.open(model)
     config = read_config(checkpoint.folder)
     _check_same_type(connection, config.model_type)
+    _check_same_config(connection, config)
     ends = Ends(config, checkpoint)
     _check_same_weights(connection, checkpoint, ends)
     return ends
@@ -133,6 +142,27 @@ def _check_same_type(connection: Connection, model_type: str) -> None:
             f"got {theirs!r}. Name the model that the cloud holds, or start a cloud with yours."
         )
         raise ModelMismatch(msg)
+
+
+def _check_same_config(connection: Connection, config: PretrainedConfig) -> None:
+    """Compare what both sides know of the model's shape and mathematics: the same weights may be read in two ways."""
+    try:
+        theirs = json.loads(connection.description.config_json)
+    except json.JSONDecodeError:
+        theirs = None
+    if not isinstance(theirs, dict):
+        msg = f"Cloud at {connection.address.url}: expected its model's configuration, got no JSON object. Restart it."
+        raise WireError(msg)
+    ours = json.loads(json.dumps(config.to_dict(), default=str))
+    # Only what both have: another version of transformers may have more settings, or fewer.
+    for name in sorted(ours.keys() & theirs.keys() - _NOT_THE_MODEL):
+        if ours[name] != theirs[name] and not name.endswith("_token_id"):
+            msg = (
+                f"Model configuration: expected the cloud at {connection.address.url} to have {name} = "
+                f"{str(ours[name])[:80]} like this device, got {str(theirs[name])[:80]}. Use one and the same model "
+                "folder on both sides."
+            )
+            raise ModelMismatch(msg)
 
 
 def _check_same_weights(connection: Connection, checkpoint: Checkpoint, ends: Ends) -> None:
