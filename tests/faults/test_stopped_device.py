@@ -39,11 +39,12 @@ def test_killed_and_resumed(
     assert f"Going on from {where}." in resumed.process.stderr
 
 
-def test_a_run_that_rounds_at_random_is_killed_and_resumed(world: World, cloud: Cloud) -> None:
-    codecs = ["--codec", "int8", "--gradient-codec", "int4", "--stochastic-rounding"]
-    whole = world.train("rounded", cloud.address, *codecs)
+def test_a_run_that_rounds_at_random_with_two_in_flight_is_killed_and_resumed(world: World, cloud: Cloud) -> None:
+    options = ["--codec", "int8", "--gradient-codec", "int4", "--stochastic-rounding", "--in-flight", 2]
+    whole = world.train("rounded", cloud.address, *options)
     assert whole.process.wait() == 0, whole.process.stderr
-    killed = world.train("rounded-killed", cloud.address, *codecs, hook=strike(Place.SITE_BACKWARD, 14 * 3 + 2, KILL))
+    strikes = strike(Place.SITE_BACKWARD, 2 * (14 * 3 + 2), KILL)
+    killed = world.train("rounded-killed", cloud.address, *options, hook=strikes)
     assert killed.process.wait() == -KILL
     assert killed.checkpoints == [8]
     check_equal(world.resume(killed), whole)

@@ -53,7 +53,7 @@ class World:
         data = [self.folder / "facts.jsonl", "--eval-data", self.folder / "asked.jsonl", "--model", self.model]
         cloud = ["--backbone", "cloud", "--cloud", address, "--token-file", self.folder / "token"]
         size = ["--epochs", 4, "--batch-size", 2, "--accumulate", 2, "--rank", 4, "--dropout", 0.3]
-        rest = ["--learning-rate", 0.01, "--save-every", 2, "--keep", 1, "--threads", 1, "--out", out]
+        rest = ["--learning-rate", 0.01, "--save-every", 2, "--keep", 1, "--threads", 1, "--in-flight", 1, "--out", out]
         trust = ["--ca", self.certificates.ca]
         return Run(out, self.start(name, "train", *data, *cloud, *trust, *size, *rest, *options, hook=hook))
 
