@@ -50,7 +50,7 @@ def main() -> None:
         cloud = stack.enter_context(loopback_cloud(model, *cloud_options))
         where = ["--cloud", cloud.address, "--token-file", str(cloud.token_file), "--ca", str(cloud.certificate)]
         sides = {"peft": stack.enter_context(_Side("peft", model, options, []))}
-        for codec in ("fp32", "bf16"):
+        for codec in ("fp32", "bf16", "int8"):
             sides[codec] = stack.enter_context(_Side("tidelock", model, options, [*where, "--codec", codec]))
         times: dict[str, list[float]] = {name: [] for name in sides}
         for number in range(options.rounds + 1):

@@ -14,6 +14,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -305,8 +306,15 @@ class DeviceModel(nn.Module):
         column_M = indices_N[select_M] % rows.width
         places_M = (row_M * width + column_M).to(x_MD.device)
         count = len(rows.lengths)
-        # In place: the zeros are fresh, and pages of them that nothing is copied to take no memory.
-        return x_MD.new_zeros(count * width, x_MD.shape[1]).index_copy_(0, places_M, x_MD).view(count, width, -1)
+        return _zeros(x_MD, count * width).index_copy_(0, places_M, x_MD).view(count, width, -1)
+
+
+def _zeros(like_MD: Tensor, count: int) -> Tensor:
+    """Return `count` fresh rows of zeros; on the CPU those that nothing is copied to take no memory and no time."""
+    if like_MD.device.type != "cpu" or like_MD.dtype != torch.float32:
+        return like_MD.new_zeros(count, like_MD.shape[1])
+    # NumPy asks the system for zeroed pages; torch writes every zero itself.
+    return torch.from_numpy(np.zeros((count, like_MD.shape[1]), np.float32))
 
 
 def _check_shapes(ids_BT: Tensor, **others: Tensor | None) -> None:

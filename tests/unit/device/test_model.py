@@ -13,6 +13,7 @@ from tests.unit.hand_device import BLOCKS, POSITIONS, VOCABULARY, WIDTH
 from tidelock.backbone.local import LocalBackbone
 from tidelock.errors import ConfigError, NonFiniteError, WireError
 from tidelock.model.cut import CutModel
+from tidelock.model.rows import Rows
 
 IGNORED = -100
 
@@ -314,15 +315,21 @@ def test_dropout_is_repeated_by_the_seed_and_differs_between_passes(make_model):
     assert len({model(**batch).loss.item() for _ in range(2)}) == 1
 
 
-def test_without_dropout_no_random_number_is_drawn(make_model):
-    model = make_model()
-    state = torch.get_rng_state()
-    model(**a_batch()).loss.backward()
-    assert torch.equal(torch.get_rng_state(), state)
+def test_evaluation_draws_no_random_number(make_model):
     model = make_model(lora_dropout=0.5).eval()
     state = torch.get_rng_state()
-    model(**a_batch())
+    with torch.no_grad():
+        model(**a_batch())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_every_training_pass_draws_a_seed_of_its_own(make_model):
+    model = make_model()
+    rows = Rows((0,), (2,), 2)
+    seeds = [model.open_batch(torch.tensor([[1, 2]]), rows, torch.arange(2)).seed for _ in range(2)]
+    assert seeds[0] != seeds[1]
+    with torch.no_grad():
+        assert model.open_batch(torch.tensor([[1, 2]]), rows, torch.arange(2)).seed == 0
 
 
 def test_what_trainers_call_is_harmless(make_model, caplog):
