@@ -7,6 +7,7 @@ import pytest
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+from tests.support.run_folder import new_run_folder
 from tests.support.tiny_models import save_tiny_model
 from tidelock.cli.main import run
 from tidelock.device.bank import Bank
@@ -15,7 +16,6 @@ from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
 from tidelock.peft.export import load_adapter, save_adapter
 from tidelock.run.config import RunConfig
-from tidelock.run.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run folder with an adapter."""
     folder = tmp_path_factory.mktemp("finished")
     model = save_tiny_model("llama", folder)
-    made = RunFolder.create(RunConfig(data="facts.jsonl", out=str(folder / "run"), model=str(model)))
+    made = new_run_folder(RunConfig(data="facts.jsonl", out=str(folder / "run"), model=str(model)))
     config = LoraConfig(r=2, target_modules=["q_proj"])
     geometry = geometry_of(empty_model(read_config(model)))
     bank = Bank(config, geometry)

@@ -50,18 +50,6 @@ class RunFolder:
         self._ledger = path / "ledger.json"
 
     @classmethod
-    def create(cls, config: RunConfig) -> RunFolder:
-        """Return a new run folder with its configuration written.
-
-        Raises:
-            ConfigError: There is a run in it already.
-            StorageError: The file system refused.
-        """
-        folder = cls.new(Path(config.out))
-        folder.write_config(config)
-        return folder
-
-    @classmethod
     def new(cls, path: Path) -> RunFolder:
         """Return a folder in which a run can begin; it is no run before `write_config`.
 

@@ -49,7 +49,8 @@ def test_a_pass_that_is_forgotten_holds_nothing():
 
 
 def test_alone_waits_for_those_that_run_closes_those_that_rest_and_keeps_others_out():
-    passes, resting, order = OpenPasses(), Run(), []
+    passes, resting = OpenPasses(), Run()
+    order: list[object] = []
     with passes.running(resting):
         resting.is_open = True
     inside, leave = threading.Event(), threading.Event()

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
+from tests.support.run_folder import new_run_folder
 from tests.support.tiny_models import save_tiny_model
 from tidelock.device.bank import Bank
 from tidelock.errors import CheckpointError, ConfigError, ModelError, NonFiniteError, StorageError
@@ -19,7 +20,6 @@ from tidelock.peft.export import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_a
 from tidelock.peft.lora import ALL_PROJECTIONS
 from tidelock.run.config import RunConfig
 from tidelock.run.export import ExportOrder, export
-from tidelock.run.folder import RunFolder
 
 FAMILIES = ["llama", "llama_tied", "gpt2", "gpt_neox", "bloom", "opt"]
 IDS = torch.tensor([[5, 9, 2, 40, 17, 33], [8, 1, 77, 3, 60, 21]])
@@ -38,7 +38,7 @@ def finished_run(model: Path, path: Path, *, cloud: bool = False) -> Path:
     config = RunConfig(data="facts.jsonl", out=str(path), model=str(model))
     if cloud:
         config = replace(config, model=None, cloud="grpcs://cloud:7777", backbone="cloud")
-    folder = RunFolder.create(config)
+    folder = new_run_folder(config)
     lora = LoraConfig(r=4, target_modules=ALL_PROJECTIONS)
     geometry = geometry_of(empty_model(read_config(model)))
     bank = Bank(lora, geometry)

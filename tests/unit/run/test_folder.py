@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.run_folder import new_run_folder
 from tidelock.errors import CheckpointError, ConfigError, StorageError
 from tidelock.run.config import RunConfig
 from tidelock.run.folder import RunFolder, storage_error
@@ -16,7 +17,7 @@ from tidelock.run.folder import RunFolder, storage_error
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    return RunFolder.create(RunConfig(data="facts.jsonl", out=str(tmp_path / "deep" / "run"), model="m"))
+    return new_run_folder(RunConfig(data="facts.jsonl", out=str(tmp_path / "deep" / "run"), model="m"))
 
 
 def checkpoint(folder: RunFolder, step: int, *, complete: bool = True) -> Path:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.support.chat_model import make_chat_tokenizer
+from tests.support.run_folder import new_run_folder
 from tests.unit.run.conftest import Notes
 from tidelock.device.generate import GenerationSettings
 from tidelock.device.model import DeviceModel
@@ -74,7 +75,7 @@ def test_prompts_of_different_lengths_are_answered_as_each_alone(make_config, no
 
 def test_a_trained_run_is_opened_with_its_adapter(make_config, notes: Notes) -> None:
     config = make_config()
-    folder = RunFolder.create(config)
+    folder = new_run_folder(config)
     with pytest.raises(CheckpointError, match="expected a trained adapter in it, got none"):
         open_trained(folder, config)
     config = replace(config, out=str(folder.path.parent / "finished"))

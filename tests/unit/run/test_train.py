@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from tests.support.run_folder import new_run_folder
 from tests.unit.run.conftest import Notes
 from tidelock.errors import ConfigError, DataError
 from tidelock.run.folder import RunFolder
@@ -90,7 +91,7 @@ def test_a_run_begins_only_when_there_is_something_to_learn(make_config, notes: 
 
 def test_resuming_a_run_that_has_no_checkpoint_begins_again(make_config, notes: Notes) -> None:
     config = make_config()
-    folder = RunFolder.create(config)
+    folder = new_run_folder(config)
     folder.append_metrics({"step": 1, "loss": 99.0})
     folder.write_ledger({"sent": {"embedding": 7}, "received": {}})
     result = train(config, notes, resume=True)
