@@ -123,7 +123,10 @@ class CutModel:
         family = self.geometry.family
         self._decoder = model.get_submodule(family.decoder)
         self._blocks = list(cast("nn.ModuleList", self._decoder.get_submodule(family.blocks)))
-        self._takes_positions = "position_ids" in inspect.signature(self._decoder.forward).parameters
+        parameters = inspect.signature(self._decoder.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        # Transformers 5.24 renamed it.
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._hook_sites()
         self._skeleton = self._make_skeleton(returns_tuple=self._blocks_return_tuples())
 
@@ -160,7 +163,7 @@ class CutModel:
             positions_BT: Position of each token, int64; None leaves it to the decoder.
             cache: Keys and values of earlier tokens, extended in place.
         """
-        kwargs: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
+        kwargs: dict[str, Any] = {self._cache_argument: cache, "use_cache": cache is not None}
         if positions_BT is not None and self._takes_positions:
             kwargs["position_ids"] = positions_BT
         token = _TRACE.set(_Trace(run_blocks, []))

@@ -165,10 +165,10 @@ def test_another_model_is_refused(device, undisturbed):
 
 def test_another_protocol_is_refused(device, undisturbed):
     run = device.begin()
-    run.open(protocol=2)
+    run.open(protocol=3)
     assert refusal(run) == (
         grpc.StatusCode.INVALID_ARGUMENT,
-        "Opening a pass: expected protocol 1, got 2. Install one version.",
+        "Opening a pass: expected protocol 2, got 3. Install one version.",
     )
 
 
