@@ -12,7 +12,8 @@
     ├── TlsError                    12  the cloud's certificate is not trusted, or ours is refused
     ├── TokenRefused                13  the cloud does not know this token
     ├── ModelMismatch               14  device and cloud hold different models or different weights
-    └── ListenRefused               15  the cloud will not listen at that address, or cannot
+    ├── ListenRefused               15  the cloud will not listen at that address, or cannot
+    └── CloudBusy                   16  the cloud has no place for another pass of this device
 
 An interrupted command (Ctrl-C) exits with 130, as a shell expects. A new error is a new leaf here, with the next
 free code of its kind (2-9: what is on this machine; 10-19: what is on the other side); a retired code is not reused.
@@ -91,8 +92,10 @@ class CloudUnreachable(TidelockError):
     exit_code = 11
 
 
-class CloudBusy(CloudUnreachable):
+class CloudBusy(TidelockError):
     """A cloud has no place for another pass of a device that holds one; the device goes on with fewer at once."""
+
+    exit_code = 16
 
 
 class TlsError(TidelockError):
