@@ -1,0 +1,1 @@
+"""Which PEFT modules are active when: pure decisions on frozen facts."""
