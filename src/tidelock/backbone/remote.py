@@ -125,11 +125,12 @@ class _Attempts:
         stream, codec, seed = self._open_stream(), self.connection.codecs.gradient, self._rounding_seed
         egress, sites = self.connection.egress, self._backbone.geometry.sites
         stream.send(egress.tensor(Kind.FINAL_GRADIENT, grad_MD, codec, pass_seed=seed))
-        for block in reversed(self._blocks):
+        lowest = self._batch.lowest
+        for block in (block for block in reversed(self._blocks) if block >= lowest):
             width = sites[block].output_width(self._batch.active[block])
             shape = (self._batch.rows.num_tokens, width)
             grad_NW = stream.receive(Kind.SITE_GRADIENT, shape, codec, block=block)
-            grad_ND = self.sites.backward(block, grad_NW, need_input=block != self._blocks[0])
+            grad_ND = self.sites.backward(block, grad_NW, need_input=block != lowest)
             if grad_ND is not None:
                 stream.send(egress.tensor(Kind.INPUT_GRADIENT, grad_ND, codec, block=block, pass_seed=seed))
         self.connection.cloud_seconds += stream.receive_done().compute_seconds
@@ -199,6 +200,7 @@ class _Attempts:
             activation_codec=connection.codecs.activation.to_pb(),
             gradient_codec=connection.codecs.gradient.to_pb(),
             rounding_seed=self._rounding_seed,
+            learns_from=batch.learns_from,
         )
 
 

@@ -52,6 +52,7 @@ class PassOrder:
     activation_codec: Codec
     gradient_codec: Codec
     rounding_seed: int | None
+    learns_from: int | None
 
     @property
     def training(self) -> bool:
@@ -93,14 +94,18 @@ def read_open(message: pb.Open, geometry: Geometry, max_tokens: int) -> PassOrde
     gradient_codec = Codec.from_pb(message.gradient_codec)
     seed = message.rounding_seed if message.HasField("rounding_seed") else None
     _require(seed is None or gradient_codec.is_integer, "a rounding seed with int8 or int4 only", gradient_codec.value)
+    active = _read_active(message, geometry)
+    learns_from = message.learns_from if message.HasField("learns_from") else None
+    _require(learns_from is None or learns_from in active, "an active site to learn from", str(learns_from))
     return PassOrder(
         mode=message.mode,
         rows=rows,
         select_M=torch.tensor(selected) if selected else torch.arange(rows.num_tokens),
-        active=_read_active(message, geometry),
+        active=active,
         activation_codec=Codec.from_pb(message.activation_codec),
         gradient_codec=gradient_codec,
         rounding_seed=seed,
+        learns_from=learns_from,
     )
 
 
@@ -225,7 +230,9 @@ def run_pass(cut: CutModel, order: PassOrder, line: Line, compute: ComputeQueue)
     geometry, turn = cut.geometry, Turn(compute)
     shape = (order.rows.num_tokens, geometry.embedding_width)
     embeddings_NE = line.tensor("embedding", shape, order.activation_codec)
-    batch = Batch(embeddings_NE, order.rows, order.select_M, order.active, order.training)
+    batch = Batch(
+        embeddings_NE, order.rows, order.select_M, order.active, order.training, learns_from=order.learns_from
+    )
     walk = Walk(cut, batch, StreamSites(line, order, geometry, turn), turn.give_way)
     cache = DynamicCache(config=cut.config) if order.mode == pb.GENERATE else None
     with turn.computing():

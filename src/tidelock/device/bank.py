@@ -15,7 +15,7 @@ from tidelock.errors import NonFiniteError, WireError
 from tidelock.peft.lora import LoraModule, lora_targets
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from peft import LoraConfig
 
@@ -43,6 +43,26 @@ class Bank(nn.Module):
                 for block, names in self.targets.items()
             }
         )
+        self.active: Mapping[int, tuple[str, ...]] = self.targets
+
+    def activate(self, blocks: Collection[int], *, frozen: bool = False) -> None:
+        """Have the modules of these blocks learn, and no others.
+
+        A killed module keeps its weights; without a gradient, no optimizer moves them.
+
+        Args:
+            blocks: Those of the active modules.
+            frozen: The others still answer, with the weights that they have; else they are left out of every pass.
+        """
+        for block in self.targets:
+            self.module(block).requires_grad_(block in blocks)
+        self.active = {block: names for block, names in self.targets.items() if frozen or block in blocks}
+
+    @property
+    def learns_from(self) -> int | None:
+        """The lowest active block whose module learns, or None."""
+        learning = (b for b in self.active if any(p.requires_grad for p in self.module(b).parameters()))
+        return min(learning, default=None)
 
     def module(self, block: int) -> LoraModule:
         """Return the PEFT module of a block."""
@@ -72,6 +92,8 @@ class BankPass:
         self._parameters = parameters
         self._training = training
         self._dropout_seed = dropout_seed
+        # Where no gradient comes, no graph is kept.
+        self._learns_from = bank.learns_from if training else None
         self._graphs: dict[int, tuple[Tensor, GradientEdge]] = {}
         self._grads: dict[int, Tensor] = {}
 
@@ -85,12 +107,13 @@ class BankPass:
         """Return the module's addition at a site, shape (N, W), detached."""
         module = self._bank.module(block)
         parameter = next(module.parameters())
-        x_ND = x_ND.to(parameter).requires_grad_(self._training)
+        keeps_graph = self._learns_from is not None and block >= self._learns_from
+        x_ND = x_ND.to(parameter).requires_grad_(keeps_graph)
         # One seed a pass and one step of it a block: the same masks whatever is repeated or re-ordered.
         seed = None if self._dropout_seed is None else self._dropout_seed + block
-        with torch.set_grad_enabled(self._training):
+        with torch.set_grad_enabled(keeps_graph):
             y_NW = module(x_ND, seed)
-        if self._training:
+        if keeps_graph:
             # Not y itself: its graph is wanted, its numbers are on their way and need not be kept here.
             self._graphs[block] = (x_ND, get_gradient_edge(y_NW))
         return cast("Tensor", y_NW.detach())

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from tidelock.backbone.protocol import Backbone
     from tidelock.model.ends import Ends
     from tidelock.peft.export import Adapter
-    from tidelock.peft.lora import LoraModule
 
 logger = logging.getLogger(__name__)
 
@@ -204,19 +203,21 @@ class DeviceModel(nn.Module):
         ids_BT, rows = self._read_batch(input_ids, attention_mask, {})
         return generate(self, ids_BT, rows, settings or GenerationSettings())
 
-    def save_adapter(self, folder: Path, base_model: str | None = None) -> None:
-        """Write the trained modules as a PEFT adapter.
+    def save_adapter(self, folder: Path, base_model: str | None = None, *, killed: bool = False) -> None:
+        """Write the modules that this model computes with as a PEFT adapter.
 
         Args:
             folder: Made when it is not there.
             base_model: Folder or hub name of the model, for whoever loads the adapter; None takes where this device
                 read it.
+            killed: Write killed modules too.
 
         Raises:
             StorageError: The file system refused.
         """
         base_model = base_model or str(self.ends.folder)
-        save_adapter(self._modules_by_block(), self.peft_config, self.ends.geometry, folder, base_model=base_model)
+        modules = {block: self.bank.module(block) for block in (self.bank.targets if killed else self.bank.active)}
+        save_adapter(modules, self.peft_config, self.ends.geometry, folder, base_model=base_model)
 
     def load_adapter(self, adapter: Adapter) -> None:
         """Copy an adapter's weights into the modules, which were made from its configuration.
@@ -224,7 +225,8 @@ class DeviceModel(nn.Module):
         Raises:
             CheckpointError: Its tensors are not those of the modules.
         """
-        apply_adapter(adapter, self._modules_by_block(), self.ends.geometry)
+        modules = {block: self.bank.module(block) for block in self.bank.targets}
+        apply_adapter(adapter, modules, self.ends.geometry)
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         """Take the tags that TRL gives to models for their model cards; a device model has none, so they are let go."""
@@ -248,7 +250,8 @@ class DeviceModel(nn.Module):
         training = torch.is_grad_enabled() and bool(self._trained())
         # From the global generator, whose state Trainer saves and restores: resumed runs round alike.
         seed = int(torch.randint(2**62, ())) if training else 0
-        return Batch(self.ends.embed(ids_N), rows, select_M, self.bank.targets, training=training, seed=seed)
+        embeddings_NE, learns_from = self.ends.embed(ids_N), self.bank.learns_from if training else None
+        return Batch(embeddings_NE, rows, select_M, self.bank.active, training, seed, learns_from)
 
     def open_sites(self) -> BankPass:
         """Return the bank's half of a pass; draws one random number if it will drop out."""
@@ -259,9 +262,6 @@ class DeviceModel(nn.Module):
         parameters = self._trained()
         training = torch.is_grad_enabled() and bool(parameters)
         return BankPass(self.bank, parameters, training=training, dropout_seed=seed)
-
-    def _modules_by_block(self) -> dict[int, LoraModule]:
-        return {block: self.bank.module(block) for block in self.bank.targets}
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.bank.parameters() if parameter.requires_grad]

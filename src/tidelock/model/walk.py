@@ -54,6 +54,7 @@ class Batch:
         active: The targeted projections of each active site, by block.
         training: Whether a backward pass will follow.
         seed: Fixes every random choice of the pass that is not the bank's.
+        learns_from: The lowest active block whose module learns; None is the lowest active one. No gradient goes below.
     """
 
     embeddings_NE: Tensor
@@ -62,6 +63,12 @@ class Batch:
     active: Mapping[int, tuple[str, ...]]
     training: bool
     seed: int = 0
+    learns_from: int | None = None
+
+    @property
+    def lowest(self) -> int | None:
+        """The block at which backward ends; None without an active site."""
+        return min(self.active, default=None) if self.learns_from is None else self.learns_from
 
     def split(self, count: int) -> list[Batch]:
         """Return at most `count` batches of whole rows, in order, of about as many rows each."""
@@ -72,7 +79,8 @@ class Batch:
             end = start + rows.num_tokens
             inside = (self.select_M >= start) & (self.select_M < end)
             embeddings, select = self.embeddings_NE[start:end], self.select_M[inside] - start
-            batches.append(Batch(embeddings, rows, select, self.active, self.training, self.seed + number))
+            seed = self.seed + number
+            batches.append(Batch(embeddings, rows, select, self.active, self.training, seed, self.learns_from))
             start = end
         return batches
 
@@ -109,7 +117,7 @@ class Walk:
         self._between_segments = between_segments
         self._shape_BT = (len(batch.rows.lengths), batch.rows.width)
         self._indices_N = None if batch.rows.is_dense else batch.rows.indices().to(cut.device)
-        self._lowest = min(batch.active) if batch.active else None
+        self._lowest = batch.lowest
         self._segments: list[_Segment] = []
         self._current: _Segment | None = None
         self._last_leaf: Tensor | None = None
@@ -184,7 +192,7 @@ class Walk:
             segment.site_before_BTD = x_BTD
             segment.site_after_BTD = x_BTD.detach().requires_grad_(segment.start_BTD.requires_grad)
             answer_NW = self._sites.forward(block, pack(segment.site_after_BTD.detach(), self._indices_N))
-            segment.answer_NW = answer_NW.to(x_BTD).requires_grad_(self._batch.training)
+            segment.answer_NW = answer_NW.to(x_BTD).requires_grad_(torch.is_grad_enabled())
         elif x_BTD is not segment.site_before_BTD:
             msg = (
                 f"Site {self._cut.geometry.sites[block].name}: expected its projections to read one and the same "

@@ -84,7 +84,7 @@ class FetchPart(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "fingerprint", "mode", "starts", "lengths", "width", "selected", "active", "activation_codec", "gradient_codec", "rounding_seed")
+    __slots__ = ("protocol", "fingerprint", "mode", "starts", "lengths", "width", "selected", "active", "activation_codec", "gradient_codec", "rounding_seed", "learns_from")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,7 @@ class Open(_message.Message):
     ACTIVATION_CODEC_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_CODEC_FIELD_NUMBER: _ClassVar[int]
     ROUNDING_SEED_FIELD_NUMBER: _ClassVar[int]
+    LEARNS_FROM_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     fingerprint: str
     mode: Mode
@@ -107,7 +108,8 @@ class Open(_message.Message):
     activation_codec: Codec
     gradient_codec: Codec
     rounding_seed: int
-    def __init__(self, protocol: _Optional[int] = ..., fingerprint: _Optional[str] = ..., mode: _Optional[_Union[Mode, str]] = ..., starts: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., selected: _Optional[_Iterable[int]] = ..., active: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., activation_codec: _Optional[_Union[Codec, str]] = ..., gradient_codec: _Optional[_Union[Codec, str]] = ..., rounding_seed: _Optional[int] = ...) -> None: ...
+    learns_from: int
+    def __init__(self, protocol: _Optional[int] = ..., fingerprint: _Optional[str] = ..., mode: _Optional[_Union[Mode, str]] = ..., starts: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., selected: _Optional[_Iterable[int]] = ..., active: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., activation_codec: _Optional[_Union[Codec, str]] = ..., gradient_codec: _Optional[_Union[Codec, str]] = ..., rounding_seed: _Optional[int] = ..., learns_from: _Optional[int] = ...) -> None: ...
 
 class ActiveSite(_message.Message):
     __slots__ = ("block", "projections")
