@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from peft import LoraConfig
 
+    from tidelock.device.kill_revive import Activity
     from tidelock.model.geometry import Geometry
 
 
@@ -44,6 +45,8 @@ class Bank(nn.Module):
             }
         )
         self.active: Mapping[int, tuple[str, ...]] = self.targets
+        # What a schedule knows of the modules; saved with them.
+        self.activity: Activity | None = None
 
     def activate(self, blocks: Collection[int], *, frozen: bool = False) -> None:
         """Have the modules of these blocks learn, and no others.

@@ -1,10 +1,10 @@
-"""Kill and Revive as a `TrainerCallback`: measures the modules, asks the scheduler, and does what it says.
+"""Kill and Revive as a `TrainerCallback`: measures the modules, and has those active that the schedule says.
 
 DLoRA (arXiv 2404.05182, section on Kill and Revive, Algorithms 1 and 2). What a schedule knows is kept in buffers of the
 bank and so in every checkpoint that Trainer writes: a resumed run goes on in the middle of a period as if nothing had
 happened.
 
-May import `backbone`, `schedule`, `device`, errors and libraries.
+May import `schedule`, `device`, errors and libraries.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from tidelock.device.model import DeviceModel
 from tidelock.errors import ConfigError
-from tidelock.schedule.decide import warm_up_turns
+from tidelock.schedule.decide import decide, warm_up_turns
 from tidelock.schedule.schedule import Decision, ModuleScore, Schedule, ScoreTable
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class KillRevive(TrainerCallback):
         """In a warm-up that takes turns, have this step's modules active."""
         activity = self._activity
         activity.rates += kwargs["lr_scheduler"].get_last_lr()[0]
-        at_once = self._warm_up_at_once()
+        at_once = self.schedule.warm_up_active or len(self._blocks)
         if activity.period < self.schedule.warm_up and at_once < len(self._blocks):
             turns = warm_up_turns(self._blocks, at_once)
             self._bank.activate(turns[int(activity.steps) % len(turns)], frozen=self.schedule.killed == "frozen")
@@ -170,7 +170,7 @@ class KillRevive(TrainerCallback):
         decision = Decision((), (), tuple(module.block for module in table.modules if module.active))
         # What was trained together stays together at the end.
         if schedule.changes and state.global_step < state.max_steps and activity.period >= schedule.warm_up - 1:
-            decision = self._require_model().backbone.decide(schedule, table)
+            decision = decide(schedule, table)
         for index, block in enumerate(self._blocks):
             activity.alive[index] = block in decision.active
         activity.start.copy_(_weights(self._bank.blocks))
@@ -207,11 +207,6 @@ class KillRevive(TrainerCallback):
     def _activate(self) -> None:
         alive = [block for block, is_alive in zip(self._blocks, self._activity.alive.tolist(), strict=True) if is_alive]
         self._bank.activate(alive, frozen=self.schedule.killed == "frozen")
-
-    def _warm_up_at_once(self) -> int:
-        """Return how many modules the warm-up has active in a step: as the schedule says, or fewer if a cloud does."""
-        limits = (self.schedule.warm_up_active, self._require_model().backbone.max_active, len(self._blocks))
-        return min(limit for limit in limits if limit is not None)
 
     @property
     def _bank(self) -> Bank:
