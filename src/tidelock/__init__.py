@@ -10,19 +10,32 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tidelock.device.generate import GenerationSettings
+    from tidelock.device.kill_revive import KillRevive
     from tidelock.device.model import DeviceModel
     from tidelock.errors import TidelockError
     from tidelock.run.connect import connect
+    from tidelock.schedule.schedule import Schedule
     from tidelock.wire.channel import Credentials
     from tidelock.wire.ledger import Ledger
 
-__all__ = ["Credentials", "DeviceModel", "GenerationSettings", "Ledger", "TidelockError", "connect"]
+__all__ = [
+    "Credentials",
+    "DeviceModel",
+    "GenerationSettings",
+    "KillRevive",
+    "Ledger",
+    "Schedule",
+    "TidelockError",
+    "connect",
+]
 
 _HOMES = {
     "Credentials": "tidelock.wire.channel",
     "DeviceModel": "tidelock.device.model",
     "GenerationSettings": "tidelock.device.generate",
+    "KillRevive": "tidelock.device.kill_revive",
     "Ledger": "tidelock.wire.ledger",
+    "Schedule": "tidelock.schedule.schedule",
     "TidelockError": "tidelock.errors",
     "connect": "tidelock.run.connect",
 }

@@ -126,7 +126,7 @@ class _Attempts:
         egress, sites = self.connection.egress, self._backbone.geometry.sites
         stream.send(egress.tensor(Kind.FINAL_GRADIENT, grad_MD, codec, pass_seed=seed))
         lowest = self._batch.lowest
-        for block in (block for block in reversed(self._blocks) if block >= lowest):
+        for block in reversed(self._blocks[self._blocks.index(lowest) :] if lowest is not None else []):
             width = sites[block].output_width(self._batch.active[block])
             shape = (self._batch.rows.num_tokens, width)
             grad_NW = stream.receive(Kind.SITE_GRADIENT, shape, codec, block=block)

@@ -1,8 +1,8 @@
 """Kill and Revive as a `TrainerCallback`: measures the modules, and has those active that the schedule says.
 
-DLoRA (arXiv 2404.05182, section on Kill and Revive, Algorithms 1 and 2). What a schedule knows is kept in buffers of the
-bank and so in every checkpoint that Trainer writes: a resumed run goes on in the middle of a period as if nothing had
-happened.
+DLoRA (arXiv 2404.05182, section on Kill and Revive, Algorithms 1 and 2). What a schedule knows is kept in buffers of
+the bank and so in every checkpoint that Trainer writes: a resumed run goes on in the middle of a period as if nothing
+had happened.
 
 May import `schedule`, `device`, errors and libraries.
 """
