@@ -80,8 +80,8 @@ def test_nothing_is_decided_before_the_warm_up_ends() -> None:
 def test_random_draws_what_it_drew_in_another_process() -> None:
     schedule = Schedule("random", budget=3, seed=7)
     table = warm(*range(12))
-    assert decide(schedule, table).active == decide(schedule, table).active == (3, 4, 11)
-    assert decide(replace(schedule, seed=8), table).active != (3, 4, 11)
+    assert decide(schedule, table).active == decide(schedule, table).active == (0, 4, 6)
+    assert decide(replace(schedule, seed=8), table).active != (0, 4, 6)
 
 
 @given(st.lists(st.lists(scores, min_size=7, max_size=7), min_size=2, max_size=12), st.data())
