@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,15 @@ from tests.equivalence.conftest import Connect
 from tests.support.cloud_process import TOKEN, CloudProcess
 from tests.support.parity import IGNORED, adapter_of, assert_bit_equal, randomise_adapter
 from tests.support.tiny_models import VOCAB
+from tidelock.backbone.protocol import AttemptSites, Pass
 from tidelock.data.batch import Collator
 from tidelock.device.kill_revive import KillRevive, PeriodReport
 from tidelock.device.model import DeviceModel
 from tidelock.errors import ConfigError
+from tidelock.model.walk import Batch
 from tidelock.run.connect import connect
-from tidelock.schedule.schedule import Schedule
+from tidelock.schedule.schedule import Decision, Schedule
+from tidelock.wire.ledger import Ledger
 
 _MODEL = "llama"
 _CONFIG = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "k_proj", "v_proj"])
@@ -75,7 +79,8 @@ def test_a_budget_of_all_equals_full_bit_for_bit(join: Connect, tmp_path: Path) 
 @pytest.mark.parametrize("killed", ["bypass", "frozen"])
 def test_here_and_in_the_cloud_alike(cloud: CloudProcess, tiny_models: Path, tmp_path: Path, killed: str) -> None:
     schedule = Schedule("kill-revive", budget=1, killed=killed)
-    adapters, decisions = [], []
+    adapters: list[dict[str, torch.Tensor]] = []
+    decisions: list[list[Decision]] = []
     for where in ("local", cloud.url(_MODEL)):
         torch.manual_seed(3)
         # As the cloud does by default, so that gradients are summed alike.
@@ -103,7 +108,7 @@ def test_a_killed_module_does_not_move(join: Connect, tmp_path: Path) -> None:
     _trainer(model, tmp_path, KillRevive(Schedule("kill-revive", budget=1), look)).train()
     assert [len(report.decision.active) for report, _ in seen] == [1] * _EPOCHS
     assert any(report.decision.revived for report, _ in seen)
-    for (report, before), (_, after) in zip(seen, seen[1:], strict=False):
+    for (report, before), (_, after) in itertools.pairwise(seen):
         for block in model.bank.targets:
             assert torch.equal(before[block], after[block]) == (block not in report.decision.active)
 
@@ -115,6 +120,7 @@ def test_moments_are_reset_or_kept(join: Connect, tmp_path: Path, moments: str) 
     steps: list[dict[int, float]] = []
 
     def look(_report: PeriodReport) -> None:
+        assert trainer.optimizer is not None
         state = trainer.optimizer.state
         first = {block: next(model.bank.module(block).parameters()) for block in model.bank.targets}
         steps.append({block: float(state[p]["step"]) for block, p in first.items() if p in state})
@@ -146,8 +152,8 @@ def test_resumed_within_a_schedule_bit_for_bit(join: Connect, tmp_path: Path, st
 
 
 def test_nothing_crosses_for_a_killed_module(cloud: CloudProcess, tiny_models: Path, tmp_path: Path) -> None:
-    model = connect(cloud.url(_MODEL), model=tiny_models / _MODEL, peft_config=_CONFIG, token=TOKEN)
-    ledger = model.backbone.connection.egress.ledger
+    ledger = Ledger()
+    model = connect(cloud.url(_MODEL), model=tiny_models / _MODEL, peft_config=_CONFIG, token=TOKEN, ledger=ledger)
     totals: list[dict[str, dict[str, int]]] = []
     reports: list[PeriodReport] = []
 
@@ -177,7 +183,7 @@ def test_a_warm_up_by_turns_has_few_active_at_once(join: Connect, tmp_path: Path
     active: list[int] = []
     forward = model.backbone.forward
 
-    def count(batch: object, sites: object) -> object:
+    def count(batch: Batch, sites: AttemptSites) -> Pass:
         active.append(len(batch.active))
         return forward(batch, sites)
 

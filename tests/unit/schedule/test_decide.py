@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -161,6 +162,6 @@ def test_tables_that_contradict_themselves_are_refused(rows: tuple[ModuleScore, 
         ({"name": "random", "moments": "halve"}, "one of reset, keep"),
     ],
 )
-def test_switches_that_break_their_rules_are_refused(switches: dict, reason: str) -> None:
+def test_switches_that_break_their_rules_are_refused(switches: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         Schedule(**switches)
