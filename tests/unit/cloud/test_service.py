@@ -168,7 +168,7 @@ def test_another_protocol_is_refused(device, undisturbed):
     run.open(protocol=3)
     assert refusal(run) == (
         grpc.StatusCode.INVALID_ARGUMENT,
-        "Opening a pass: expected protocol 2, got 3. Install one version.",
+        "Opening a pass: expected protocol 3, got 4. Install one version.",
     )
 
 
