@@ -165,7 +165,7 @@ def test_another_model_is_refused(device, undisturbed):
 
 def test_another_protocol_is_refused(device, undisturbed):
     run = device.begin()
-    run.open(protocol=3)
+    run.open(protocol=4)
     assert refusal(run) == (
         grpc.StatusCode.INVALID_ARGUMENT,
         "Opening a pass: expected protocol 3, got 4. Install one version.",
