@@ -43,7 +43,12 @@ if TYPE_CHECKING:
     from tidelock.device.model import DeviceModel
 
 RESULTS = Path(__file__).parent / "results"
-LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "k_proj", "v_proj"]}
+LORA: dict[str, Any] = {
+    "r": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "target_modules": ["q_proj", "k_proj", "v_proj"],
+}
 # Prompt and the word for each label; each word is one token.
 TASKS = {
     "sst2": ("Review: {text_a}\nSentiment:", (" negative", " positive")),

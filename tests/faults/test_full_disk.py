@@ -14,7 +14,7 @@ needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="need
 
 @pytest.mark.parametrize(
     ("size_bytes", "file"),
-    [(5_000, "model.safetensors"), (13_000, "optimizer.pt")],
+    [(5_000, "model.safetensors"), (24_000, "optimizer.pt")],
 )
 def test_what_a_library_writes_and_the_system_refuses(
     world: World, cloud: Cloud, undisturbed: Run, size_bytes: int, file: str
@@ -55,6 +55,6 @@ def test_at_a_line_of_metrics(world: World, cloud: Cloud, undisturbed: Run) -> N
     run = world.train("full-metrics", cloud.address, hook=fill_disk(Place.SITE_FORWARD, 1, metrics))
     assert run.process.wait() == 6
     last = run.process.stderr.splitlines()[-1]
-    assert last.startswith("error: Writing metrics: expected the disk to take it, got No space left on device (")
+    assert last.startswith("error: Writing metrics.jsonl: expected the disk to take it, got No space left on device (")
     metrics.unlink()
     check_equal(world.resume(run), undisturbed)

@@ -21,12 +21,16 @@ def command(
     run: Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN", show_default=False)],
     out: Annotated[Path, typer.Argument(help="Folder to write.", metavar="DIR", show_default=False)],
     to: Annotated[str, typer.Option("--to", help="peft: the adapter alone; merged: a plain model with it inside.")],
+    *,
     model: Annotated[
         str | None,
         typer.Option(help="Model folder or hub name, if not the run's own; peft: checks that the adapter fits it."),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Write into a folder that is not empty; its weights are replaced.")
+    ] = False,
+    all_modules: Annotated[
+        bool, typer.Option("--all-modules", help="Also the modules that a schedule has killed.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON objects only.")] = False,
 ) -> None:
@@ -35,7 +39,7 @@ def command(
     # Loads torch, which --help must not wait for.
     exporting = import_module("tidelock.run.export")
     output.quiet_libraries()
-    files: list[Path] = exporting.export(exporting.ExportOrder(run, to, out, model, force), output.say)
+    files: list[Path] = exporting.export(exporting.ExportOrder(run, to, out, model, force, all_modules), output.say)
     size = sum(path.stat().st_size for path in files)
     output.result(
         {"event": "exported", "form": to, "folder": str(out), "files": [str(path) for path in files], "bytes": size},

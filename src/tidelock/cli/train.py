@@ -74,6 +74,7 @@ def _report(result: TrainResult, out: Path, output: Output) -> None:
         f"Loss {_shown(result.loss)}; on the evaluation data {_shown(result.eval_loss)}.",
         f"Crossed the wire: {format_bytes(sent)} sent, {format_bytes(received)} received ({out / 'ledger.json'}).",
         *([f"{describe_distortion(result.codec_error)}."] if result.codec_error else []),
+        *([_all_modules_line(result)] if result.adapter_all is not None else []),
         f"Adapter: {result.adapter}",
     ]
     values = {
@@ -81,12 +82,22 @@ def _report(result: TrainResult, out: Path, output: Output) -> None:
         "steps": result.steps,
         "loss": result.loss,
         "eval_loss": result.eval_loss,
+        "eval_loss_all_modules": result.eval_loss_all_modules,
+        "active": list(result.active),
         "seconds": round(result.seconds, 3),
         "traffic_bytes": result.traffic_bytes,
         "codec_error": result.codec_error,
         "adapter": str(result.adapter),
     }
     output.result(values, "\n".join(lines))
+
+
+def _all_modules_line(result: TrainResult) -> str:
+    blocks = ", ".join(map(str, result.active))
+    return (
+        f"Active at the end: the modules of blocks {blocks}. With the killed ones too, on the evaluation data "
+        f"{_shown(result.eval_loss_all_modules)}: {result.adapter_all}"
+    )
 
 
 def _shown(loss: float | None) -> str:

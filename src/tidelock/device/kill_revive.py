@@ -145,11 +145,17 @@ class KillRevive(TrainerCallback):
     ) -> None:
         """In a warm-up that takes turns, have this step's modules active."""
         activity = self._activity
-        activity.rates += kwargs["lr_scheduler"].get_last_lr()[0]
         at_once = self.schedule.warm_up_active or len(self._blocks)
         if activity.period < self.schedule.warm_up and at_once < len(self._blocks):
             turns = warm_up_turns(self._blocks, at_once)
             self._bank.activate(turns[int(activity.steps) % len(turns)], frozen=self.schedule.killed == "frozen")
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the learning rate of a step that was taken."""
+        activity = self._activity
+        activity.rates += kwargs["lr_scheduler"].get_last_lr()[0]
 
     def on_step_end(
         self,

@@ -1,7 +1,7 @@
 """The full configuration of a run: every knob declared once, with its default, its rule and its help line.
 
 The command line makes its options from these fields, and `run.toml` is all of them written down. Light on purpose: the
-command line imports it to print help. May import errors and small libraries.
+command line imports it to print help. May import `schedule`, errors and small libraries.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, final
 import tomli_w
 
 from tidelock.errors import CheckpointError, ConfigError
+from tidelock.schedule.schedule import NORMS, SCHEDULES, Schedule
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -93,6 +94,19 @@ class RunConfig:
     target: list[str] | None = _knob(None, "Projections to adapt (repeat); all of q, k and v by default.")
     layer: list[int] | None = _knob(None, "Blocks to adapt (repeat); all by default.")
     adapter: str | None = _knob(None, "Continue this PEFT adapter; its rank, alpha and targets are kept.")
+    # The rules of these are Schedule's own.
+    schedule: str = _knob("full", f"Which modules are active when: {', '.join(SCHEDULES)}.")
+    budget: int | None = _knob(None, "Modules active at once after the warm-up; half of them by default.")
+    threshold: float | None = _knob(None, "For early-kill, instead: kill modules below this share of the mean score.")
+    warm_up: int = _knob(1, "Periods before the first module is killed.")
+    warm_up_active: int | None = _knob(None, "Modules active at once in them, in turns of a step; all by default.")
+    period: int | None = _knob(None, "Steps in a period; an epoch by default.")
+    exchange: float = _knob(0.25, "For kill-revive: share of the budget exchanged after a period.")
+    longest_sleep: int | None = _knob(None, "For kill-revive: periods until a module returns whatever its score.")
+    norm: str = _knob("difference", f"A module's score: {' or '.join(NORMS)}.")
+    per_learning_rate: bool = _knob(False, "Divide a score by the mean learning rate of its period.")
+    killed: str = _knob("bypass", "A killed module is left out (bypass), or answers unchanged (frozen).")
+    moments: str = _knob("reset", "Adam's moments of a revived module begin at zero (reset), or go on (keep).")
     epochs: float = _knob(3.0, "Passes over the data.", _POSITIVE)
     max_steps: int | None = _knob(None, "Stop after so many optimizer steps instead.", _AT_LEAST_1)
     batch_size: int = _knob(8, "Examples in a batch.", _AT_LEAST_1)
@@ -134,6 +148,25 @@ class RunConfig:
         if self.backbone == "local" and self.model is None:
             msg = "Backbone: expected --model with --backbone local, got none. Name a model folder or a hub model."
             raise ConfigError(msg)
+        self.to_schedule()
+
+    def to_schedule(self) -> Schedule:
+        """Return which modules are active when."""
+        return Schedule(
+            self.schedule,
+            budget=self.budget,
+            threshold=self.threshold,
+            warm_up=self.warm_up,
+            warm_up_active=self.warm_up_active,
+            period=self.period,
+            exchange=self.exchange,
+            longest_sleep=self.longest_sleep,
+            norm=self.norm,
+            per_learning_rate=self.per_learning_rate,
+            killed=self.killed,
+            moments=self.moments,
+            seed=self.seed,
+        )
 
     def to_toml(self) -> str:
         """Return every knob that has a value, as TOML."""

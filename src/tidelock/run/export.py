@@ -54,6 +54,7 @@ class ExportOrder:
         out: The folder to write.
         model: Folder or hub name of the model that the adapter belongs to; None is the run's own.
         force: Write into a folder that has something in it.
+        all_modules: Export the modules that a schedule has killed too.
     """
 
     run: Path
@@ -61,6 +62,7 @@ class ExportOrder:
     out: Path
     model: str | None = None
     force: bool = False
+    all_modules: bool = False
 
 
 def export(order: ExportOrder, on_progress: Callable[[str], None]) -> list[Path]:
@@ -82,7 +84,13 @@ def export(order: ExportOrder, on_progress: Callable[[str], None]) -> list[Path]
         raise ConfigError(msg)
     _require_free(order)
     folder = RunFolder.open(order.run)
-    adapter = load_adapter(folder.adapter)
+    if order.all_modules and not folder.adapter_all.is_dir():
+        msg = (
+            f"--all-modules: expected a run with a schedule that kills modules, got one without or an unfinished one "
+            f"({order.run}). Leave it out."
+        )
+        raise ConfigError(msg)
+    adapter = load_adapter(folder.adapter_all if order.all_modules else folder.adapter)
     check_lora_config(adapter.config)
     model = order.model or folder.config().model
     if order.form == "merged":

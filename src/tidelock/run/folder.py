@@ -2,8 +2,10 @@
 
     run.toml        the full configuration
     adapter/        the trained adapter, in PEFT's format
+    adapter-all/    the same with the modules that a schedule has killed
     checkpoints/    what --resume goes on from
     metrics.jsonl   one line each time something was measured
+    schedule.jsonl  one line for each period of the schedule: scores, what was killed and revived
     ledger.json     the bytes that crossed, by kind
 
 May import `run.config`, `wire.ledger`, errors and small libraries.
@@ -44,8 +46,10 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.adapter = path / "adapter"
+        self.adapter_all = path / "adapter-all"
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.schedule = path / "schedule.jsonl"
         self._toml = path / "run.toml"
         self._ledger = path / "ledger.json"
 
@@ -139,21 +143,25 @@ class RunFolder:
     def read_ledger(self) -> dict[str, dict[str, int]]:
         """Return the largest totals that were written: the ledger, or a line of metrics since; empty without any."""
         ledger = self._ledger.read_text(encoding="utf-8") if self._ledger.is_file() else "{}"
-        found = [json.loads(ledger) if _is_json(ledger) else {}, *(row.get("bytes", {}) for row in self._rows())]
+        found = [
+            json.loads(ledger) if _is_json(ledger) else {},
+            *(row.get("bytes", {}) for row in read_rows(self.metrics)),
+        ]
         return max(found, key=lambda totals: sum(sum(sizes.values()) for sizes in totals.values()))
 
-    def keep_metrics_until(self, step: int) -> None:
+    def keep_until(self, step: int) -> None:
         """Drop the lines of steps that will be done again, and the summary of a part of the run, which will come again.
 
         Raises:
             StorageError: The file system refused.
         """
-        kept = [row for row in self._rows() if row.get("step", 0) <= step and _SUMMARY not in row]
-        self._write(self.metrics, "".join(f"{json.dumps(row)}\n" for row in kept))
+        for path in (self.metrics, self.schedule):
+            kept = [row for row in read_rows(path) if row.get("step", 0) <= step and _SUMMARY not in row]
+            self._write(path, "".join(f"{json.dumps(row)}\n" for row in kept))
 
-    def has_metric(self, step: int, name: str) -> bool:
-        """Return whether something was measured at a step."""
-        return any(row.get("step") == step and name in row for row in self._rows())
+    def metric(self, step: int, name: str) -> float | None:
+        """Return what was measured at a step, or None."""
+        return next((row[name] for row in read_rows(self.metrics) if row.get("step") == step and name in row), None)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one line to the metrics.
@@ -161,20 +169,26 @@ class RunFolder:
         Raises:
             StorageError: The file system refused.
         """
-        try:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            refusal = storage_error("Writing metrics", error, self.metrics)
-            raise refusal from error
+        self._append(self.metrics, row)
+
+    def append_schedule(self, row: Mapping[str, Any]) -> None:
+        """Add one line to what became of the schedule's periods.
+
+        Raises:
+            StorageError: The file system refused.
+        """
+        self._append(self.schedule, row)
 
     def _complete_checkpoints(self) -> list[Path]:
         return [path for path in self.checkpoints.glob("checkpoint-*") if (path / _COMPLETE).is_file()]
 
-    def _rows(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics that are whole."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
-        return [json.loads(line) for line in lines if _is_json(line)]
+    def _append(self, path: Path, row: Mapping[str, Any]) -> None:
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            refusal = storage_error(f"Writing {path.name}", error, path)
+            raise refusal from error
 
     def _write(self, path: Path, text: str) -> None:
         """Write a file whole or not at all."""
@@ -186,6 +200,12 @@ class RunFolder:
         except OSError as error:
             refusal = storage_error(f"Writing {path.name}", error, path)
             raise refusal from error
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a JSON Lines file that are whole; none when it is not there."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if _is_json(line)]
 
 
 def storage_error(doing: str, error: Exception, path: Path) -> StorageError:

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, TrainingArguments, set_seed
 from tidelock.data.batch import Collator
 from tidelock.data.encode import Encoder, encode_all
 from tidelock.data.source import read_examples
+from tidelock.device.kill_revive import KillRevive
 from tidelock.errors import ConfigError
 from tidelock.peft.export import load_adapter
 from tidelock.peft.lora import ALL_PROJECTIONS
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from tidelock.run.config import RunConfig
 
 _FALLBACK_MAX_LENGTH = 2048
+_ALL_MODULES_LOSS = "eval_all_modules_loss"
 
 
 @final
@@ -45,9 +47,12 @@ class TrainResult:
 
     Attributes:
         adapter: Folder of the trained adapter.
+        adapter_all: Likewise, with killed modules too; None where the schedule kills none.
         steps: Optimizer steps done in all.
         loss: The last logged training loss, or None when none was logged.
         eval_loss: The last evaluation's loss, or None.
+        eval_loss_all_modules: Likewise, with killed modules too; None without any.
+        active: Blocks whose modules are in the adapter.
         seconds: How long this part of the run took.
         traffic_bytes: Bytes that crossed, by direction and kind.
         codec_error: What rounding on the wire took in this part of the run; see `Distortion.totals`.
@@ -55,9 +60,12 @@ class TrainResult:
     """
 
     adapter: Path
+    adapter_all: Path | None
     steps: int
     loss: float | None
     eval_loss: float | None
+    eval_loss_all_modules: float | None
+    active: tuple[int, ...]
     seconds: float
     traffic_bytes: dict[str, dict[str, int]]
     codec_error: dict[str, dict[str, float]]
@@ -90,7 +98,7 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
         observer.say(f"Data: {len(rows)} examples to learn from, {len(eval_rows)} to measure on.")
         if resume:
             ledger.add(folder.read_ledger())
-            folder.keep_metrics_until(0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
+            folder.keep_until(0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
             observer.say(f"Going on from {checkpoint or 'the beginning: there is no whole checkpoint yet'}.")
         else:
             # Only now: a mistake in the options or in the data leaves nothing that is in the way of the next try.
@@ -100,6 +108,7 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
         trainer = RunTrainer(
             folder=folder,
             journal=journal,
+            kill_revive=KillRevive(config.to_schedule(), journal.on_period),
             keep=config.keep,
             model=model,
             args=_training_arguments(config, folder, len(rows), evaluates=bool(eval_rows)),
@@ -109,21 +118,47 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
         )
         with stop.on_interrupt():
             trainer.train_or_save(checkpoint)
-        model.save_adapter(folder.adapter, config.model)
-        folder.write_ledger(ledger.totals())
-        history = trainer.state.log_history
-        return TrainResult(
-            adapter=folder.adapter,
-            steps=trainer.state.global_step,
-            loss=_last(history, "loss"),
-            eval_loss=_last(history, "eval_loss"),
-            seconds=time.monotonic() - began,
-            traffic_bytes=ledger.totals(),
-            codec_error=_record_distortion(folder, ledger, trainer.state.global_step),
-            interrupted=stop.is_set and trainer.state.global_step < trainer.state.max_steps,
-        )
+        interrupted = stop.is_set and trainer.state.global_step < trainer.state.max_steps
+        return _finish(config, folder, model, trainer, ledger, interrupted=interrupted, began=began)
     finally:
         model.close()
+
+
+def _finish(  # noqa: PLR0913  (what a run is made of)
+    config: RunConfig,
+    folder: RunFolder,
+    model: DeviceModel,
+    trainer: RunTrainer,
+    ledger: Ledger,
+    *,
+    interrupted: bool,
+    began: float,
+) -> TrainResult:
+    """Write what the run came to, and return it."""
+    step, history = trainer.state.global_step, trainer.state.log_history
+    active = tuple(model.bank.active)
+    model.save_adapter(folder.adapter, config.model)
+    has_killed = config.to_schedule().changes
+    if has_killed:
+        model.save_adapter(folder.adapter_all, config.model, killed=True)
+        if trainer.eval_dataset and not interrupted and folder.metric(step, _ALL_MODULES_LOSS) is None:
+            # A killed module has learned all the same.
+            model.bank.activate(model.bank.targets)
+            trainer.evaluate(metric_key_prefix=_ALL_MODULES_LOSS.removesuffix("_loss"))
+    folder.write_ledger(ledger.totals())
+    return TrainResult(
+        adapter=folder.adapter,
+        adapter_all=folder.adapter_all if has_killed else None,
+        steps=step,
+        loss=_last(history, "loss"),
+        eval_loss=_last(history, "eval_loss"),
+        eval_loss_all_modules=folder.metric(step, _ALL_MODULES_LOSS),
+        active=active,
+        seconds=time.monotonic() - began,
+        traffic_bytes=ledger.totals(),
+        codec_error=_record_distortion(folder, ledger, step),
+        interrupted=interrupted,
+    )
 
 
 def open_model(config: RunConfig, ledger: Ledger) -> DeviceModel:

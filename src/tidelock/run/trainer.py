@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
+    from tidelock.device.kill_revive import KillRevive, PeriodReport
     from tidelock.wire.ledger import Ledger
 
 
@@ -158,6 +159,27 @@ class Journal(TrainerCallback):
         """Write the ledger as it is at this checkpoint."""
         self.write_ledger()
 
+    def on_period(self, report: PeriodReport) -> None:
+        """Write what became of a period, and tell of it if it changed anything."""
+        modules, decision = report.table.modules, report.decision
+        row = {
+            "period": report.table.period,
+            "epoch": report.epoch,
+            "step": report.step,
+            "active": [module.block for module in modules if module.active],
+            "scores": {str(module.block): module.score for module in modules},
+            "killed": decision.killed,
+            "revived": decision.revived,
+            "next_active": decision.active,
+        }
+        self._folder.append_schedule(row)
+        if decision.killed or decision.revived:
+            blocks = ", ".join(map(str, decision.active))
+            self.observer.say(
+                f"Period {report.table.period}: {len(decision.killed)} modules killed, {len(decision.revived)} "
+                f"revived; active now: {blocks}."
+            )
+
     def write_ledger(self) -> None:
         """Write what has crossed until now."""
         self._folder.write_ledger(self._ledger.totals())
@@ -177,12 +199,15 @@ class RunTrainer(Trainer):
     Args:
         folder: The run's folder.
         journal: Its callback, which knows the random state at the last finished step.
+        kill_revive: Its callback that has modules active by a schedule.
         keep: Complete checkpoints to keep; Trainer's own limit would count half-written ones too.
         **kwargs: Trainer's own.
     """
 
-    def __init__(self, *, folder: RunFolder, journal: Journal, keep: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs, callbacks=[journal])
+    def __init__(
+        self, *, folder: RunFolder, journal: Journal, kill_revive: KillRevive, keep: int, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs, callbacks=[kill_revive, journal])
         self.remove_callback(PrinterCallback)  # the observer tells the same, in its own way
         self._folder = folder
         self._journal = journal
@@ -217,7 +242,7 @@ class RunTrainer(Trainer):
         """Return whether the run failed in the evaluation after the last step, which was saved and is not repeated."""
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         is_due = state.global_step % self.args.eval_steps == 0 or state.global_step == state.max_steps
-        return is_due and not self._folder.has_metric(state.global_step, "eval_loss")
+        return is_due and self._folder.metric(state.global_step, "eval_loss") is None
 
     def _save_finished_steps(self) -> None:
         self._journal.write_ledger()

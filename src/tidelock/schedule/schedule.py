@@ -75,7 +75,9 @@ class Schedule:
             _require(0 < self.threshold < math.inf, "threshold", "more than 0, and finite", self.threshold)
             _require(self.name == "early-kill", "threshold", "it with early-kill only", f"it with {self.name}")
             _require(self.budget is None, "threshold", "either a threshold or a budget", "both")
-        _require(self.name != "full" or self.budget is None, "budget", "none with the schedule full", self.budget)
+        for field in ("budget", "warm_up_active"):
+            value = getattr(self, field)
+            _require(self.name != "full" or value is None, field, "none with the schedule full", value)
 
     @property
     def changes(self) -> bool:

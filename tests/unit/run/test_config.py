@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import tidelock
 from tidelock.errors import CheckpointError, ConfigError
 from tidelock.run.config import CODECS, LR_SCHEDULES, RunConfig
+from tidelock.schedule.schedule import Schedule
 
 WHERE = Path("run") / "run.toml"
 PLAIN = RunConfig(data="facts.jsonl", out="run", model="m")
@@ -69,6 +70,9 @@ def test_a_knob_keeps_its_rule(name: str) -> None:
         ({"stochastic_rounding": True, "codec": "int8", "gradient_codec": "bf16"}, "in int8 or int4, got bf16"),
         ({"stochastic_rounding": True}, "in int8 or int4, got fp32"),
         ({"model": None}, "expected --model with --backbone local, got none"),
+        ({"schedule": "sleep"}, "Schedule's name: expected one of full, early-kill"),
+        ({"budget": 4}, "Schedule's budget: expected none with the schedule full, got 4"),
+        ({"schedule": "kill-revive", "exchange": 0.0}, "Schedule's exchange: expected more than 0 and at most 1"),
     ],
 )
 def test_knobs_that_contradict_each_other_are_refused(changes: dict[str, Any], got: str) -> None:
@@ -98,7 +102,30 @@ def test_every_knob_is_read_somewhere() -> None:
     }
     # Decides by itself, in `RunConfig`, whether `cloud` may be given; `lora` is all that `method` can be yet.
     settled = {"backbone", "method"}
+    # Handed on by name; see test_a_schedules_knobs_are_its_switches.
+    settled |= {"schedule", *(field.name for field in fields(Schedule))} - {"name", "seed"}
     assert {knob.name for knob in fields(RunConfig)} - read == settled
+
+
+def test_a_schedules_knobs_are_its_switches() -> None:
+    assert PLAIN.to_schedule() == Schedule()
+    switches: dict[str, Any] = {
+        "budget": 3,
+        "warm_up": 2,
+        "warm_up_active": 5,
+        "period": 7,
+        "exchange": 0.5,
+        "longest_sleep": 9,
+        "norm": "difference-of-norms",
+        "per_learning_rate": True,
+        "killed": "frozen",
+        "moments": "keep",
+        "seed": 4,
+    }
+    assert sorted([*switches, "name", "threshold"]) == sorted(field.name for field in fields(Schedule))
+    config = replace(PLAIN, schedule="kill-revive", **switches)
+    assert config.to_schedule() == Schedule("kill-revive", **switches)
+    assert replace(PLAIN, schedule="early-kill", threshold=0.5).to_schedule() == Schedule("early-kill", threshold=0.5)
 
 
 text = st.text(st.characters(codec="utf-8"), max_size=20)

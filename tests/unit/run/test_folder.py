@@ -12,7 +12,7 @@ import pytest
 from tests.support.run_folder import new_run_folder
 from tidelock.errors import CheckpointError, ConfigError, StorageError
 from tidelock.run.config import RunConfig
-from tidelock.run.folder import RunFolder, storage_error
+from tidelock.run.folder import RunFolder, read_rows, storage_error
 
 
 @pytest.fixture
@@ -100,15 +100,22 @@ def test_metrics_are_kept_up_to_a_step_without_summaries_and_broken_lines(folder
         folder.append_metrics(row)
     with folder.metrics.open("a") as file:
         file.write('{"step": 2, "lo')
-    folder.keep_metrics_until(2)
+    folder.keep_until(2)
     assert [json.loads(line) for line in folder.metrics.read_text().splitlines()] == rows[:2]
-    assert folder.has_metric(2, "loss")
-    assert not folder.has_metric(2, "eval_loss")
-    assert not folder.has_metric(3, "loss")
+    assert folder.metric(2, "loss") == 1.0
+    assert folder.metric(2, "eval_loss") is None
+    assert folder.metric(3, "loss") is None
+
+
+def test_periods_of_steps_that_will_be_done_again_are_dropped(folder: RunFolder) -> None:
+    for step in (2, 4, 6):
+        folder.append_schedule({"period": step // 2 - 1, "step": step})
+    folder.keep_until(5)
+    assert [row["step"] for row in read_rows(folder.schedule)] == [2, 4]
 
 
 def test_without_metrics_there_are_none_to_keep(folder: RunFolder) -> None:
-    folder.keep_metrics_until(5)
+    folder.keep_until(5)
     assert folder.metrics.read_text() == ""
 
 
@@ -128,7 +135,7 @@ def test_the_ledger_is_what_was_written_last(folder: RunFolder) -> None:
 def test_a_refusing_disk_is_a_storage_error(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.write_ledger({"sent": {"embedding": 5}})
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(StorageError, match=r"^Writing metrics: .*No space left on device .*Make room"):
+    with pytest.raises(StorageError, match=r"^Writing metrics.jsonl: .*No space left on device .*Make room"):
         folder.append_metrics({"step": 1})
     monkeypatch.undo()
     monkeypatch.setattr(os, "fsync", refuse)

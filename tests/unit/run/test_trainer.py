@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.unit.run.conftest import Notes
 from tidelock.device.model import DeviceModel
 from tidelock.errors import CloudUnreachable, StorageError
-from tidelock.run.folder import RunFolder
+from tidelock.peft.export import WEIGHTS_FILE
+from tidelock.run.folder import RunFolder, read_rows
 from tidelock.run.train import train
 from tidelock.run.trainer import Journal, RunTrainer, StopFlag
 from tidelock.wire.ledger import Ledger
@@ -120,7 +122,7 @@ def test_a_fault_saves_the_steps_before_it(
     resumed = train(config, notes, resume=True)
     assert weights(config) == weights(other)
     assert resumed.eval_loss == expected.eval_loss
-    assert [RunFolder(Path(config.out)).has_metric(step, "eval_loss") for step in (2, 4)] == [True, True]
+    assert [RunFolder(Path(config.out)).metric(step, "eval_loss") is None for step in (2, 4)] == [False, False]
     assert notes.finished == 3
 
 
@@ -136,7 +138,7 @@ def test_a_fault_in_the_last_evaluation_leaves_only_that_to_do(
     resumed = train(config, notes, resume=True)
     assert notes.steps == []
     assert resumed.eval_loss is not None
-    assert RunFolder(Path(config.out)).has_metric(4, "eval_loss")
+    assert RunFolder(Path(config.out)).metric(4, "eval_loss") is not None
 
 
 def test_a_fault_before_the_first_step_saves_nothing(
@@ -172,3 +174,39 @@ def test_a_checkpoint_that_cannot_be_written_is_removed(
     with pytest.raises(StorageError, match=r"^Writing a checkpoint: expected the disk to take it"):
         train(config, notes)
     assert [path.name for path in (Path(config.out) / "checkpoints").iterdir()] == ["checkpoint-2"]
+
+
+def test_a_schedule_is_written_down_and_both_adapters_kept(make_config, notes: Notes) -> None:
+    config = make_config(schedule="kill-revive", budget=1, epochs=4)
+    result = train(config, notes)
+    folder = RunFolder(Path(config.out))
+    rows = read_rows(folder.schedule)
+    assert [len(row["active"]) for row in rows] == [3, 1, 1, 1]
+    assert [row["next_active"] for row in rows[:-1]] == [row["active"] for row in rows[1:]]
+    assert all(row["killed"] for row in rows[:-1])
+    assert not rows[-1]["killed"]  # what was trained together stays together
+    assert result.active == tuple(rows[-1]["active"])
+    assert result.adapter_all == folder.adapter_all
+    blocks = {name.split(".layers.")[1].split(".")[0] for name in load_file(folder.adapter / WEIGHTS_FILE)}
+    assert blocks == {str(block) for block in result.active}
+    every = {name.split(".layers.")[1].split(".")[0] for name in load_file(folder.adapter_all / WEIGHTS_FILE)}
+    assert len(every) == 3
+    assert result.eval_loss is not None
+    assert result.eval_loss_all_modules is not None
+    assert result.eval_loss_all_modules != result.eval_loss
+    # Done: nothing is trained or measured again.
+    again = train(config, notes, resume=True)
+    assert (again.eval_loss_all_modules, again.active) == (result.eval_loss_all_modules, result.active)
+    assert read_rows(folder.schedule) == rows
+
+
+def test_a_run_resumed_within_a_schedule_writes_what_the_whole_run_writes(make_config, notes: Notes) -> None:
+    settings = {"schedule": "kill-revive", "budget": 1, "period": 1, "norm": "difference", "per_learning_rate": True}
+    config, other = make_config(**settings), make_config("other", **settings)
+    train(other, notes)
+    notes.at_step = lambda step: interrupt() if step == 2 else None
+    assert train(config, notes).interrupted
+    notes.at_step = lambda _step: None
+    train(config, notes, resume=True)
+    assert weights(config) == weights(other)
+    assert read_rows(RunFolder(Path(config.out)).schedule) == read_rows(RunFolder(Path(other.out)).schedule)
