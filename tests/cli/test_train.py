@@ -102,6 +102,7 @@ def test_every_form_of_data_from_every_kind_of_file(
         "ledger.json",
         "metrics.jsonl",
         "run.toml",
+        "schedule.jsonl",
     }
 
 

@@ -80,6 +80,7 @@ def cloud(
             tls_key=str(certificates.key),
         )
     )
+    services.append(Service(f"{TLS_MODEL}_limited", str(tiny_models / TLS_MODEL), max_active=2))
     with CloudProcess(services, tmp_path_factory.mktemp("cloud") / "log") as process:
         yield process
 

@@ -214,3 +214,24 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
             TrainingArguments(str(tmp_path), report_to="none", use_cpu=True),
             callbacks=[KillRevive(Schedule())],
         )
+
+
+def test_an_operator_limits_the_modules_that_are_active(cloud: CloudProcess, tiny_models: Path, tmp_path: Path) -> None:
+    def join(where: str) -> DeviceModel:
+        torch.manual_seed(3)
+        model = connect(where, model=tiny_models / _MODEL, peft_config=_CONFIG, token=TOKEN, in_flight=1)
+        randomise_adapter(model)
+        return model
+
+    limited, here = join(cloud.url(f"{_MODEL}_limited")), join("local")
+    num_modules = len(limited.bank.targets)
+    assert (limited.backbone.max_active, here.backbone.max_active, num_modules > 2) == (2, None, True)
+    for schedule in (Schedule(), Schedule("kill-revive", budget=1, killed="frozen")):
+        with pytest.raises(ConfigError, match="expected at most 2 modules to be asked in a pass"):
+            _train(limited, tmp_path / "refused", schedule)
+    # More than it may have: the same as with what it may have.
+    periods = _train(limited, tmp_path / "limited", Schedule("kill-revive", budget=num_modules))
+    assert [len(period.decision.active) for period in periods] == [2] * _EPOCHS
+    _train(here, tmp_path / "here", Schedule("kill-revive", budget=2, warm_up_active=2))
+    assert_bit_equal(adapter_of(limited), adapter_of(here))
+    limited.close()

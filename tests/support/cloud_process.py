@@ -37,6 +37,7 @@ class Service:
         dtype: What the blocks compute in.
         max_sessions: Passes open at once.
         max_memory_bytes: What open passes may keep.
+        max_active: Active sites in a training pass.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Service:
     dtype: str = "fp32"
     max_sessions: int = 8
     max_memory_bytes: int | None = None
+    max_active: int | None = None
 
 
 @final
@@ -152,7 +154,12 @@ def _start(service: Service) -> tuple[str, int]:
         ModelChoice(service.model, service.dtype),
         Tenants({"tests": TOKEN}),
         Listener(Address("127.0.0.1", service.port, cert is not None), cert, key, client_ca),
-        limits=Limits(max_sessions=service.max_sessions, max_memory_bytes=service.max_memory_bytes, at_once=2),
+        limits=Limits(
+            max_sessions=service.max_sessions,
+            max_memory_bytes=service.max_memory_bytes,
+            at_once=2,
+            max_active=service.max_active,
+        ),
     )
     _KEPT.append(server)
     return service.name, server.start().port

@@ -18,7 +18,7 @@ import typer
 from transformers import LlamaConfig
 
 from tests.architecture.source import ROOT, SRC
-from tidelock.backbone import remote
+from tidelock.backbone import patience as waiting
 from tidelock.backbone.connection import Connection
 from tidelock.cli.main import COMMANDS
 from tidelock.cloud.server import CloudServer
@@ -293,7 +293,7 @@ def test_limits_are_those_of_the_code():
     assert said["HTTP/2 ping, answer to it"][1:] == [limits.KEEPALIVE_TIMEOUT_MS / 1000]
     assert said["HTTP/2 ping, answer to it"][0] == limits.KEEPALIVE_MS / 1000
     assert said["patience of a device for a cloud that is away"] == [patience]
-    assert said["pause before a repeat"] == [remote._FIRST_RETRY_SECONDS, remote._SLOWEST_RETRY_SECONDS]
+    assert said["pause before a repeat"] == [waiting._FIRST_RETRY_SECONDS, waiting._SLOWEST_RETRY_SECONDS]
     assert said["grace for running passes when a cloud stops"] == [grace]
     assert f"1 to {Limits().max_tokens:,} tokens" in text_of(page)
     assert (limits.PART_BYTES, limits.MESSAGE_BYTES - limits.PART_BYTES) == (1 << 20, 64 << 10)
@@ -344,7 +344,8 @@ def test_a_codecs_bytes_and_bounds_are_those_of_the_page():
 def test_the_run_folders_files_are_listed(tmp_path: Path):
     rows = table(section(ROOT / "docs" / "getting-started.md", "The run folder, stopping and resuming"))
     folder = RunFolder(tmp_path)
-    own = {folder.adapter, folder.checkpoints, folder.metrics, folder._toml, folder._ledger}
+    own = {folder.adapter, folder.adapter_all, folder.checkpoints, folder.metrics, folder.schedule}
+    own |= {folder._toml, folder._ledger}
     assert {row[0].strip("`/") for row in rows[1:]} == {path.name for path in own}
 
 

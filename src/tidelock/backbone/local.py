@@ -1,6 +1,6 @@
 """The frozen blocks in this process: the reference that every other backbone must equal.
 
-May import `backbone`, `model` and libraries.
+May import `backbone`, `model`, `schedule` and libraries.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, final
 from transformers import DynamicCache
 
 from tidelock.model.walk import Walk
+from tidelock.schedule.decide import decide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from tidelock.model.cut import CutModel
     from tidelock.model.geometry import Geometry
     from tidelock.model.walk import Batch
+    from tidelock.schedule.schedule import Decision, Schedule, ScoreTable
 
 
 @final
@@ -69,6 +71,15 @@ class LocalBackbone:
     def geometry(self) -> Geometry:
         """The shape of the model."""
         return self._cut.geometry
+
+    @property
+    def max_active(self) -> None:
+        """No limit: nobody else uses this process."""
+        return
+
+    def decide(self, schedule: Schedule, table: ScoreTable) -> Decision:
+        """Return what is active next: scheduler and device are one."""
+        return decide(schedule, table)
 
     def forward(self, batch: Batch, sites: AttemptSites) -> LocalPass:
         """Run a batch through the blocks."""

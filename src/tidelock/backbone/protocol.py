@@ -1,6 +1,6 @@
 """What the device asks of whatever runs the frozen blocks, wherever that is.
 
-May import `model` and libraries.
+May import `model`, `schedule` and libraries.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from tidelock.model.geometry import Geometry
     from tidelock.model.walk import Batch, Sites
+    from tidelock.schedule.schedule import Decision, Schedule, ScoreTable
 
 
 class AttemptSites(Protocol):
@@ -64,6 +65,15 @@ class Backbone(Protocol):
     @property
     def geometry(self) -> Geometry:
         """The shape of the model."""
+        ...
+
+    @property
+    def max_active(self) -> int | None:
+        """Most active sites that a training pass may have, or None."""
+        ...
+
+    def decide(self, schedule: Schedule, table: ScoreTable) -> Decision:
+        """Return which modules are active in the period after the one that ended, as the scheduler there decides."""
         ...
 
     def forward(self, batch: Batch, sites: AttemptSites) -> Pass:

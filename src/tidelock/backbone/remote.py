@@ -5,24 +5,24 @@ needed to repeat the micro-batch, and repeats it until its patience is over; the
 could contradict.
 
 Shapes: N tokens, M selected tokens, D hidden width, W targeted widths together, B rows.
-May import `backbone`, `wire`, `model`, errors and libraries.
+May import `backbone`, `wire`, `model`, `schedule`, errors and libraries.
 """
 
 from __future__ import annotations
 
-import logging
 import queue
-import time
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import grpc
 
 from tidelock.backbone.open_passes import OpenPasses
+from tidelock.backbone.patience import Patience
+from tidelock.backbone.scheduler import check_command, norm_report
 from tidelock.errors import CloudBusy, CloudUnreachable, WireError
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire.codec import Codec, TensorReader
 from tidelock.wire.ledger import Kind
-from tidelock.wire.limits import NO_WAITING, PASS_SECONDS, PROTOCOL_VERSION
+from tidelock.wire.limits import CALL_SECONDS, NO_WAITING, PASS_SECONDS, PROTOCOL_VERSION
 from tidelock.wire.stream import read_message
 
 if TYPE_CHECKING:
@@ -34,12 +34,9 @@ if TYPE_CHECKING:
     from tidelock.backbone.protocol import AttemptSites
     from tidelock.model.geometry import Geometry
     from tidelock.model.walk import Batch, Sites
-
-logger = logging.getLogger(__name__)
+    from tidelock.schedule.schedule import Decision, Schedule, ScoreTable
 
 _T = TypeVar("_T")
-_FIRST_RETRY_SECONDS = 0.2
-_SLOWEST_RETRY_SECONDS = 5.0
 
 
 @final
@@ -153,31 +150,24 @@ class _Attempts:
 
     def persist(self, action: Callable[[], _T]) -> _T:
         """Return what an action returns, repeated while the cloud is away and the device has patience."""
-        # Patience runs from the first loss: an attempt that computed for long before it was lost has not used it up.
-        give_up: float | None = None
-        delay = _FIRST_RETRY_SECONDS
+        patience = Patience(self.connection.patience_seconds)
         passes, alone = self._backbone.open_passes, False
         while True:
             try:
                 with passes.alone(self) if alone else passes.running(self) as holds:
                     self._may_wait = not holds
                     return action()
-            except (grpc.RpcError, CloudUnreachable) as error:
+            except (grpc.RpcError, CloudUnreachable) as error:  # noqa: PERF203  (a retry)
                 self.close()
                 ours = self.connection.explain(error) if isinstance(error, grpc.RpcError) else error
                 if isinstance(ours, CloudBusy) and not alone:
                     alone = True
                     continue
-                give_up = give_up or time.monotonic() + self.connection.patience_seconds
-                if not isinstance(ours, CloudUnreachable) or time.monotonic() + delay > give_up:
-                    raise ours from error
-                logger.warning("%s Trying again.", ours)
+                patience.wait(ours, error)
             except BaseException:
                 # Nobody will go on with this stream: the cloud must not keep its half until the deadline.
                 self.close()
                 raise
-            time.sleep(delay)
-            delay = min(2 * delay, _SLOWEST_RETRY_SECONDS)
 
     def _open_stream(self) -> _Stream:
         if self.stream is None:
@@ -273,6 +263,33 @@ class RemoteBackbone:
     def geometry(self) -> Geometry:
         """The shape of the model."""
         return self._geometry
+
+    @property
+    def max_active(self) -> int | None:
+        """Most active sites that the cloud's operator lets this device's training passes have."""
+        description = self.connection.description
+        return description.max_active if description.HasField("max_active") else None
+
+    def decide(self, schedule: Schedule, table: ScoreTable) -> Decision:
+        """Return which modules are active next: the cloud's scheduler decides, and this device checks it.
+
+        Raises:
+            CloudUnreachable: The cloud stayed away for longer than the connection's patience.
+            WireError: It decided otherwise than the schedule says.
+        """
+        connection = self.connection
+        report = norm_report(schedule, table, connection.description.fingerprint)
+        patience = Patience(connection.patience_seconds)
+        while True:
+            try:
+                command: pb.ScheduleCommand = connection.stub.Decide(
+                    connection.egress.norms(report), metadata=connection.credentials.metadata(), timeout=CALL_SECONDS
+                )
+                break
+            except grpc.RpcError as error:
+                patience.wait(connection.explain(error), error)
+        connection.egress.ledger.received(Kind.CONTROL, command.ByteSize())
+        return check_command(command, schedule, table)
 
     def forward(self, batch: Batch, sites: AttemptSites) -> RemotePass:
         """Run a batch through the cloud's blocks.

@@ -46,7 +46,8 @@ def command(
         Path | None, typer.Option(help="PEM file; ask devices for a certificate of this authority too.")
     ] = None,
     tokens: Annotated[
-        Path | None, typer.Option(help="File with one 'NAME TOKEN' a line; left out, a token is made and shown.")
+        Path | None,
+        typer.Option(help="File with one 'NAME TOKEN [max-active=N]' a line; left out, a token is made and shown."),
     ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen beyond this machine without TLS (inside a tunnel).")
@@ -56,6 +57,9 @@ def command(
     max_sessions: Annotated[int, typer.Option(min=1, help="Passes open at once; more wait.")] = 8,
     max_memory: Annotated[
         str | None, typer.Option(help="What open passes may keep together, such as 8GiB; more wait.")
+    ] = None,
+    max_active: Annotated[
+        int | None, typer.Option(min=1, help="Active modules in a training pass; per tenant in the tokens file.")
     ] = None,
     metrics: Annotated[str | None, typer.Option(help="HOST:PORT to serve Prometheus metrics at.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice by default.")] = None,
@@ -76,9 +80,12 @@ def command(
     from tidelock.cloud.server import CloudServer
     from tidelock.cloud.service import Limits
 
-    limits = Limits(max_sessions=max_sessions, max_memory_bytes=memory, at_once=at_once)
+    limits = Limits(max_sessions=max_sessions, max_memory_bytes=memory, at_once=at_once, max_active=max_active)
     counters = None if metrics is None else _metrics(metrics)
-    server = CloudServer(choice, tenants, listener, limits=limits, metrics=counters)
+    _serve(CloudServer(choice, tenants, listener, limits=limits, metrics=counters), choice, token, output)
+
+
+def _serve(server: CloudServer, choice: ModelChoice, token: str | None, output: Output) -> None:
     try:
         _announce(server, server.start(), choice, token, output)
         while True:

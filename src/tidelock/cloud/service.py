@@ -1,6 +1,6 @@
 """The cloud's gRPC service: who calls, what the model is, and one engine a stream.
 
-May import `wire`, `model`, `cloud`, errors and libraries; never a tokenizer or code that reads data.
+May import `wire`, `model`, `cloud`, `schedule`, errors and libraries; never a tokenizer or code that reads data.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, NoReturn, final
 
 import grpc
 
-from tidelock.cloud.engine import Line, PassAbandoned, read_open, run_pass
+from tidelock.cloud.engine import Line, PassAbandoned, PassOrder, read_open, run_pass
 from tidelock.cloud.memory import NO_PLACE, MemoryBudget, measure_cost
+from tidelock.cloud.scheduler import answer
 from tidelock.cloud.turns import ComputeQueue
 from tidelock.errors import (
     CloudBusy,
@@ -52,12 +53,15 @@ class Limits:
         max_tokens: Tokens, padding included, in one pass.
         max_memory_bytes: What open passes may keep together; None for no limit.
         at_once: Passes that compute at the same time.
+        max_active: Active sites in a training pass of a tenant whose line of the tokens file names no other number;
+            None for no limit.
     """
 
     max_sessions: int = 8
     max_tokens: int = 1 << 16
     max_memory_bytes: int | None = None
     at_once: int = 1
+    max_active: int | None = None
 
 
 @final
@@ -106,8 +110,12 @@ class BackboneService(pb_grpc.BackboneServicer):
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
         """Say what this cloud holds."""
         del request
-        self._require_tenant(context)
-        return self._description
+        max_active = self._max_active(self._require_tenant(context))
+        if max_active is None:
+            return self._description
+        description = pb.Description(max_active=max_active)
+        description.MergeFrom(self._description)
+        return description
 
     def Fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[pb.FetchPart]:
         """Stream one of the described files."""
@@ -117,6 +125,16 @@ class BackboneService(pb_grpc.BackboneServicer):
         with (self._folder / request.name).open("rb") as file:
             while data := file.read(PART_BYTES):
                 yield pb.FetchPart(data=data)
+
+    def Decide(self, request: pb.NormReport, context: grpc.ServicerContext) -> pb.ScheduleCommand:
+        """Answer a device's norms with what it is to kill and to revive."""
+        tenant = self._require_tenant(context)
+        try:
+            self._check_identity("Deciding", request)
+            return answer(request, len(self._cut.geometry.sites), self._max_active(tenant))
+        except TidelockError as error:
+            logger.warning("Decision for %s refused: %s", tenant, error)
+            _refuse(context, error)
 
     def Pass(self, request_iterator: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Run one micro-batch."""
@@ -166,8 +184,9 @@ class BackboneService(pb_grpc.BackboneServicer):
         """Run a pass in an engine thread; whatever happens, the outbox is closed."""
         try:
             message = line.open()
-            self._check_identity(message)
+            self._check_identity("Opening a pass", message)
             order = read_open(message, self._cut.geometry, self._limits.max_tokens)
+            self._check_active(tenant, order)
             rows = order.rows
             size_bytes = self._cost.bytes_for(len(rows.lengths), rows.width) if order.training else 0
             self._check_memory(size_bytes)
@@ -190,13 +209,26 @@ class BackboneService(pb_grpc.BackboneServicer):
         finally:
             outbox.put(None)
 
-    def _check_identity(self, message: pb.Open) -> None:
+    def _max_active(self, tenant: str) -> int | None:
+        return self._tenants.max_active.get(tenant, self._limits.max_active)
+
+    def _check_active(self, tenant: str, order: PassOrder) -> None:
+        max_active = self._max_active(tenant)
+        if max_active is not None and order.training and len(order.active) > max_active:
+            msg = (
+                f"Opening a pass: expected at most {max_active} active modules in training, as this cloud's operator "
+                f"has set for {tenant}, got {len(order.active)}. Use --schedule kill-revive with a --budget of "
+                f"{max_active} or less, or fewer blocks with --layer."
+            )
+            raise ConfigError(msg)
+
+    def _check_identity(self, doing: str, message: pb.Open | pb.NormReport) -> None:
         if message.protocol != PROTOCOL_VERSION:
-            msg = f"Opening a pass: expected protocol {PROTOCOL_VERSION}, got {message.protocol}. Install one version."
+            msg = f"{doing}: expected protocol {PROTOCOL_VERSION}, got {message.protocol}. Install one version."
             raise WireError(msg)
         if message.fingerprint != self._description.fingerprint:
             msg = (
-                f"Opening a pass: expected a model with fingerprint {self._description.fingerprint[:12]}…, which this "
+                f"{doing}: expected a model with fingerprint {self._description.fingerprint[:12]}…, which this "
                 f"cloud holds, got {message.fingerprint[:12]!r}. The cloud was restarted with other weights: start it "
                 "with those that the run began with."
             )
@@ -232,6 +264,11 @@ def add_service(servicer: pb_grpc.BackboneServicer, server: grpc.Server) -> None
             response_serializer=pb.FetchPart.SerializeToString,
         ),
         "Pass": grpc.stream_stream_rpc_method_handler(servicer.Pass),
+        "Decide": grpc.unary_unary_rpc_method_handler(
+            servicer.Decide,
+            request_deserializer=pb.NormReport.FromString,
+            response_serializer=pb.ScheduleCommand.SerializeToString,
+        ),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
 

@@ -1,6 +1,7 @@
-"""Who may use the cloud: bearer tokens, each with the name of its tenant.
+"""Who may use the cloud: bearer tokens, each with the name of its tenant, and what that tenant may have.
 
-A tokens file has one `NAME TOKEN` a line; empty lines and lines that begin with `#` are passed over. Tokens are kept
+A tokens file has one `NAME TOKEN` or `NAME TOKEN max-active=N` a line; empty lines and lines that begin with `#` are
+passed over. Tokens are kept
 as hashes and compared in constant time. May import errors and libraries.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 from typing import TYPE_CHECKING, final
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _SHORTEST_TOKEN = 16
+_MAX_ACTIVE = re.compile(r"max-active=([1-9][0-9]{0,5})")
 
 
 @final
@@ -26,12 +29,17 @@ class Tenants:
 
     Args:
         tokens: Token by tenant name.
+        max_active: Most active sites that a tenant's training passes may have, by name; others have no such limit.
+
+    Attributes:
+        max_active: As given.
 
     Raises:
         ConfigError: There is none, one is too short to be safe, or two tenants have the same.
     """
 
-    def __init__(self, tokens: Mapping[str, str]) -> None:
+    def __init__(self, tokens: Mapping[str, str], max_active: Mapping[str, int] | None = None) -> None:
+        self.max_active = dict(max_active or {})
         short = sorted(name for name, token in tokens.items() if len(token) < _SHORTEST_TOKEN)
         if short or not tokens:
             got = f"shorter ones for {short}" if short else "no tenant at all"
@@ -59,18 +67,22 @@ class Tenants:
             msg = f"Tokens file: expected a readable text file, got {type(error).__name__} ({path}). Check the path."
             raise ConfigError(msg) from error
         tokens: dict[str, str] = {}
+        max_active: dict[str, int] = {}
         for number, line in enumerate(lines, start=1):
             words = line.split()
             if not words or words[0].startswith("#"):
                 continue
-            if len(words) != 2 or words[0] in tokens:
+            limit = _MAX_ACTIVE.fullmatch(words[2]) if len(words) == 3 else None
+            if not (len(words) == 2 or limit) or words[0] in tokens:
                 msg = (
-                    f"Tokens file: expected one `NAME TOKEN` a line, each name once, got another form "
-                    f"({path}, line {number}). Mend that line."
+                    f"Tokens file: expected one `NAME TOKEN` or `NAME TOKEN max-active=N` a line, each name once, got "
+                    f"another form ({path}, line {number}). Mend that line."
                 )
                 raise ConfigError(msg)
             tokens[words[0]] = words[1]
-        return cls(tokens)
+            if limit:
+                max_active[words[0]] = int(limit[1])
+        return cls(tokens, max_active)
 
     def tenant_of(self, metadata: Sequence[tuple[str, str | bytes]]) -> str | None:
         """Return the tenant whose token is in a call's metadata, or None."""

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from tidelock.device.model import DeviceModel
 from tidelock.errors import ConfigError
-from tidelock.schedule.decide import decide, warm_up_turns
+from tidelock.schedule.decide import warm_up_turns
 from tidelock.schedule.schedule import Decision, ModuleScore, Schedule, ScoreTable
 
 if TYPE_CHECKING:
@@ -138,6 +138,15 @@ class KillRevive(TrainerCallback):
             activity.load_state_dict(Activity(self._bank).state_dict())
         # Trainer moves a model after its callbacks have seen it.
         activity.to("cpu")
+        max_active = self._require_model().backbone.max_active
+        asks_all = not self.schedule.changes or self.schedule.killed == "frozen"
+        if asks_all and max_active is not None and max_active < len(self._blocks):
+            msg = (
+                f"Schedule {self.schedule.name}: expected at most {max_active} modules to be asked in a pass, as the "
+                f"cloud's operator allows, got {len(self._blocks)}. Choose kill-revive with killed modules bypassed, "
+                "or adapt fewer blocks."
+            )
+            raise ConfigError(msg)
         self._activate()
 
     def on_step_begin(
@@ -145,7 +154,8 @@ class KillRevive(TrainerCallback):
     ) -> None:
         """In a warm-up that takes turns, have this step's modules active."""
         activity = self._activity
-        at_once = self.schedule.warm_up_active or len(self._blocks)
+        limits = (self.schedule.warm_up_active, self._require_model().backbone.max_active, len(self._blocks))
+        at_once = min(limit for limit in limits if limit is not None)
         if activity.period < self.schedule.warm_up and at_once < len(self._blocks):
             turns = warm_up_turns(self._blocks, at_once)
             self._bank.activate(turns[int(activity.steps) % len(turns)], frozen=self.schedule.killed == "frozen")
@@ -176,7 +186,7 @@ class KillRevive(TrainerCallback):
         decision = Decision((), (), tuple(module.block for module in table.modules if module.active))
         # What was trained together stays together at the end.
         if schedule.changes and state.global_step < state.max_steps and activity.period >= schedule.warm_up - 1:
-            decision = decide(schedule, table)
+            decision = self._require_model().backbone.decide(schedule, table)
         for index, block in enumerate(self._blocks):
             activity.alive[index] = block in decision.active
         activity.start.copy_(_weights(self._bank.blocks))

@@ -22,14 +22,19 @@ if TYPE_CHECKING:
     from tidelock.schedule.schedule import ModuleScore, Schedule, ScoreTable
 
 
-def decide(schedule: Schedule, table: ScoreTable) -> Decision:
+def decide(schedule: Schedule, table: ScoreTable, max_active: int | None = None) -> Decision:
     """Return what is active in the period after the one that ended.
 
     The same arguments give the same decision in every process. Of modules with equal scores, that of the lower block is
     kept, or revived, first.
+
+    Args:
+        schedule: The rule.
+        table: All modules when the period has ended.
+        max_active: Most modules that may be active, whatever the schedule's budget; at least one.
     """
     before = {module.block for module in table.modules if module.active}
-    after = set(_next_active(schedule, table))
+    after = set(_next_active(schedule, table, max_active or len(table.modules)))
     return Decision(tuple(sorted(before - after)), tuple(sorted(after - before)), tuple(sorted(after)))
 
 
@@ -44,9 +49,9 @@ def warm_up_turns(blocks: Sequence[int], at_once: int) -> tuple[tuple[int, ...],
     return tuple(tuple(blocks[turn::count]) for turn in range(count))
 
 
-def _next_active(schedule: Schedule, table: ScoreTable) -> Iterable[int]:
+def _next_active(schedule: Schedule, table: ScoreTable, max_active: int) -> Iterable[int]:
     modules, period = table.modules, table.period
-    budget = schedule.budget_of(len(modules))
+    budget = min(schedule.budget_of(len(modules)), max_active)
     is_first = period == schedule.warm_up - 1
     if schedule.name == "full" or period < schedule.warm_up - 1:
         return (module.block for module in modules)
@@ -55,22 +60,20 @@ def _next_active(schedule: Schedule, table: ScoreTable) -> Iterable[int]:
         draw = random.Random(f"{schedule.seed} {period}")  # noqa: S311  (no secret)
         return draw.sample([module.block for module in modules], budget)
     if schedule.name == "early-kill" and schedule.threshold is not None and is_first:
-        return _above_threshold(modules, schedule.threshold)
+        return _above_threshold(modules, schedule.threshold)[:max_active]
     if is_first:
         return (module.block for module in _best(modules)[:budget])
     active = [module for module in modules if module.active]
     if schedule.name == "kill-revive":
         return _exchange(schedule, table, budget)
-    if schedule.threshold is None:
-        active = _best(active)[:budget]
-    return (module.block for module in active)
+    return (module.block for module in _best(active)[: max_active if schedule.threshold is not None else budget])
 
 
 def _above_threshold(modules: Sequence[ModuleScore], threshold: float) -> list[int]:
-    """Return the blocks of modules that are not idle; at least that of the best one."""
+    """Return the blocks of modules that are not idle, the best first; at least one."""
     mean = sum(module.score for module in modules) / len(modules)
-    alive = [module.block for module in modules if module.score >= threshold * mean]
-    return alive or [_best(modules)[0].block]
+    best = _best(modules)
+    return [module.block for module in best if module.score >= threshold * mean] or [best[0].block]
 
 
 def _exchange(schedule: Schedule, table: ScoreTable, budget: int) -> list[int]:

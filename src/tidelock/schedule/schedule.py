@@ -130,8 +130,8 @@ class ScoreTable:
         for module in self.modules:
             where = f"score of the module at block {module.block}"
             _require(0 <= module.score < math.inf, where, "a finite number of 0 or more", module.score)
-            known = f"one of a period up to {self.period}"
-            _require(module.last_active <= self.period, where, known, module.last_active)
+            known = f"one of a period from 0 to {self.period}"
+            _require(0 <= module.last_active <= self.period, where, known, module.last_active)
 
 
 @final

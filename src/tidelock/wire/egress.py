@@ -1,16 +1,17 @@
 """The only door out of the device.
 
-Every message to a cloud passes here: it must be of a known kind, carry floating-point numbers or an `Open`, and is
-counted in the ledger before it leaves. Token ids, labels, text and parameters have no kind and so no way out.
+Every message to a cloud passes here: it must be of a known kind, carry floating-point numbers, an `Open` or norms, and
+is counted in the ledger before it leaves. Token ids, labels, text and parameters have no kind and so no way out.
 
 May import errors, `wire` and libraries.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, final
 
-from tidelock.errors import WireError
+from tidelock.errors import NonFiniteError, WireError
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire.codec import Codec, rounding_seed, split_parts
 from tidelock.wire.ledger import Kind, Ledger
@@ -40,6 +41,22 @@ class Egress:
     def open(self, message: pb.Open) -> bytes:
         """Return the encoded message that opens a pass."""
         return self._count(Kind.CONTROL, pb.DeviceMessage(open=message).SerializeToString())
+
+    def norms(self, report: pb.NormReport) -> pb.NormReport:
+        """Return a report of norms, counted: one number for each module, and none of its weights.
+
+        Raises:
+            NonFiniteError: A norm is infinite or not a number.
+        """
+        for module in report.modules:
+            if not math.isfinite(module.norm):
+                msg = (
+                    f"Sending norms: expected finite numbers, got {module.norm} for block {module.block}. The weights "
+                    "of that module are damaged: go on from an earlier checkpoint, with a lower learning rate."
+                )
+                raise NonFiniteError(msg)
+        self.ledger.sent(Kind.NORMS, report.ByteSize())
+        return report
 
     def tensor(
         self, kind: Kind, tensor: Tensor, codec: Codec, *, block: int = 0, pass_seed: int | None = None

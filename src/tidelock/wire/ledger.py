@@ -24,6 +24,7 @@ class Kind(str, Enum):
     FINAL_GRADIENT = "final_gradient"
     SITE_GRADIENT = "site_gradient"
     INPUT_GRADIENT = "input_gradient"
+    NORMS = "norms"
     CONTROL = "control"
     MODEL = "model"
 

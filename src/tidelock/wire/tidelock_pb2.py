@@ -24,39 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctidelock/wire/tidelock.proto\x12\x0btidelock.v1\"\x11\n\x0f\x44\x65scribeRequest\"\x91\x02\n\x0b\x44\x65scription\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x13\n\x0bnum_tensors\x18\x05 \x01(\r\x12&\n\x07tensors\x18\x06 \x03(\x0b\x32\x15.tidelock.v1.Artefact\x12$\n\x05\x66iles\x18\x07 \x03(\x0b\x32\x15.tidelock.v1.Artefact\x12\x12\n\nnum_blocks\x18\x08 \x01(\r\x12\x16\n\x0e\x62\x61\x63kbone_dtype\x18\t \x01(\t\x12\x12\n\nmax_tokens\x18\n \x01(\x04\x12\x0f\n\x07version\x18\x0b \x01(\t\"<\n\x08\x41rtefact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"\x1c\n\x0c\x46\x65tchRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x19\n\tFetchPart\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\xeb\x02\n\x04Open\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x1f\n\x04mode\x18\x03 \x01(\x0e\x32\x11.tidelock.v1.Mode\x12\x0e\n\x06starts\x18\x04 \x03(\r\x12\x0f\n\x07lengths\x18\x05 \x03(\r\x12\r\n\x05width\x18\x06 \x01(\r\x12\x10\n\x08selected\x18\x07 \x03(\r\x12\'\n\x06\x61\x63tive\x18\x08 \x03(\x0b\x32\x17.tidelock.v1.ActiveSite\x12,\n\x10\x61\x63tivation_codec\x18\t \x01(\x0e\x32\x12.tidelock.v1.Codec\x12*\n\x0egradient_codec\x18\n \x01(\x0e\x32\x12.tidelock.v1.Codec\x12\x1a\n\rrounding_seed\x18\x0b \x01(\x06H\x00\x88\x01\x01\x12\x18\n\x0blearns_from\x18\x0c \x01(\rH\x01\x88\x01\x01\x42\x10\n\x0e_rounding_seedB\x0e\n\x0c_learns_from\"0\n\nActiveSite\x12\r\n\x05\x62lock\x18\x01 \x01(\r\x12\x13\n\x0bprojections\x18\x02 \x03(\t\"[\n\nTensorPart\x12\r\n\x05\x62lock\x18\x01 \x01(\r\x12!\n\x05\x63odec\x18\x02 \x01(\x0e\x32\x12.tidelock.v1.Codec\x12\r\n\x05shape\x18\x03 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\xfe\x01\n\rDeviceMessage\x12!\n\x04open\x18\x01 \x01(\x0b\x32\x11.tidelock.v1.OpenH\x00\x12,\n\tembedding\x18\x02 \x01(\x0b\x32\x17.tidelock.v1.TensorPartH\x00\x12.\n\x0bsite_output\x18\x03 \x01(\x0b\x32\x17.tidelock.v1.TensorPartH\x00\x12\x31\n\x0e\x66inal_gradient\x18\x04 \x01(\x0b\x32\x17.tidelock.v1.TensorPartH\x00\x12\x31\n\x0einput_gradient\x18\x05 \x01(\x0b\x32\x17.tidelock.v1.TensorPartH\x00\x42\x06\n\x04\x62ody\"\xca\x01\n\x0c\x43loudMessage\x12-\n\nsite_input\x18\x01 \x01(\x0b\x32\x17.tidelock.v1.TensorPartH\x00\x12.\n\x0b\x66inal_state\x18\x02 \x01(\x0b\x32\x17.tidelock.v1.TensorPartH\x00\x12\x30\n\rsite_gradient\x18\x03 \x01(\x0b\x32\x17.tidelock.v1.TensorPartH\x00\x12!\n\x04\x64one\x18\x04 \x01(\x0b\x32\x11.tidelock.v1.DoneH\x00\x42\x06\n\x04\x62ody\"\x1f\n\x04\x44one\x12\x17\n\x0f\x63ompute_seconds\x18\x01 \x01(\x01*F\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\x08\n\x04\x46P32\x10\x01\x12\x08\n\x04\x42\x46\x31\x36\x10\x02\x12\x08\n\x04INT8\x10\x03\x12\x08\n\x04INT4\x10\x04*C\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\t\n\x05TRAIN\x10\x01\x12\x0c\n\x08\x45VALUATE\x10\x02\x12\x0c\n\x08GENERATE\x10\x03\x32\xcf\x01\n\x08\x42\x61\x63kbone\x12\x42\n\x08\x44\x65scribe\x12\x1c.tidelock.v1.DescribeRequest\x1a\x18.tidelock.v1.Description\x12<\n\x05\x46\x65tch\x12\x19.tidelock.v1.FetchRequest\x1a\x16.tidelock.v1.FetchPart0\x01\x12\x41\n\x04Pass\x12\x1a.tidelock.v1.DeviceMessage\x1a\x19.tidelock.v1.CloudMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctidelock/wire/tidelock.proto\x12\x0btidelock.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xb9\x02\n\x0b\x44\x65scription\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x13\n\x0bnum_tensors\x18\x05 \x01(\r\x12&\n\x07tensors\x18\x06 \x03(\x0b\x32\x15.tidelock.v1.Artefact\x12$\n\x05\x66iles\x18\x07 \x03(\x0b\x32\x15.tidelock.v1.Artefact\x12\x12\n\nnum_blocks\x18\x08 \x01(\r\x12\x16\n\x0e\x62\x61\x63kbone_dtype\x18\t \x01(\t\x12\x12\n\nmax_tokens\x18\n \x01(\x04\x12\x0f\n\x07version\x18\x0b \x01(\t\x12\x17\n\nmax_active\x18\x0c \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_max_active\"<\n\x08\x41rtefact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"\x96\x01\n\nNormReport\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\'\n\x04rule\x18\x03 \x01(\x0b\x32\x19.tidelock.v1.ScheduleRule\x12\x0e\n\x06period\x18\x04 \x01(\r\x12(\n\x07modules\x18\x05 \x03(\x0b\x32\x17.tidelock.v1.ModuleNorm\"\xc1\x01\n\x0cScheduleRule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06\x62udget\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x16\n\tthreshold\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x0f\n\x07warm_up\x18\x04 \x01(\r\x12\x10\n\x08\x65xchange\x18\x05 \x01(\x01\x12\x1a\n\rlongest_sleep\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x42\t\n\x07_budgetB\x0c\n\n_thresholdB\x10\n\x0e_longest_sleep\"N\n\nModuleNorm\x12\r\n\x05\x62lock\x18\x01 \x01(\r\x12\x0e\n\x06\x61\x63tive\x18\x02 \x01(\x08\x12\x0c\n\x04norm\x18\x03 \x01(\x01\x12\x13\n\x0blast_active\x18\x04 \x01(\r\"g\n\x0fScheduleCommand\x12\x0e\n\x06period\x18\x01 \x01(\r\x12\x0c\n\x04kill\x18\x02 \x03(\r\x12\x0e\n\x06revive\x18\x03 \x03(\r\x12\x17\n\nmax_active\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_max_active\"\x1c\n\x0c\x46\x65tchRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x19\n\tFetchPart\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\xeb\x02\n\x04Open\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x1f\n\x04mode\x18\x03 \x01(\x0e\x32\x11.tidelock.v1.Mode\x12\x0e\n\x06starts\x18\x04 \x03(\r\x12\x0f\n\x07lengths\x18\x05 \x03(\r\x12\r\n\x05width\x18\x06 \x01(\r\x12\x10\n\x08selected\x18\x07 \x03(\r\x12\'\n\x06\x61\x63tive\x18\x08 \x03(\x0b\x32\x17.tidelock.v1.ActiveSite\x12,\n\x10\x61\x63tivation_codec\x18\t \x01(\x0e\x32\x12.tidelock.v1.Codec\x12*\n\x0egradient_codec\x18\n \x01(\x0e\x32\x12.tidelock.v1.Codec\x12\x1a\n\rrounding_seed\x18\x0b \x01(\x06H\x00\x88\x01\x01\x12\x18\n\x0blearns_from\x18\x0c \x01(\rH\x01\x88\x01\x01\x42\x10\n\x0e_rounding_seedB\x0e\n\x0c_learns_from\"0\n\nActiveSite\x12\r\n\x05\x62lock\x18\x01 \x01(\r\x12\x13\n\x0bprojections\x18\x02 \x03(\t\"[\n\nTensorPart\x12\r\n\x05\x62lock\x18\x01 \x01(\r\x12!\n\x05\x63odec\x18\x02 \x01(\x0e\x32\x12.tidelock.v1.Codec\x12\r\n\x05shape\x18\x03 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\xfe\x01\n\rDeviceMessage\x12!\n\x04open\x18\x01 \x01(\x0b\x32\x11.tidelock.v1.OpenH\x00\x12,\n\tembedding\x18\x02 \x01(\x0b\x32\x17.tidelock.v1.TensorPartH\x00\x12.\n\x0bsite_output\x18\x03 \x01(\x0b\x32\x17.tidelock.v1.TensorPartH\x00\x12\x31\n\x0e\x66inal_gradient\x18\x04 \x01(\x0b\x32\x17.tidelock.v1.TensorPartH\x00\x12\x31\n\x0einput_gradient\x18\x05 \x01(\x0b\x32\x17.tidelock.v1.TensorPartH\x00\x42\x06\n\x04\x62ody\"\xca\x01\n\x0c\x43loudMessage\x12-\n\nsite_input\x18\x01 \x01(\x0b\x32\x17.tidelock.v1.TensorPartH\x00\x12.\n\x0b\x66inal_state\x18\x02 \x01(\x0b\x32\x17.tidelock.v1.TensorPartH\x00\x12\x30\n\rsite_gradient\x18\x03 \x01(\x0b\x32\x17.tidelock.v1.TensorPartH\x00\x12!\n\x04\x64one\x18\x04 \x01(\x0b\x32\x11.tidelock.v1.DoneH\x00\x42\x06\n\x04\x62ody\"\x1f\n\x04\x44one\x12\x17\n\x0f\x63ompute_seconds\x18\x01 \x01(\x01*F\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\x08\n\x04\x46P32\x10\x01\x12\x08\n\x04\x42\x46\x31\x36\x10\x02\x12\x08\n\x04INT8\x10\x03\x12\x08\n\x04INT4\x10\x04*C\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\t\n\x05TRAIN\x10\x01\x12\x0c\n\x08\x45VALUATE\x10\x02\x12\x0c\n\x08GENERATE\x10\x03\x32\x90\x02\n\x08\x42\x61\x63kbone\x12\x42\n\x08\x44\x65scribe\x12\x1c.tidelock.v1.DescribeRequest\x1a\x18.tidelock.v1.Description\x12<\n\x05\x46\x65tch\x12\x19.tidelock.v1.FetchRequest\x1a\x16.tidelock.v1.FetchPart0\x01\x12\x41\n\x04Pass\x12\x1a.tidelock.v1.DeviceMessage\x1a\x19.tidelock.v1.CloudMessage(\x01\x30\x01\x12?\n\x06\x44\x65\x63ide\x12\x17.tidelock.v1.NormReport\x1a\x1c.tidelock.v1.ScheduleCommandb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tidelock.wire.tidelock_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CODEC']._serialized_start=1463
-  _globals['_CODEC']._serialized_end=1533
-  _globals['_MODE']._serialized_start=1535
-  _globals['_MODE']._serialized_end=1602
+  _globals['_CODEC']._serialized_start=2037
+  _globals['_CODEC']._serialized_end=2107
+  _globals['_MODE']._serialized_start=2109
+  _globals['_MODE']._serialized_end=2176
   _globals['_DESCRIBEREQUEST']._serialized_start=45
   _globals['_DESCRIBEREQUEST']._serialized_end=62
   _globals['_DESCRIPTION']._serialized_start=65
-  _globals['_DESCRIPTION']._serialized_end=338
-  _globals['_ARTEFACT']._serialized_start=340
-  _globals['_ARTEFACT']._serialized_end=400
-  _globals['_FETCHREQUEST']._serialized_start=402
-  _globals['_FETCHREQUEST']._serialized_end=430
-  _globals['_FETCHPART']._serialized_start=432
-  _globals['_FETCHPART']._serialized_end=457
-  _globals['_OPEN']._serialized_start=460
-  _globals['_OPEN']._serialized_end=823
-  _globals['_ACTIVESITE']._serialized_start=825
-  _globals['_ACTIVESITE']._serialized_end=873
-  _globals['_TENSORPART']._serialized_start=875
-  _globals['_TENSORPART']._serialized_end=966
-  _globals['_DEVICEMESSAGE']._serialized_start=969
-  _globals['_DEVICEMESSAGE']._serialized_end=1223
-  _globals['_CLOUDMESSAGE']._serialized_start=1226
-  _globals['_CLOUDMESSAGE']._serialized_end=1428
-  _globals['_DONE']._serialized_start=1430
-  _globals['_DONE']._serialized_end=1461
-  _globals['_BACKBONE']._serialized_start=1605
-  _globals['_BACKBONE']._serialized_end=1812
+  _globals['_DESCRIPTION']._serialized_end=378
+  _globals['_ARTEFACT']._serialized_start=380
+  _globals['_ARTEFACT']._serialized_end=440
+  _globals['_NORMREPORT']._serialized_start=443
+  _globals['_NORMREPORT']._serialized_end=593
+  _globals['_SCHEDULERULE']._serialized_start=596
+  _globals['_SCHEDULERULE']._serialized_end=789
+  _globals['_MODULENORM']._serialized_start=791
+  _globals['_MODULENORM']._serialized_end=869
+  _globals['_SCHEDULECOMMAND']._serialized_start=871
+  _globals['_SCHEDULECOMMAND']._serialized_end=974
+  _globals['_FETCHREQUEST']._serialized_start=976
+  _globals['_FETCHREQUEST']._serialized_end=1004
+  _globals['_FETCHPART']._serialized_start=1006
+  _globals['_FETCHPART']._serialized_end=1031
+  _globals['_OPEN']._serialized_start=1034
+  _globals['_OPEN']._serialized_end=1397
+  _globals['_ACTIVESITE']._serialized_start=1399
+  _globals['_ACTIVESITE']._serialized_end=1447
+  _globals['_TENSORPART']._serialized_start=1449
+  _globals['_TENSORPART']._serialized_end=1540
+  _globals['_DEVICEMESSAGE']._serialized_start=1543
+  _globals['_DEVICEMESSAGE']._serialized_end=1797
+  _globals['_CLOUDMESSAGE']._serialized_start=1800
+  _globals['_CLOUDMESSAGE']._serialized_end=2002
+  _globals['_DONE']._serialized_start=2004
+  _globals['_DONE']._serialized_end=2035
+  _globals['_BACKBONE']._serialized_start=2179
+  _globals['_BACKBONE']._serialized_end=2451
 # @@protoc_insertion_point(module_scope)

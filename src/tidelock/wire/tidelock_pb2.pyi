@@ -36,7 +36,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("protocol", "model_type", "config_json", "fingerprint", "num_tensors", "tensors", "files", "num_blocks", "backbone_dtype", "max_tokens", "version")
+    __slots__ = ("protocol", "model_type", "config_json", "fingerprint", "num_tensors", "tensors", "files", "num_blocks", "backbone_dtype", "max_tokens", "version", "max_active")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MODEL_TYPE_FIELD_NUMBER: _ClassVar[int]
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,7 @@ class Description(_message.Message):
     BACKBONE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    MAX_ACTIVE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     model_type: str
     config_json: str
@@ -59,7 +60,8 @@ class Description(_message.Message):
     backbone_dtype: str
     max_tokens: int
     version: str
-    def __init__(self, protocol: _Optional[int] = ..., model_type: _Optional[str] = ..., config_json: _Optional[str] = ..., fingerprint: _Optional[str] = ..., num_tensors: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[Artefact, _Mapping]]] = ..., files: _Optional[_Iterable[_Union[Artefact, _Mapping]]] = ..., num_blocks: _Optional[int] = ..., backbone_dtype: _Optional[str] = ..., max_tokens: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    max_active: int
+    def __init__(self, protocol: _Optional[int] = ..., model_type: _Optional[str] = ..., config_json: _Optional[str] = ..., fingerprint: _Optional[str] = ..., num_tensors: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[Artefact, _Mapping]]] = ..., files: _Optional[_Iterable[_Union[Artefact, _Mapping]]] = ..., num_blocks: _Optional[int] = ..., backbone_dtype: _Optional[str] = ..., max_tokens: _Optional[int] = ..., version: _Optional[str] = ..., max_active: _Optional[int] = ...) -> None: ...
 
 class Artefact(_message.Message):
     __slots__ = ("name", "sha256", "size_bytes")
@@ -70,6 +72,62 @@ class Artefact(_message.Message):
     sha256: str
     size_bytes: int
     def __init__(self, name: _Optional[str] = ..., sha256: _Optional[str] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class NormReport(_message.Message):
+    __slots__ = ("protocol", "fingerprint", "rule", "period", "modules")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    PERIOD_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    fingerprint: str
+    rule: ScheduleRule
+    period: int
+    modules: _containers.RepeatedCompositeFieldContainer[ModuleNorm]
+    def __init__(self, protocol: _Optional[int] = ..., fingerprint: _Optional[str] = ..., rule: _Optional[_Union[ScheduleRule, _Mapping]] = ..., period: _Optional[int] = ..., modules: _Optional[_Iterable[_Union[ModuleNorm, _Mapping]]] = ...) -> None: ...
+
+class ScheduleRule(_message.Message):
+    __slots__ = ("name", "budget", "threshold", "warm_up", "exchange", "longest_sleep", "seed")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    WARM_UP_FIELD_NUMBER: _ClassVar[int]
+    EXCHANGE_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_SLEEP_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    budget: int
+    threshold: float
+    warm_up: int
+    exchange: float
+    longest_sleep: int
+    seed: int
+    def __init__(self, name: _Optional[str] = ..., budget: _Optional[int] = ..., threshold: _Optional[float] = ..., warm_up: _Optional[int] = ..., exchange: _Optional[float] = ..., longest_sleep: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class ModuleNorm(_message.Message):
+    __slots__ = ("block", "active", "norm", "last_active")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    ACTIVE_FIELD_NUMBER: _ClassVar[int]
+    NORM_FIELD_NUMBER: _ClassVar[int]
+    LAST_ACTIVE_FIELD_NUMBER: _ClassVar[int]
+    block: int
+    active: bool
+    norm: float
+    last_active: int
+    def __init__(self, block: _Optional[int] = ..., active: bool = ..., norm: _Optional[float] = ..., last_active: _Optional[int] = ...) -> None: ...
+
+class ScheduleCommand(_message.Message):
+    __slots__ = ("period", "kill", "revive", "max_active")
+    PERIOD_FIELD_NUMBER: _ClassVar[int]
+    KILL_FIELD_NUMBER: _ClassVar[int]
+    REVIVE_FIELD_NUMBER: _ClassVar[int]
+    MAX_ACTIVE_FIELD_NUMBER: _ClassVar[int]
+    period: int
+    kill: _containers.RepeatedScalarFieldContainer[int]
+    revive: _containers.RepeatedScalarFieldContainer[int]
+    max_active: int
+    def __init__(self, period: _Optional[int] = ..., kill: _Optional[_Iterable[int]] = ..., revive: _Optional[_Iterable[int]] = ..., max_active: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
     __slots__ = ("name",)

@@ -49,6 +49,11 @@ class BackboneStub(object):
                 request_serializer=tidelock_dot_wire_dot_tidelock__pb2.DeviceMessage.SerializeToString,
                 response_deserializer=tidelock_dot_wire_dot_tidelock__pb2.CloudMessage.FromString,
                 _registered_method=True)
+        self.Decide = channel.unary_unary(
+                '/tidelock.v1.Backbone/Decide',
+                request_serializer=tidelock_dot_wire_dot_tidelock__pb2.NormReport.SerializeToString,
+                response_deserializer=tidelock_dot_wire_dot_tidelock__pb2.ScheduleCommand.FromString,
+                _registered_method=True)
 
 
 class BackboneServicer(object):
@@ -75,6 +80,13 @@ class BackboneServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Decide(self, request, context):
+        """Which modules are active next, asked when a period of a device's schedule has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BackboneServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +104,11 @@ def add_BackboneServicer_to_server(servicer, server):
                     servicer.Pass,
                     request_deserializer=tidelock_dot_wire_dot_tidelock__pb2.DeviceMessage.FromString,
                     response_serializer=tidelock_dot_wire_dot_tidelock__pb2.CloudMessage.SerializeToString,
+            ),
+            'Decide': grpc.unary_unary_rpc_method_handler(
+                    servicer.Decide,
+                    request_deserializer=tidelock_dot_wire_dot_tidelock__pb2.NormReport.FromString,
+                    response_serializer=tidelock_dot_wire_dot_tidelock__pb2.ScheduleCommand.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +192,33 @@ class Backbone(object):
             '/tidelock.v1.Backbone/Pass',
             tidelock_dot_wire_dot_tidelock__pb2.DeviceMessage.SerializeToString,
             tidelock_dot_wire_dot_tidelock__pb2.CloudMessage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Decide(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tidelock.v1.Backbone/Decide',
+            tidelock_dot_wire_dot_tidelock__pb2.NormReport.SerializeToString,
+            tidelock_dot_wire_dot_tidelock__pb2.ScheduleCommand.FromString,
             options,
             channel_credentials,
             insecure,

@@ -123,7 +123,7 @@ def test_another_protocol_is_refused_and_the_connection_closed(liar, connect, mo
 
     monkeypatch.setattr(connection_module, "open_channel", open_and_note)
     liar.description.protocol = 7
-    with pytest.raises(WireError, match=r"expected protocol 3, got 7 \(its tidelock is 9.9\)"):
+    with pytest.raises(WireError, match=rf"expected protocol {PROTOCOL_VERSION}, got 7 \(its tidelock is 9.9\)"):
         connect(liar)
     with pytest.raises(ValueError, match="closed channel"):
         pb_grpc.BackboneStub(channels[0]).Describe(pb.DescribeRequest())

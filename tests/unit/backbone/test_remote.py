@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.unit.hand_device import BLOCKS, PROJECTIONS, SITE_WIDTH, TOKEN, WIDTH, wait_until
-from tidelock.backbone import remote
+from tidelock.backbone import patience
 from tidelock.backbone.connection import Connection
 from tidelock.backbone.local import LocalBackbone
 from tidelock.backbone.remote import RemoteBackbone
@@ -30,6 +30,8 @@ from tidelock.errors import (
 from tidelock.model.cut import CutModel
 from tidelock.model.rows import Rows
 from tidelock.model.walk import Batch
+from tidelock.schedule.decide import decide
+from tidelock.schedule.schedule import ModuleScore, Schedule, ScoreTable
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire import tidelock_pb2_grpc as pb_grpc
 from tidelock.wire.address import Address
@@ -53,6 +55,13 @@ class FlakyCloud(pb_grpc.BackboneServicer):
         self.faults = []
         self.passes = 0
         self.before_fault = lambda: None
+        self.commands = []
+
+    def Decide(self, request, context):  # noqa: N802
+        command = self.commands.pop(0) if self.commands else None
+        if isinstance(command, grpc.StatusCode):
+            context.abort(command, "broken by the test")
+        return command or self.service.Decide(request, context)
 
     def Describe(self, request, context):  # noqa: N802
         return self.service.Describe(request, context)
@@ -89,7 +98,7 @@ class Clock:
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep))
+    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep))
     return clock
 
 
@@ -525,8 +534,71 @@ def test_a_cloud_that_is_started_again_is_found(cloud, connect, reference, clock
         time.sleep(0.2)
 
     monkeypatch.setattr(clock, "sleep", sleep)
-    monkeypatch.setattr(remote, "time", clock)
+    monkeypatch.setattr(patience, "time", clock)
     run.backward(GRADIENT)
     assert equal((run.final_MD, sites.gradients), reference)
     wait_until(cloud.is_idle, "an idle cloud")
     servers[0].stop(0).wait()
+
+
+SCHEDULE = Schedule("kill-revive", budget=1)
+# After the warm-up: the module of block 1 has moved most.
+TABLE = ScoreTable(0, tuple(ModuleScore(block, True, score, 0) for block, score in enumerate((0.5, 0.75, 0.25))))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        SCHEDULE,
+        Schedule("kill-revive", budget=2, exchange=0.5, longest_sleep=3),
+        Schedule("early-kill", threshold=1.2),
+        Schedule("random", budget=2, seed=2**40 + 1),
+        Schedule("kill-revive", budget=1, warm_up=2),
+    ],
+)
+def test_the_scheduler_decides_as_the_schedule_says(flaky, connect, schedule):
+    backbone = connect(flaky)
+    assert backbone.max_active is None
+    for period in range(4):
+        rows = tuple(ModuleScore(b, b != 2, 0.1 * (b + period) % 0.3, period + 1 - (b == 2)) for b in range(3))
+        table = ScoreTable(period + 1, rows)
+        assert backbone.decide(schedule, table) == decide(schedule, table)
+    totals = backbone.connection.egress.ledger.totals()
+    assert totals["sent"].keys() == {"norms"}
+    assert totals["received"]["control"] > 0
+
+
+def test_a_decision_waits_for_a_cloud_that_is_away(flaky, connect, clock):
+    flaky.commands = [grpc.StatusCode.UNAVAILABLE] * 2
+    assert connect(flaky).decide(SCHEDULE, TABLE).active == (1,)
+    assert clock.slept == [0.2, 0.4]
+    flaky.commands = [grpc.StatusCode.UNAVAILABLE] * 2
+    with pytest.raises(CloudUnreachable):
+        connect(flaky, patience_seconds=0.3).decide(SCHEDULE, TABLE)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pb.ScheduleCommand(period=0, kill=[0, 1]),
+        pb.ScheduleCommand(period=1, kill=[0, 2]),
+        pb.ScheduleCommand(period=0, kill=[0, 2], revive=[1]),
+        pb.ScheduleCommand(period=0, kill=[0, 2], max_active=0),
+        pb.ScheduleCommand(),
+    ],
+)
+def test_a_command_that_the_schedule_does_not_give_is_refused(flaky, connect, command):
+    flaky.commands = [command]
+    with pytest.raises(WireError, match=r"expected it to kill \[0, 2\] and revive \[\] after period 0, got"):
+        connect(flaky).decide(SCHEDULE, TABLE)
+
+
+def test_norms_that_are_no_numbers_do_not_leave(flaky, connect):
+    backbone = connect(flaky)
+    report = pb.NormReport(modules=[pb.ModuleNorm(block=0, active=True, norm=float("nan"))])
+    with pytest.raises(NonFiniteError, match="got nan for block 0"):
+        backbone.connection.egress.norms(report)
+    assert (
+        "sent" not in backbone.connection.egress.ledger.totals()
+        or not backbone.connection.egress.ledger.totals()["sent"]
+    )

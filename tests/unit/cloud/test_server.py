@@ -22,6 +22,7 @@ from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire import tidelock_pb2_grpc as pb_grpc
 from tidelock.wire.address import Address, parse_listen
 from tidelock.wire.channel import Credentials, explain, open_channel
+from tidelock.wire.limits import PROTOCOL_VERSION
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -158,7 +159,7 @@ def test_the_description_is_true(make_server, tiny_folder):
         assert (artefact.size_bytes, artefact.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     assert Checkpoint.open(str(folder)).names() == {"model.embed_tokens.weight", "lm_head.weight"}
     assert json.loads(description.config_json)["hidden_size"] == 32
-    assert (description.max_tokens, description.protocol) == (1 << 16, 3)
+    assert (description.max_tokens, description.protocol) == (1 << 16, PROTOCOL_VERSION)
 
 
 def test_a_model_that_is_not_all_here_is_not_served(make_server, tiny_folder, monkeypatch):

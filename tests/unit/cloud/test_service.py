@@ -18,7 +18,7 @@ from tidelock.errors import WireError
 from tidelock.model.cut import BlockCall
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire.codec import Codec
-from tidelock.wire.limits import PASS_SECONDS
+from tidelock.wire.limits import PASS_SECONDS, PROTOCOL_VERSION
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -93,13 +93,18 @@ def test_generation_ends_with_the_models_positions(device, undisturbed):
 
 
 def all_of(answer):
-    return answer if isinstance(answer, pb.Description) else list(answer)
+    return answer if isinstance(answer, pb.Description | pb.ScheduleCommand) else list(answer)
 
 
 @pytest.mark.parametrize("metadata", [(), (("authorization", "Bearer "),), (("authorization", f"Bearer {TOKEN}x"),)])
-@pytest.mark.parametrize("method", ["Describe", "Fetch", "Pass"])
+@pytest.mark.parametrize("method", ["Describe", "Fetch", "Pass", "Decide"])
 def test_no_method_answers_without_a_known_token(device, method, metadata, caplog):
-    argument = {"Describe": pb.DescribeRequest(), "Fetch": pb.FetchRequest(name="config.json"), "Pass": iter([])}
+    argument = {
+        "Describe": pb.DescribeRequest(),
+        "Fetch": pb.FetchRequest(name="config.json"),
+        "Pass": iter([]),
+        "Decide": pb.NormReport(),
+    }
     ask = getattr(device.stub, method)
     with pytest.raises(grpc.RpcError) as caught:
         all_of(ask(argument[method], metadata=metadata, timeout=10))
@@ -165,10 +170,10 @@ def test_another_model_is_refused(device, undisturbed):
 
 def test_another_protocol_is_refused(device, undisturbed):
     run = device.begin()
-    run.open(protocol=4)
+    run.open(protocol=PROTOCOL_VERSION + 1)
     assert refusal(run) == (
         grpc.StatusCode.INVALID_ARGUMENT,
-        "Opening a pass: expected protocol 3, got 4. Install one version.",
+        f"Opening a pass: expected protocol {PROTOCOL_VERSION}, got {PROTOCOL_VERSION + 1}. Install one version.",
     )
 
 
@@ -470,3 +475,57 @@ def test_a_refusal_ends_the_method_whatever_grpc_does(cloud, undisturbed):
     with pytest.raises(WireError, match="expected a deadline"):
         list(cloud.service.Pass(iter([]), context))
     assert [code for code, _ in context.aborted] == [grpc.StatusCode.INVALID_ARGUMENT]
+
+
+def ask(device, **changes):
+    """Ask for a decision; return the command, or the refusal."""
+    modules = [pb.ModuleNorm(block=block, active=True, norm=block, last_active=0) for block in range(3)]
+    rule = pb.ScheduleRule(name="kill-revive", budget=2, warm_up=1, exchange=0.25)
+    values = {"protocol": PROTOCOL_VERSION, "fingerprint": device.cloud.fingerprint, "rule": rule, "modules": modules}
+    try:
+        return device.stub.Decide(pb.NormReport(**{**values, **changes}), metadata=device.metadata, timeout=10)
+    except grpc.RpcError as error:
+        return error.code(), error.details()
+
+
+def test_the_scheduler_answers_norms(device, undisturbed):
+    assert ask(device) == pb.ScheduleCommand(period=0, kill=[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "said"),
+    [
+        (
+            {"protocol": PROTOCOL_VERSION - 1},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"Deciding: expected protocol {PROTOCOL_VERSION}, got",
+        ),
+        ({"fingerprint": "0" * 64}, grpc.StatusCode.FAILED_PRECONDITION, "Deciding: expected a model with fingerprint"),
+        ({"modules": []}, grpc.StatusCode.INVALID_ARGUMENT, "Reading norms: "),
+        ({"rule": None}, grpc.StatusCode.INVALID_ARGUMENT, "Reading norms: Schedule's name"),
+    ],
+)
+def test_norms_that_cannot_be_answered(device, undisturbed, changes, code, said):
+    answered = ask(device, **changes)
+    assert answered[0] == code
+    assert answered[1].startswith(said)
+
+
+def test_a_tenant_has_as_many_active_modules_as_its_operator_says(start_cloud, hand_device):
+    cloud = start_cloud(Limits(max_active=2))
+    cloud.service._tenants.max_active["boris"] = 1
+    for token, most, killed in ((TOKEN, 2, [0]), (TOKEN + "-of-boris", 1, [0, 1])):
+        device = hand_device(cloud, token)
+        assert device.stub.Describe(pb.DescribeRequest(), metadata=device.metadata).max_active == most
+        assert ask(device) == pb.ScheduleCommand(period=0, kill=killed, max_active=most)
+        sites = [pb.ActiveSite(block=block, projections=PROJECTIONS) for block in range(most + 1)]
+        run = device.begin()
+        run.open(active=sites)
+        code, said = refusal(run)
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert f"expected at most {most} active modules in training" in said
+        # What is not training asks for whatever was trained.
+        run = device.begin()
+        run.open(mode=pb.EVALUATE, active=sites[:most])
+        run.leave()
+        wait_until(cloud.is_idle, "an idle cloud")

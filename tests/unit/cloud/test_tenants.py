@@ -68,9 +68,18 @@ def test_a_tokens_file_is_read(tmp_path):
     assert [tenants.tenant_of(asking(token)) for token in (ANNA, BORIS)] == ["anna", "boris"]
 
 
+def test_a_line_may_limit_its_tenant(tmp_path):
+    path = tmp_path / "tokens"
+    path.write_text(f"anna {ANNA} max-active=12\nboris {BORIS}\n", encoding="utf-8")
+    assert Tenants.from_file(path).max_active == {"anna": 12}
+
+
 @pytest.mark.parametrize(
     ("line", "number"),
     [
+        (f"boris {BORIS} max-active=0", 3),
+        (f"boris {BORIS} max-active=two", 3),
+        (f"boris {BORIS} max-active=2 more", 3),
         ("boris", 3),
         (f"boris {BORIS} more", 3),
         (f"anna {BORIS}", 3),

@@ -141,7 +141,7 @@ def test_scores_that_are_none_are_refused(score: float) -> None:
         ((), "one a block"),
         ((ModuleScore(1, True, 0, 0), ModuleScore(0, True, 0, 0)), "one a block"),
         ((ModuleScore(0, False, 0, 0),), "an active module"),
-        ((ModuleScore(0, True, 0, 5),), "one of a period up to 0"),
+        ((ModuleScore(0, True, 0, 5),), "one of a period from 0 to 0"),
     ],
 )
 def test_tables_that_contradict_themselves_are_refused(rows: tuple[ModuleScore, ...], reason: str) -> None:
