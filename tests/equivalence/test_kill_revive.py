@@ -14,7 +14,9 @@ from transformers import Trainer, TrainingArguments
 
 from tests.equivalence.conftest import Connect
 from tests.support.cloud_process import TOKEN, CloudProcess
+from tests.support.http2 import message_sizes
 from tests.support.parity import IGNORED, adapter_of, assert_bit_equal, randomise_adapter
+from tests.support.proxy import CuttingProxy
 from tests.support.tiny_models import VOCAB
 from tidelock.backbone.protocol import AttemptSites, Pass
 from tidelock.data.batch import Collator
@@ -174,6 +176,24 @@ def test_nothing_crosses_for_a_killed_module(cloud: CloudProcess, tiny_models: P
         assert crossed(1, direction, kind) * modules == pytest.approx(crossed(0, direction, kind), rel=0.02)
     assert crossed(0, "sent", "input_gradient") > 0
     assert crossed(1, "sent", "input_gradient") == 0  # nothing learns below the only module
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_the_ledger_is_what_a_proxy_counts(cloud: CloudProcess, tiny_models: Path, tmp_path: Path, codec: str) -> None:
+    ledger = Ledger()
+    with CuttingProxy(cloud.port(_MODEL), record=True) as proxy:
+        where = f"grpc://127.0.0.1:{proxy.port}"
+        model = connect(where, model=tiny_models / _MODEL, peft_config=_CONFIG, token=TOKEN, codec=codec, ledger=ledger)
+        _trainer(model, tmp_path, KillRevive(Schedule("kill-revive", budget=1))).train()
+        model.close()
+        assert proxy.connections == 1
+        sent, received = message_sizes(proxy.sent), message_sizes(proxy.received)
+    totals = ledger.totals()
+    assert sum(sent) == sum(totals["sent"].values())
+    assert sum(received) == sum(totals["received"].values())
+    assert totals["sent"].keys() == {
+        "embedding", "site_output", "final_gradient", "input_gradient", "norms", "control",
+    }  # fmt: skip
 
 
 def test_a_warm_up_by_turns_has_few_active_at_once(join: Connect, tmp_path: Path) -> None:

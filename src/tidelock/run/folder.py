@@ -6,7 +6,7 @@
     checkpoints/    what --resume goes on from
     metrics.jsonl   one line each time something was measured
     schedule.jsonl  one line for each period of the schedule: scores, what was killed and revived
-    ledger.json     the bytes that crossed, by kind
+    ledger.json     the bytes that crossed, by kind, in all and by epoch
 
 May import `run.config`, `wire.ledger`, errors and small libraries.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from tidelock.errors import CheckpointError, ConfigError, StorageError
 from tidelock.run.config import RunConfig
+from tidelock.wire.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -132,22 +134,25 @@ class RunFolder:
         for path in set(self.checkpoints.glob("checkpoint-*")) - set(kept):
             self.discard(path)
 
-    def write_ledger(self, totals: Mapping[str, Any]) -> None:
-        """Write the ledger's totals.
+    def write_ledger(self, ledger: Ledger) -> None:
+        """Write what has crossed until now.
 
         Raises:
             StorageError: The file system refused.
         """
+        totals = {**ledger.totals(), "epochs": ledger.epochs()}
         self._write(self._ledger, json.dumps(totals, indent=2, sort_keys=True) + "\n")
 
-    def read_ledger(self) -> dict[str, dict[str, int]]:
-        """Return the largest totals that were written: the ledger, or a line of metrics since; empty without any."""
-        ledger = self._ledger.read_text(encoding="utf-8") if self._ledger.is_file() else "{}"
-        found = [
-            json.loads(ledger) if _is_json(ledger) else {},
-            *(row.get("bytes", {}) for row in read_rows(self.metrics)),
-        ]
-        return max(found, key=lambda totals: sum(sum(sizes.values()) for sizes in totals.values()))
+    def read_ledger(self) -> Ledger:
+        """Return what had crossed: as the ledger says, or a line of metrics that was written after it."""
+        text = self._ledger.read_text(encoding="utf-8") if self._ledger.is_file() else "{}"
+        ledger = Ledger()
+        ledger.add(json.loads(text).get("epochs", []) if _is_json(text) else [])
+        rows = [row for row in read_rows(self.metrics) if "bytes" in row]
+        newest = max(rows, key=lambda row: _sum(row["bytes"]), default=None)
+        if newest is not None and _sum(newest["bytes"]) > _sum(ledger.totals()):
+            ledger.add([{"epoch": math.ceil(newest.get("epoch", 0)), **_excess(newest["bytes"], ledger.totals())}])
+        return ledger
 
     def keep_until(self, step: int) -> None:
         """Drop the lines of steps that will be done again, and the summary of a part of the run, which will come again.
@@ -206,6 +211,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a JSON Lines file that are whole; none when it is not there."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if _is_json(line)]
+
+
+def _sum(totals: Mapping[str, Mapping[str, int]]) -> int:
+    return sum(sum(sizes.values()) for sizes in totals.values())
+
+
+def _excess(more: Mapping[str, Mapping[str, int]], less: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """Return what a ledger's totals have that its earlier ones had not."""
+    return {way: {kind: size - less[way].get(kind, 0) for kind, size in sizes.items()} for way, sizes in more.items()}
 
 
 def storage_error(doing: str, error: Exception, path: Path) -> StorageError:

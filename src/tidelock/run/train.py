@@ -97,7 +97,7 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
         rows, eval_rows = _encode(config, model)
         observer.say(f"Data: {len(rows)} examples to learn from, {len(eval_rows)} to measure on.")
         if resume:
-            ledger.add(folder.read_ledger())
+            ledger.add(folder.read_ledger().epochs())
             folder.keep_until(0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
             observer.say(f"Going on from {checkpoint or 'the beginning: there is no whole checkpoint yet'}.")
         else:
@@ -145,7 +145,7 @@ def _finish(  # noqa: PLR0913  (what a run is made of)
             # A killed module has learned all the same.
             model.bank.activate(model.bank.targets)
             trainer.evaluate(metric_key_prefix=_ALL_MODULES_LOSS.removesuffix("_loss"))
-    folder.write_ledger(ledger.totals())
+    folder.write_ledger(ledger)
     return TrainResult(
         adapter=folder.adapter,
         adapter_all=folder.adapter_all if has_killed else None,

@@ -6,6 +6,7 @@ May import everything below `run`, and `run.folder`.
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import threading
@@ -120,6 +121,13 @@ class Journal(TrainerCallback):
         """Tell how many steps there are."""
         self.observer.start(state.max_steps, state.global_step)
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Have the ledger count a new epoch, or go on with the one in which a checkpoint was."""
+        # Trainer's epoch is a sum of fractions.
+        self._ledger.begin_epoch(math.floor((state.epoch or 0.0) + 1e-6) + 1)
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -182,7 +190,7 @@ class Journal(TrainerCallback):
 
     def write_ledger(self) -> None:
         """Write what has crossed until now."""
-        self._folder.write_ledger(self._ledger.totals())
+        self._folder.write_ledger(self._ledger)
 
     def restore_random_state(self) -> None:
         """Undo the random draws of a step that was not finished."""

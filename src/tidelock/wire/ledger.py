@@ -9,9 +9,12 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from enum import Enum
-from typing import final
+from typing import TYPE_CHECKING, Any, final
 
 from tidelock.wire.distortion import Distortion
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 
 class Kind(str, Enum):
@@ -29,9 +32,12 @@ class Kind(str, Enum):
     MODEL = "model"
 
 
+_DIRECTIONS = ("sent", "received")
+
+
 @final
 class Ledger:
-    """Counts bytes by kind and direction; safe to use from several threads.
+    """Counts bytes by kind, direction and epoch; safe to use from several threads.
 
     Attributes:
         distortion: What the codecs took from the tensors that left.
@@ -40,30 +46,46 @@ class Ledger:
     def __init__(self) -> None:
         self.distortion = Distortion()
         self._lock = threading.Lock()
-        self._sent: Counter[Kind] = Counter()
-        self._received: Counter[Kind] = Counter()
+        self._epoch = 0
+        self._crossed: Counter[tuple[int, str, Kind]] = Counter()
+
+    def begin_epoch(self, number: int) -> None:
+        """Count what crosses from now on as of this epoch; until the first call it is of epoch 0, before training."""
+        with self._lock:
+            self._epoch = number
 
     def sent(self, kind: Kind, size_bytes: int) -> None:
         """Count a message that left the device."""
         with self._lock:
-            self._sent[kind] += size_bytes
+            self._crossed[self._epoch, "sent", kind] += size_bytes
 
     def received(self, kind: Kind, size_bytes: int) -> None:
         """Count a message that came to the device."""
         with self._lock:
-            self._received[kind] += size_bytes
+            self._crossed[self._epoch, "received", kind] += size_bytes
 
     def totals(self) -> dict[str, dict[str, int]]:
         """Return `{"sent": {kind: bytes}, "received": {kind: bytes}}`, kinds that crossed only."""
         with self._lock:
-            return {
-                "sent": {kind.value: self._sent[kind] for kind in Kind if self._sent[kind]},
-                "received": {kind.value: self._received[kind] for kind in Kind if self._received[kind]},
-            }
+            return self._sums(None)
 
-    def add(self, totals: dict[str, dict[str, int]]) -> None:
-        """Count what an earlier part of the same run had counted; see `totals`."""
+    def epochs(self) -> list[dict[str, Any]]:
+        """Return the totals of each epoch in which anything crossed, each with its number as `epoch`."""
         with self._lock:
-            for counter, direction in ((self._sent, "sent"), (self._received, "received")):
-                for kind, size_bytes in totals.get(direction, {}).items():
-                    counter[Kind(kind)] += size_bytes
+            numbers = sorted({epoch for epoch, _, _ in self._crossed})
+            return [{"epoch": number, **self._sums(number)} for number in numbers]
+
+    def add(self, epochs: Iterable[Mapping[str, Any]]) -> None:
+        """Count what an earlier part of the same run had counted; see `epochs`."""
+        with self._lock:
+            for row in epochs:
+                for direction in _DIRECTIONS:
+                    for kind, size_bytes in row.get(direction, {}).items():
+                        self._crossed[row["epoch"], direction, Kind(kind)] += size_bytes
+
+    def _sums(self, number: int | None) -> dict[str, dict[str, int]]:
+        sums: Counter[tuple[str, Kind]] = Counter()
+        for (epoch, direction, kind), size_bytes in self._crossed.items():
+            if number in {None, epoch}:
+                sums[direction, kind] += size_bytes
+        return {way: {kind.value: sums[way, kind] for kind in Kind if sums[way, kind]} for way in _DIRECTIONS}

@@ -13,6 +13,7 @@ from tests.support.run_folder import new_run_folder
 from tidelock.errors import CheckpointError, ConfigError, StorageError
 from tidelock.run.config import RunConfig
 from tidelock.run.folder import RunFolder, read_rows, storage_error
+from tidelock.wire.ledger import Kind, Ledger
 
 
 @pytest.fixture
@@ -119,29 +120,41 @@ def test_without_metrics_there_are_none_to_keep(folder: RunFolder) -> None:
     assert folder.metrics.read_text() == ""
 
 
+def a_ledger(*sizes: int) -> Ledger:
+    """Return a ledger with embeddings of these sizes, one an epoch."""
+    ledger = Ledger()
+    for epoch, size_bytes in enumerate(sizes, start=1):
+        ledger.begin_epoch(epoch)
+        ledger.sent(Kind.EMBEDDING, size_bytes)
+    return ledger
+
+
 def test_the_ledger_is_what_was_written_last(folder: RunFolder) -> None:
-    assert folder.read_ledger() == {}
-    folder.write_ledger({"sent": {"embedding": 5}, "received": {}})
-    assert folder.read_ledger() == {"sent": {"embedding": 5}, "received": {}}
+    assert folder.read_ledger().epochs() == []
+    folder.write_ledger(a_ledger(2, 3))
+    assert folder.read_ledger().epochs() == a_ledger(2, 3).epochs()
+    assert json.loads((folder.path / "ledger.json").read_text())["sent"] == {"embedding": 5}
     # A line of metrics that came after it, before the process was killed.
-    folder.append_metrics({"step": 7, "bytes": {"sent": {"embedding": 6}, "received": {"control": 1}}})
-    assert folder.read_ledger()["sent"] == {"embedding": 6}
-    folder.write_ledger({"sent": {"embedding": 8}, "received": {}})
-    assert folder.read_ledger()["sent"] == {"embedding": 8}
+    folder.append_metrics({"step": 7, "epoch": 2.5, "bytes": {"sent": {"embedding": 6}, "received": {"control": 1}}})
+    expected = a_ledger(2, 3, 1)
+    expected.received(Kind.CONTROL, 1)
+    assert folder.read_ledger().epochs() == expected.epochs()
+    folder.write_ledger(a_ledger(8))
+    assert folder.read_ledger().epochs() == a_ledger(8).epochs()
     (folder.path / "ledger.json").write_text('{"sent": {"embe')
-    assert folder.read_ledger()["sent"] == {"embedding": 6}
+    assert folder.read_ledger().totals() == {"sent": {"embedding": 6}, "received": {"control": 1}}
 
 
 def test_a_refusing_disk_is_a_storage_error(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder.write_ledger({"sent": {"embedding": 5}})
+    folder.write_ledger(a_ledger(5))
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(StorageError, match=r"^Writing metrics.jsonl: .*No space left on device .*Make room"):
         folder.append_metrics({"step": 1})
     monkeypatch.undo()
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(StorageError, match=r"Writing ledger\.json: .*No space left on device"):
-        folder.write_ledger({"sent": {"embedding": 6}})
-    assert folder.read_ledger() == {"sent": {"embedding": 5}}
+        folder.write_ledger(a_ledger(6))
+    assert folder.read_ledger().totals()["sent"] == {"embedding": 5}
 
 
 def test_a_refusal_says_what_the_system_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from tests.unit.run.conftest import Notes
 from tidelock.errors import ConfigError, DataError
 from tidelock.run.folder import RunFolder
 from tidelock.run.train import load_tokenizer, open_model, train
-from tidelock.wire.ledger import Ledger
+from tidelock.wire.ledger import Kind, Ledger
 
 
 def metrics(config) -> list[dict[str, float]]:
@@ -93,7 +93,9 @@ def test_resuming_a_run_that_has_no_checkpoint_begins_again(make_config, notes: 
     config = make_config()
     folder = new_run_folder(config)
     folder.append_metrics({"step": 1, "loss": 99.0})
-    folder.write_ledger({"sent": {"embedding": 7}, "received": {}})
+    earlier = Ledger()
+    earlier.sent(Kind.EMBEDDING, 7)
+    folder.write_ledger(earlier)
     result = train(config, notes, resume=True)
     assert "Going on from the beginning: there is no whole checkpoint yet." in notes.said
     assert [row["step"] for row in metrics(config) if "loss" in row] == [1, 2, 3, 4]

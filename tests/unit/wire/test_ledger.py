@@ -35,14 +35,32 @@ def test_no_count_is_lost_between_threads():
     assert ledger.totals() == {"sent": {"site_output": 4000}, "received": {"site_input": 8000}}
 
 
+def test_epochs_are_apart():
+    ledger = Ledger()
+    ledger.received(Kind.CONTROL, 1)
+    for epoch, size_bytes in ((1, 10), (2, 20), (2, 5)):
+        ledger.begin_epoch(epoch)
+        ledger.sent(Kind.EMBEDDING, size_bytes)
+    ledger.received(Kind.SITE_INPUT, 7)
+    assert ledger.epochs() == [
+        {"epoch": 0, "sent": {}, "received": {"control": 1}},
+        {"epoch": 1, "sent": {"embedding": 10}, "received": {}},
+        {"epoch": 2, "sent": {"embedding": 25}, "received": {"site_input": 7}},
+    ]
+    assert ledger.totals() == {"sent": {"embedding": 35}, "received": {"site_input": 7, "control": 1}}
+
+
 def test_an_earlier_part_of_a_run_is_added():
     ledger = Ledger()
+    ledger.begin_epoch(2)
     ledger.sent(Kind.EMBEDDING, 1)
-    ledger.add({"sent": {"embedding": 10}, "received": {"model": 20}})
-    ledger.add({"sent": {"control": 5}})
-    assert ledger.totals() == {"sent": {"embedding": 11, "control": 5}, "received": {"model": 20}}
+    ledger.add([{"epoch": 2, "sent": {"embedding": 10}, "received": {"model": 20}}, {"epoch": 1, "sent": {"norms": 5}}])
+    assert ledger.epochs() == [
+        {"epoch": 1, "sent": {"norms": 5}, "received": {}},
+        {"epoch": 2, "sent": {"embedding": 11}, "received": {"model": 20}},
+    ]
 
 
 def test_an_unknown_kind_of_an_earlier_part_is_not_counted_as_another():
     with pytest.raises(ValueError, match="gossip"):
-        Ledger().add({"sent": {"gossip": 1}})
+        Ledger().add([{"epoch": 1, "sent": {"gossip": 1}}])
