@@ -1,6 +1,6 @@
 """A device's connection to one cloud: what the cloud holds, and its public files.
 
-May import `wire`, errors and libraries.
+May import `backbone`, `wire`, errors and libraries.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, final
 
 import grpc
 
+from tidelock.backbone.pass_times import PassTimes
 from tidelock.errors import StorageError, WireError
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire import tidelock_pb2_grpc as pb_grpc
@@ -46,7 +47,7 @@ class Connection:
 
     Attributes:
         description: What the cloud holds.
-        cloud_seconds: Seconds in which the cloud computed for this device's training passes.
+        times: Where the time of this device's training passes goes.
 
     Raises:
         CloudUnreachable: Nobody answers.
@@ -68,7 +69,7 @@ class Connection:
         self.egress = egress
         self.codecs = codecs or Codecs()
         self.patience_seconds = patience_seconds
-        self.cloud_seconds = 0.0
+        self.times = PassTimes()
         self._channel = open_channel(address, credentials)
         self.stub = pb_grpc.BackboneStub(self._channel)
         # As the stub's Pass, but with messages as bytes: see wire.stream.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, final
 
 from transformers import DynamicCache
 
+from tidelock.backbone.pass_times import TimeSplit
 from tidelock.model.walk import Walk
 from tidelock.schedule.decide import decide
 
@@ -71,6 +72,10 @@ class LocalBackbone:
     def geometry(self) -> Geometry:
         """The shape of the model."""
         return self._cut.geometry
+
+    def take_times(self) -> TimeSplit:
+        """Nothing is waited for: all is this process's own computing."""
+        return TimeSplit()
 
     @property
     def max_active(self) -> None:

@@ -1,6 +1,6 @@
 """What the device asks of whatever runs the frozen blocks, wherever that is.
 
-May import `model`, `schedule` and libraries.
+May import `backbone`, `model`, `schedule` and libraries.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tidelock.backbone.pass_times import TimeSplit
     from tidelock.model.geometry import Geometry
     from tidelock.model.walk import Batch, Sites
     from tidelock.schedule.schedule import Decision, Schedule, ScoreTable
@@ -74,6 +75,10 @@ class Backbone(Protocol):
 
     def decide(self, schedule: Schedule, table: ScoreTable) -> Decision:
         """Return which modules are active in the period after the one that ended, as the scheduler there decides."""
+        ...
+
+    def take_times(self) -> TimeSplit:
+        """Return what training passes have waited for since the last call, in seconds on the clock."""
         ...
 
     def forward(self, batch: Batch, sites: AttemptSites) -> Pass:

@@ -11,6 +11,7 @@ May import `backbone`, `wire`, `model`, `schedule`, errors and libraries.
 from __future__ import annotations
 
 import queue
+import time
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import grpc
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tidelock.backbone.connection import Connection
+    from tidelock.backbone.pass_times import TimeSplit
     from tidelock.backbone.protocol import AttemptSites
     from tidelock.model.geometry import Geometry
     from tidelock.model.walk import Batch, Sites
@@ -45,6 +47,7 @@ class _Stream:
 
     def __init__(self, connection: Connection, *, may_wait: bool) -> None:
         self._connection = connection
+        self._blocked_seconds = 0.0
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         metadata = (*connection.credentials.metadata(), *(() if may_wait else (NO_WAITING,)))
         self._call: Any = connection.open_pass(iter(self._outbox.get, None), metadata=metadata, timeout=PASS_SECONDS)
@@ -60,16 +63,20 @@ class _Stream:
             reader.add(self._next(kind, kind.value))
         return reader.tensor()
 
-    def receive_done(self) -> pb.Done:
+    def receive_done(self) -> None:
+        """End a training pass, and count what it has waited for."""
         done: pb.Done = self._next(Kind.CONTROL, "done")
-        return done
+        wire = max(0.0, self._blocked_seconds - done.compute_seconds - done.waiting_seconds)
+        self._connection.times.add(cloud=done.compute_seconds, waiting=done.waiting_seconds, wire=wire)
 
     def close(self) -> None:
         self._outbox.put(None)
         self._call.cancel()
 
     def _next(self, kind: Kind, field: str) -> Any:  # noqa: ANN401  (a part, or the message that the field holds)
+        began = time.perf_counter()
         frame: bytes | None = next(self._call, None)
+        self._blocked_seconds += time.perf_counter() - began
         if frame is None:
             msg = "The cloud ended a pass before it was complete."
             raise CloudUnreachable(msg)
@@ -130,7 +137,7 @@ class _Attempts:
             grad_ND = self.sites.backward(block, grad_NW, need_input=block != lowest)
             if grad_ND is not None:
                 stream.send(egress.tensor(Kind.INPUT_GRADIENT, grad_ND, codec, block=block, pass_seed=seed))
-        self.connection.cloud_seconds += stream.receive_done().compute_seconds
+        stream.receive_done()
         self.close()
 
     def extend(self, embeddings_BE: Tensor) -> Tensor:
@@ -151,19 +158,22 @@ class _Attempts:
     def persist(self, action: Callable[[], _T]) -> _T:
         """Return what an action returns, repeated while the cloud is away and the device has patience."""
         patience = Patience(self.connection.patience_seconds)
-        passes, alone = self._backbone.open_passes, False
+        passes, alone, times = self._backbone.open_passes, False, self.connection.times
         while True:
+            began = time.perf_counter()
             try:
-                with passes.alone(self) if alone else passes.running(self) as holds:
+                with times.running(), passes.alone(self) if alone else passes.running(self) as holds:
                     self._may_wait = not holds
                     return action()
-            except (grpc.RpcError, CloudUnreachable) as error:  # noqa: PERF203  (a retry)
+            except (grpc.RpcError, CloudUnreachable) as error:
                 self.close()
                 ours = self.connection.explain(error) if isinstance(error, grpc.RpcError) else error
                 if isinstance(ours, CloudBusy) and not alone:
                     alone = True
                     continue
-                patience.wait(ours, error)
+                with times.running():
+                    patience.wait(ours, error)
+                times.add(waiting=time.perf_counter() - began)
             except BaseException:
                 # Nobody will go on with this stream: the cloud must not keep its half until the deadline.
                 self.close()
@@ -263,6 +273,10 @@ class RemoteBackbone:
     def geometry(self) -> Geometry:
         """The shape of the model."""
         return self._geometry
+
+    def take_times(self) -> TimeSplit:
+        """Return what training passes have waited for since the last call."""
+        return self.connection.times.take()
 
     @property
     def max_active(self) -> int | None:

@@ -30,7 +30,6 @@ from tidelock.wire.stream import read_message, write_part
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tidelock.cloud.turns import ComputeQueue
     from tidelock.model.cut import CutModel
     from tidelock.model.geometry import Geometry
 
@@ -220,14 +219,20 @@ class StreamSites:
             return self._line.tensor("input_gradient", shape, codec, block=block)
 
 
-def run_pass(cut: CutModel, order: PassOrder, line: Line, compute: ComputeQueue) -> float:
-    """Run one pass to its end; return the seconds that it computed.
+def run_pass(cut: CutModel, order: PassOrder, line: Line, turn: Turn) -> None:
+    """Run one pass to its end.
+
+    Args:
+        cut: The model.
+        order: What the device has asked for.
+        line: The stream.
+        turn: Its use of the compute queue.
 
     Raises:
         WireError: The device broke the protocol.
         PassAbandoned: The device closed the stream.
     """
-    geometry, turn = cut.geometry, Turn(compute)
+    geometry = cut.geometry
     shape = (order.rows.num_tokens, geometry.embedding_width)
     embeddings_NE = line.tensor("embedding", shape, order.activation_codec)
     batch = Batch(
@@ -244,8 +249,7 @@ def run_pass(cut: CutModel, order: PassOrder, line: Line, compute: ComputeQueue)
         grad_MD = line.tensor("final_gradient", tuple(final_MD.shape), order.gradient_codec)
         with turn.computing():
             walk.backward(grad_MD)
-        line.send_done(pb.Done(compute_seconds=turn.seconds))
-    return turn.seconds
+        line.send_done(pb.Done(compute_seconds=turn.seconds, waiting_seconds=turn.waited_seconds))
 
 
 def _generate(walk: Walk, cache: DynamicCache, order: PassOrder, line: Line, turn: Turn, geometry: Geometry) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, final
@@ -17,7 +18,7 @@ import grpc
 from tidelock.cloud.engine import Line, PassAbandoned, PassOrder, read_open, run_pass
 from tidelock.cloud.memory import NO_PLACE, MemoryBudget, measure_cost
 from tidelock.cloud.scheduler import answer
-from tidelock.cloud.turns import ComputeQueue
+from tidelock.cloud.turns import ComputeQueue, Turn
 from tidelock.errors import (
     CloudBusy,
     ConfigError,
@@ -174,14 +175,21 @@ class BackboneService(pb_grpc.BackboneServicer):
             self._passes = {running for running in self._passes if not running.done()}
             if not may_wait and len(self._passes) >= self._limits.max_sessions:
                 return None
-            running = self._engines.submit(self._run, line, outbox, tenant, may_wait=may_wait)
+            running = self._engines.submit(self._run, line, outbox, tenant, time.perf_counter(), may_wait=may_wait)
             self._passes.add(running)
         return running
 
     def _run(
-        self, line: Line, outbox: queue.SimpleQueue[bytes | TidelockError | None], tenant: str, *, may_wait: bool
+        self,
+        line: Line,
+        outbox: queue.SimpleQueue[bytes | TidelockError | None],
+        tenant: str,
+        asked: float,
+        *,
+        may_wait: bool,
     ) -> None:
-        """Run a pass in an engine thread; whatever happens, the outbox is closed."""
+        """Run a pass in an engine thread, asked for at that time; whatever happens, the outbox is closed."""
+        turn = Turn(self._compute, time.perf_counter() - asked)
         try:
             message = line.open()
             self._check_identity("Opening a pass", message)
@@ -190,11 +198,13 @@ class BackboneService(pb_grpc.BackboneServicer):
             rows = order.rows
             size_bytes = self._cost.bytes_for(len(rows.lengths), rows.width) if order.training else 0
             self._check_memory(size_bytes)
+            asked = time.perf_counter()
             with self._memory.reserve(size_bytes, may_wait=may_wait):
-                seconds = run_pass(self._cut, order, line, self._compute)
-            logger.debug("Pass of %s: %d tokens, %.3f s computing.", tenant, rows.num_tokens, seconds)
+                turn.waited_seconds += time.perf_counter() - asked
+                run_pass(self._cut, order, line, turn)
+            logger.debug("Pass of %s: %d tokens, %.3f s computing.", tenant, rows.num_tokens, turn.seconds)
             if self._metrics is not None:
-                self._metrics.count_pass(tenant, rows.num_tokens, seconds)
+                self._metrics.count_pass(tenant, rows.num_tokens, turn.seconds)
         except PassAbandoned:
             logger.debug("Pass of %s: the device left.", tenant)
         except CloudBusy as error:

@@ -54,11 +54,17 @@ class ComputeQueue:
 class Turn:
     """One pass's use of the compute queue.
 
+    Args:
+        line: The queue.
+        waited_seconds: How long the pass has waited for other things before.
+
     Attributes:
         seconds: How long it has computed.
+        waited_seconds: How long it has waited in all.
     """
 
-    def __init__(self, line: ComputeQueue) -> None:
+    def __init__(self, line: ComputeQueue, waited_seconds: float = 0.0) -> None:
+        self.waited_seconds = waited_seconds
         self._line = line
         self._ticket: object | None = None
         self._since = 0.0
@@ -89,8 +95,10 @@ class Turn:
                 pass
 
     def _take(self) -> None:
+        asked = time.perf_counter()
         self._ticket = self._line.enter()
         self._since = time.perf_counter()
+        self.waited_seconds += self._since - asked
 
     def _give(self) -> None:
         self.seconds += time.perf_counter() - self._since

@@ -10,7 +10,9 @@ import math
 import random
 import signal
 import threading
+import time
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, final
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
+    from tidelock.backbone.protocol import Backbone
     from tidelock.device.kill_revive import KillRevive, PeriodReport
     from tidelock.wire.ledger import Ledger
 
@@ -91,6 +94,31 @@ class StopFlag:
 
 
 @final
+class StepClock:
+    """Adds up where the time of optimizer steps goes; what lies between them, evaluations above all, is left out."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._seconds: dict[str, float] = {}
+
+    def begin(self, backbone: Backbone) -> None:
+        """Begin a step."""
+        backbone.take_times()  # of passes that belong to no step
+        self._began = time.perf_counter()
+
+    def end(self, backbone: Backbone) -> None:
+        """End it."""
+        seconds, split = time.perf_counter() - self._began, asdict(backbone.take_times())
+        for name, value in {"device": max(0.0, seconds - sum(split.values())), **split}.items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + value
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds of the steps since the last call, by what they went to: device, cloud, waiting, wire."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+
+@final
 class Journal(TrainerCallback):
     """Writes metrics and ledger, tells the observer, and stops when asked to.
 
@@ -112,6 +140,7 @@ class Journal(TrainerCallback):
         self.observer = observer
         self._stop = stop
         self._last_loss: float | None = None
+        self._clock = StepClock()
         self.random_state: dict[str, Any] | None = None
         self.between_steps = True
 
@@ -128,6 +157,12 @@ class Journal(TrainerCallback):
         # Trainer's epoch is a sum of fractions.
         self._ledger.begin_epoch(math.floor((state.epoch or 0.0) + 1e-6) + 1)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin to measure where the step's time goes."""
+        self._clock.begin(kwargs["model"].backbone)
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -137,6 +172,7 @@ class Journal(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the random state that a resumed run must begin with; stop if asked to."""
         self.between_steps = True
+        self._clock.end(kwargs["model"].backbone)
         self.random_state = {
             "python": random.getstate(),
             "numpy": np.random.get_state(),
@@ -158,10 +194,12 @@ class Journal(TrainerCallback):
     ) -> None:
         """Write a line of metrics."""
         numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        row: dict[str, Any] = {"step": state.global_step, **numbers, "bytes": self._ledger.totals()}
         if "loss" in numbers:
             self._last_loss = numbers["loss"]
             self.observer.step(state.global_step, self._last_loss)
-        self._folder.append_metrics({"step": state.global_step, **numbers, "bytes": self._ledger.totals()})
+            row["seconds"] = self._clock.take()
+        self._folder.append_metrics(row)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the ledger as it is at this checkpoint."""

@@ -216,7 +216,9 @@ class CloudMessage(_message.Message):
     def __init__(self, site_input: _Optional[_Union[TensorPart, _Mapping]] = ..., final_state: _Optional[_Union[TensorPart, _Mapping]] = ..., site_gradient: _Optional[_Union[TensorPart, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ...) -> None: ...
 
 class Done(_message.Message):
-    __slots__ = ("compute_seconds",)
+    __slots__ = ("compute_seconds", "waiting_seconds")
     COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_SECONDS_FIELD_NUMBER: _ClassVar[int]
     compute_seconds: float
-    def __init__(self, compute_seconds: _Optional[float] = ...) -> None: ...
+    waiting_seconds: float
+    def __init__(self, compute_seconds: _Optional[float] = ..., waiting_seconds: _Optional[float] = ...) -> None: ...

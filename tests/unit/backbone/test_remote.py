@@ -16,6 +16,7 @@ from tests.unit.hand_device import BLOCKS, PROJECTIONS, SITE_WIDTH, TOKEN, WIDTH
 from tidelock.backbone import patience
 from tidelock.backbone.connection import Connection
 from tidelock.backbone.local import LocalBackbone
+from tidelock.backbone.pass_times import TimeSplit
 from tidelock.backbone.remote import RemoteBackbone
 from tidelock.cloud.service import Limits, add_service
 from tidelock.errors import (
@@ -198,7 +199,11 @@ def test_a_pass_in_the_cloud_is_the_pass_here(flaky, connect, reference):
     backbone = connect(flaky)
     assert equal(step(backbone, LinearSites()), reference)
     assert set(reference[1]) == {0, 2}
-    assert backbone.connection.cloud_seconds > 0
+    split = backbone.take_times()
+    assert split.cloud > 0
+    assert split.wire > 0
+    assert split.waiting >= 0
+    assert backbone.take_times() == TimeSplit()
     assert backbone.geometry.num_blocks == BLOCKS
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tidelock.run.train import load_tokenizer, open_model, train
 from tidelock.wire.ledger import Kind, Ledger
 
 
-def metrics(config) -> list[dict[str, float]]:
+def metrics(config) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -149,3 +150,15 @@ def test_an_adapter_is_continued_from_where_it_was(make_config, notes: Notes) ->
     assert isinstance(model.peft_config, LoraConfig)
     assert model.peft_config.r == 3
     assert any(bool(parameter.any()) for name, parameter in model.named_parameters() if "lora_B" in name)
+
+
+def test_metrics_say_where_the_time_of_steps_went(make_config, notes: Notes) -> None:
+    config = make_config()
+    train(config, notes)
+    rows = [row["seconds"] for row in metrics(config) if "loss" in row]
+    assert len(rows) == 4
+    for row in rows:
+        assert row.keys() == {"device", "cloud", "waiting", "wire"}
+        # All is this process's own computing.
+        assert row["device"] > 0
+        assert row["cloud"] == row["waiting"] == row["wire"] == 0

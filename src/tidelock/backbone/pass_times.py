@@ -1,0 +1,79 @@
+"""Where the time of training passes goes: the cloud, waiting in it, the wire, and the rest, which is the device's.
+
+May import libraries.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TimeSplit:
+    """Seconds in which training passes waited for something else than this device.
+
+    Attributes:
+        cloud: For the cloud's computing.
+        waiting: In the cloud, for a place, for memory or for a turn; or for a cloud that was away.
+        wire: For bytes to cross, encoding and decoding in the cloud included.
+    """
+
+    cloud: float = 0.0
+    waiting: float = 0.0
+    wire: float = 0.0
+
+
+@final
+class PassTimes:
+    """Adds up the times of passes, several of which may run at once; safe to use from several threads.
+
+    Two passes that wait at once wait only once on the clock. So their sums are scaled down to the time in which any
+    pass ran: with two in flight all the time, to half.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = 0
+        self._since = 0.0
+        self._inside = 0.0  # on the clock, with any pass running
+        self._alone = 0.0  # the sum over passes
+        self._split = TimeSplit()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run a part of a pass inside."""
+        began = time.perf_counter()
+        with self._lock:
+            if not self._running:
+                self._since = began
+            self._running += 1
+        try:
+            yield
+        finally:
+            now = time.perf_counter()
+            with self._lock:
+                self._running -= 1
+                self._alone += now - began
+                if not self._running:
+                    self._inside += now - self._since
+
+    def add(self, *, cloud: float = 0.0, waiting: float = 0.0, wire: float = 0.0) -> None:
+        """Count what a pass waited for."""
+        with self._lock:
+            before = self._split
+            self._split = TimeSplit(before.cloud + cloud, before.waiting + waiting, before.wire + wire)
+
+    def take(self) -> TimeSplit:
+        """Return what was counted since the last call, as seconds on the clock."""
+        with self._lock:
+            split, scale = self._split, self._inside / self._alone if self._alone else 0.0
+            self._split, self._inside, self._alone = TimeSplit(), 0.0, 0.0
+            return TimeSplit(split.cloud * scale, split.waiting * scale, split.wire * scale)
