@@ -242,7 +242,7 @@ def _run(variant: Variant, seed: int, task: Task, cloud: LoopbackCloud, options:
             loss = trainer.train().training_loss
         BankPass.forward, BankPass.backward = before  # type: ignore[method-assign]
         active = task.measure(model)
-        model.bank.activate(model.bank.targets)
+        model.bank.activate(model.bank.numbers)
         every = task.measure(model) if variant.schedule.changes else active
         return {
             **active,

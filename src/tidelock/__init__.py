@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from tidelock.device.kill_revive import KillRevive
     from tidelock.device.model import DeviceModel
     from tidelock.errors import TidelockError
+    from tidelock.peft.adapter import AdapterConfig
+    from tidelock.peft.attach import attach_adapter
     from tidelock.run.connect import connect
     from tidelock.schedule.schedule import Schedule
     from tidelock.wire.channel import Credentials
     from tidelock.wire.ledger import Ledger
 
 __all__ = [
+    "AdapterConfig",
     "Credentials",
     "DeviceModel",
     "GenerationSettings",
@@ -26,10 +29,12 @@ __all__ = [
     "Ledger",
     "Schedule",
     "TidelockError",
+    "attach_adapter",
     "connect",
 ]
 
 _HOMES = {
+    "AdapterConfig": "tidelock.peft.adapter",
     "Credentials": "tidelock.wire.channel",
     "DeviceModel": "tidelock.device.model",
     "GenerationSettings": "tidelock.device.generate",
@@ -37,6 +42,7 @@ _HOMES = {
     "Ledger": "tidelock.wire.ledger",
     "Schedule": "tidelock.schedule.schedule",
     "TidelockError": "tidelock.errors",
+    "attach_adapter": "tidelock.peft.attach",
     "connect": "tidelock.run.connect",
 }
 

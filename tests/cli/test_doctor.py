@@ -29,14 +29,14 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str], model: str) -> N
     assert values["faults"] == []
     assert values["torch_devices"]["cpu"]["threads"] >= 1
     assert values["model"]["type"] == "gpt2"
-    assert len(values["sites"]) == 4
+    assert len(values["sites"]) == 3 * 4
 
 
 def test_sites_on_request(capsys: pytest.CaptureFixture[str], model: str) -> None:
     assert run(["doctor", "--model", model]) == 0
-    assert "4, blocks.0.attn to blocks.3.attn, each with c_attn (96)" in capsys.readouterr().out
+    assert "4, one a block, each with c_attn (96)" in capsys.readouterr().out
     assert run(["doctor", "--model", model, "--sites"]) == 0
-    assert "blocks.3.attn  reads 32: transformer.h.3.attn.c_attn (96)" in capsys.readouterr().out
+    assert "reads 32, adds to transformer.h.3.attn.c_attn (96)" in capsys.readouterr().out
 
 
 def test_faults_are_listed_and_the_first_decides(

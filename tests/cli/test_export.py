@@ -27,7 +27,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LoraConfig(r=2, target_modules=["q_proj"])
     geometry = geometry_of(empty_model(read_config(model)))
     bank = Bank(config, geometry)
-    modules = {block: bank.module(block) for block in bank.targets}
+    modules = {site: bank.at(site) for site in bank.targets}
     save_adapter(modules, config, geometry, made.adapter, base_model=str(model))
     return folder / "run"
 
@@ -42,7 +42,9 @@ def test_peft_says_how_to_load_it(finished: Path, tmp_path: Path, capsys: pytest
     shown = capsys.readouterr().out
     assert shown.startswith("Wrote 2 files, ")
     assert f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL), "{out}")' in shown
-    assert load_adapter(out).config.r == 2
+    config = load_adapter(out).config
+    assert isinstance(config, LoraConfig)
+    assert config.r == 2
 
 
 def test_merged_with_json_is_one_object(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
 
 from tests.support.certs import Certificates, make_certificates
 from tests.support.cloud_process import TOKEN, CloudProcess, Service
 from tests.support.smollm2 import smollm2_folder
 from tests.support.tiny_models import ALL_MODELS, save_tiny_model
 from tidelock.device.model import DeviceModel
+from tidelock.peft.methods import MethodConfig
 from tidelock.run.connect import connect
 
 # Served over TLS as well as in the clear.
@@ -90,7 +90,7 @@ def join(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[Connect]
     """Return `join(name, config)`, the device's model of a tiny model, with blocks here and then in the cloud."""
     opened: list[DeviceModel] = []
 
-    def join(name: str, config: LoraConfig) -> DeviceModel:
+    def join(name: str, config: MethodConfig) -> DeviceModel:
         if request.param == "local":
             model = connect("local", model=tiny_models / name, peft_config=config)
         else:

@@ -24,6 +24,7 @@ from tests.support.parity import (
     relative_error,
     token_batch,
 )
+from tests.support.sites import attn
 from tests.support.tiny_models import ALL_MODELS, BLOCKS, REFUSED_MODELS, TINY_MODELS, UNVERIFIED_MODELS, VOCAB
 from tidelock.backbone.local import LocalBackbone
 from tidelock.device.generate import GenerationSettings
@@ -176,13 +177,13 @@ def test_targets_left_open_where_peft_has_none_are_all_projections(name: str, ti
     with pytest.raises(ValueError, match="target_modules"):
         plain_peft(tiny_models / name, config)
     device = connect("local", model=tiny_models / name, peft_config=config)
-    assert device.bank.targets == dict.fromkeys(range(BLOCKS), tuple(_targets(name)))
+    assert device.bank.targets == dict.fromkeys(map(attn, range(BLOCKS)), tuple(_targets(name)))
 
 
 def test_no_configuration_means_all_projections(tiny_models: Path):
     device = connect("local", model=tiny_models / "llama")
     oracle = joined_oracle(device, tiny_models / "llama", _config("llama", r=8, lora_alpha=8))
-    assert device.bank.targets == dict.fromkeys(range(BLOCKS), ("q_proj", "k_proj", "v_proj"))
+    assert device.bank.targets == dict.fromkeys(map(attn, range(BLOCKS)), ("q_proj", "k_proj", "v_proj"))
     assert_same_pass(device, oracle, token_batch("left"))
 
 

@@ -73,7 +73,7 @@ def test_a_budget_of_all_equals_full_bit_for_bit(join: Connect, tmp_path: Path) 
     plain, full, everything = _join(join), _join(join), _join(join)
     assert _train(plain, tmp_path / "plain", None) == []
     _train(full, tmp_path / "full", Schedule())
-    _train(everything, tmp_path / "all", Schedule("kill-revive", budget=len(everything.bank.targets)))
+    _train(everything, tmp_path / "all", Schedule("kill-revive", budget=len(everything.bank.numbers)))
     assert_bit_equal(adapter_of(full), adapter_of(plain))
     assert_bit_equal(adapter_of(everything), adapter_of(plain))
 
@@ -103,7 +103,7 @@ def test_a_killed_module_does_not_move(join: Connect, tmp_path: Path) -> None:
     def look(report: PeriodReport) -> None:
         weights = {
             block: torch.cat([p.detach().flatten().clone() for p in model.bank.module(block).parameters()])
-            for block in model.bank.targets
+            for block in model.bank.numbers
         }
         seen.append((report, weights))
 
@@ -111,7 +111,7 @@ def test_a_killed_module_does_not_move(join: Connect, tmp_path: Path) -> None:
     assert [len(report.decision.active) for report, _ in seen] == [1] * _EPOCHS
     assert any(report.decision.revived for report, _ in seen)
     for (report, before), (_, after) in itertools.pairwise(seen):
-        for block in model.bank.targets:
+        for block in model.bank.numbers:
             assert torch.equal(before[block], after[block]) == (block not in report.decision.active)
 
 
@@ -124,14 +124,14 @@ def test_moments_are_reset_or_kept(join: Connect, tmp_path: Path, moments: str) 
     def look(_report: PeriodReport) -> None:
         assert trainer.optimizer is not None
         state = trainer.optimizer.state
-        first = {block: next(model.bank.module(block).parameters()) for block in model.bank.targets}
+        first = {block: next(model.bank.module(block).parameters()) for block in model.bank.numbers}
         steps.append({block: float(state[p]["step"]) for block, p in first.items() if p in state})
 
     callback = KillRevive(Schedule("kill-revive", budget=1, moments=moments), look)
     trainer.add_callback(callback)
     callback.on_init_end(trainer.args, trainer.state, trainer.control, model=model)
     trainer.train()
-    everything = len(model.bank.targets)
+    everything = len(model.bank.numbers)
     assert len(steps[0]) == (1 if moments == "reset" else everything)
     # After the last period: those that were active in it counted its steps, from zero when reset.
     largest = max(steps[-1].values())
@@ -224,7 +224,7 @@ def test_the_adapter_holds_what_was_trained_together(join: Connect, tmp_path: Pa
     everything = load_file(tmp_path / "all" / "adapter_model.safetensors")
     (block,) = periods[-1].decision.active
     assert set(active) == {name for name in everything if f".{block}." in name}
-    assert len(everything) == len(active) * len(model.bank.targets)
+    assert len(everything) == len(active) * len(model.bank.numbers)
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_an_operator_limits_the_modules_that_are_active(cloud: CloudProcess, tin
         return model
 
     limited, here = join(cloud.url(f"{_MODEL}_limited")), join("local")
-    num_modules = len(limited.bank.targets)
+    num_modules = len(limited.bank.numbers)
     assert (limited.backbone.max_active, here.backbone.max_active, num_modules > 2) == (2, None, True)
     for schedule in (Schedule(), Schedule("kill-revive", budget=1, killed="frozen")):
         with pytest.raises(ConfigError, match="expected at most 2 modules to be asked in a pass"):

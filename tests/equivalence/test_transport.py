@@ -27,6 +27,7 @@ from tests.support.parity import (
     token_batch,
 )
 from tests.support.proxy import CuttingProxy
+from tests.support.sites import attn
 from tidelock.backbone.remote import RemoteBackbone
 from tidelock.device.bank import BankPass
 from tidelock.device.model import DeviceModel
@@ -179,8 +180,8 @@ def test_the_ledger_says_what_was_said_before(codecs: tuple[str, str], cloud: Cl
     geometry = model.ends.geometry
     widths = {
         "embedding": geometry.embedding_width,
-        "site_input": geometry.sites[0].width,
-        "site_output": geometry.sites[0].output_width(model.bank.targets[0]),
+        "site_input": geometry.sites[attn(0)].width,
+        "site_output": geometry.sites[attn(0)].output_width(model.bank.targets[attn(0)]),
         "final_state": geometry.final_width,
     }
     widths |= {

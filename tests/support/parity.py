@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import cast, final
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.support.tiny_models import VOCAB
 from tidelock.device.model import DeviceModel
+from tidelock.peft.lora import LoraModule
 
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
@@ -82,10 +83,10 @@ def named_lora(model: DeviceModel) -> dict[str, nn.Parameter]:
     """Return the device's parameters under the names that `peft` gives them."""
     geometry = model.ends.geometry
     return {
-        f"base_model.model.{geometry.projection_path(block, name)}.lora_{half}.default.weight": getattr(
-            model.bank.module(block).branches[name], f"lora_{half}"
+        f"base_model.model.{geometry.projection_path(site.block, name)}.lora_{half}.default.weight": getattr(
+            cast("LoraModule", model.bank.at(site)).branches[name], f"lora_{half}"
         ).weight
-        for block, names in model.bank.targets.items()
+        for site, names in model.bank.targets.items()
         for name in names
         for half in "AB"
     }

@@ -10,6 +10,7 @@ import grpc
 import pytest
 import torch
 
+from tests.support.sites import attn
 from tidelock.cloud.server import CloudServer
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire import tidelock_pb2_grpc as pb_grpc
@@ -107,11 +108,11 @@ class HandPass:
         self.outbox.put(pb.DeviceMessage(open=an_open(**{"fingerprint": self.fingerprint, **changes})))
 
     def send(self, field: str, *shape: int, block: int = 0) -> None:
-        for part in write_parts(field, torch.full(shape, 0.01), Codec.FP32, block=block):
+        for part in write_parts(field, torch.full(shape, 0.01), Codec.FP32, site=attn(block).number):
             self.outbox.put(pb.DeviceMessage(**{field: to_protobuf(part)}))  # type: ignore[arg-type]
 
     def receive(self, field: str, *shape: int, block: int = 0) -> torch.Tensor:
-        reader = TensorReader(field, shape, Codec.FP32, block=block)
+        reader = TensorReader(field, shape, Codec.FP32, site=attn(block).number)
         while not reader.complete:
             message = next(self.call)
             assert message.WhichOneof("body") == field
@@ -152,11 +153,16 @@ class HandPass:
 
 def to_protobuf(part: Part) -> pb.TensorPart:
     """Return a part as protobuf's own code has it."""
-    return pb.TensorPart(block=part.block, codec=part.codec, shape=part.shape, data=bytes(part.data))  # type: ignore[arg-type]
+    return pb.TensorPart(site=part.site, codec=part.codec, shape=part.shape, data=bytes(part.data))  # type: ignore[arg-type]
 
 
 def from_protobuf(message: pb.TensorPart) -> Part:
-    return Part(message.block, message.codec, tuple(message.shape), memoryview(message.data))
+    return Part(message.site, message.codec, tuple(message.shape), memoryview(message.data))
+
+
+def an_active_site(block: int, linears: tuple[str, ...] = PROJECTIONS) -> pb.ActiveSite:
+    """Return how an order names a block's attention."""
+    return pb.ActiveSite(site=attn(block).number, linears=linears)
 
 
 def an_open(**changes) -> pb.Open:
@@ -167,7 +173,7 @@ def an_open(**changes) -> pb.Open:
         "starts": [0],
         "lengths": [8],
         "width": 8,
-        "active": [pb.ActiveSite(block=block, projections=PROJECTIONS) for block in (0, 1)],
+        "active": [an_active_site(block) for block in (0, 1)],
         "activation_codec": pb.FP32,
         "gradient_codec": pb.FP32,
     }

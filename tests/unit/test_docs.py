@@ -26,7 +26,7 @@ from tidelock.cloud.service import Limits
 from tidelock.errors import INTERRUPTED_EXIT_CODE, TidelockError
 from tidelock.model.ends import empty_model
 from tidelock.model.families import FAMILIES
-from tidelock.model.geometry import geometry_of
+from tidelock.model.geometry import Place, geometry_of
 from tidelock.run.config import BACKBONES, CODECS, METHODS
 from tidelock.run.folder import RunFolder
 from tidelock.wire import limits
@@ -300,10 +300,10 @@ def test_limits_are_those_of_the_code():
     assert f"protocol\nversion {limits.PROTOCOL_VERSION}" in text_of(page)
 
 
-def numbers_per_token(config: LlamaConfig, blocks: int) -> tuple[int, int]:
+def numbers_per_token(config: LlamaConfig, place: Place, blocks: int) -> tuple[int, int]:
     """Return how many numbers cross for a real and for a selected token, as the page's formula has it."""
     geometry = geometry_of(empty_model(config))
-    active = geometry.sites[:blocks]
+    active = [site for site_id, site in geometry.sites.items() if site_id.place is place][:blocks]
     widths = [(site.width, sum(projection.width for projection in site.projections)) for site in active]
     token = geometry.embedding_width + sum(2 * (read + given) for read, given in widths) - widths[0][0]
     return token, 2 * geometry.final_width
@@ -314,16 +314,17 @@ LLAMA_7B = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_hea
 
 
 @pytest.mark.parametrize(
-    ("row", "config", "blocks"),
+    ("row", "config", "place", "blocks"),
     [
-        ("SmolLM2-135M, all blocks", SMOLLM2, 30),
-        ("SmolLM2-135M, 8 blocks", SMOLLM2, 8),
-        ("LLaMA-7B's shape, all blocks", LLAMA_7B, 32),
+        ("SmolLM2-135M, all blocks", SMOLLM2, Place.ATTN, 30),
+        ("SmolLM2-135M, 8 blocks", SMOLLM2, Place.ATTN, 8),
+        ("SmolLM2-135M, `adapter` at all MLPs", SMOLLM2, Place.MLP, 30),
+        ("LLaMA-7B's shape, all blocks", LLAMA_7B, Place.ATTN, 32),
     ],
 )
-def test_sizes_are_those_of_the_formula(row: str, config: LlamaConfig, blocks: int):
+def test_sizes_are_those_of_the_formula(row: str, config: LlamaConfig, place: Place, blocks: int):
     cells = {cells[0]: cells for cells in table(section(ROOT / "docs" / "protocol.md", "Sizes"))}[row]
-    token, selected = numbers_per_token(config, blocks)
+    token, selected = numbers_per_token(config, place, blocks)
     rows = 1 + 4 * blocks - 1  # the embedding, and four at each site but the lowest, whose input has no gradient
     sizes = [4 * token, 2 * token, token + 4 * rows, token // 2 + 4 * rows, 4 * selected]
     assert cells[4:] == [f"{token:,}", *(f"{size:,} B" for size in sizes)]

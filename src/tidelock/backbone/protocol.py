@@ -70,7 +70,7 @@ class Backbone(Protocol):
 
     @property
     def max_active(self) -> int | None:
-        """Most active sites that a training pass may have, or None."""
+        """Most active modules that a training pass may have, or None."""
         ...
 
     def decide(self, schedule: Schedule, table: ScoreTable) -> Decision:

@@ -4,7 +4,7 @@ Each micro-batch is one stream. Whatever breaks it (a lost connection, a restart
 needed to repeat the micro-batch, and repeats it until its patience is over; the cloud keeps nothing that a repeat
 could contradict.
 
-Shapes: N tokens, M selected tokens, D hidden width, W targeted widths together, B rows.
+Shapes: N tokens, M selected tokens, D hidden width, W numbers of an answer at a site, B rows.
 May import `backbone`, `wire`, `model`, `schedule`, errors and libraries.
 """
 
@@ -56,9 +56,9 @@ class _Stream:
         for message in messages:
             self._outbox.put(message)
 
-    def receive(self, kind: Kind, shape: tuple[int, ...], codec: Codec, *, block: int = 0) -> Tensor:
+    def receive(self, kind: Kind, shape: tuple[int, ...], codec: Codec, *, site: int = 0) -> Tensor:
         """Return the tensor that must come next; `Kind` and the message's field have the same names."""
-        reader = TensorReader(kind.value, shape, codec, block=block)
+        reader = TensorReader(kind.value, shape, codec, site=site)
         while not reader.complete:
             reader.add(self._next(kind, kind.value))
         return reader.tensor()
@@ -98,7 +98,7 @@ class _Attempts:
         self._batch = batch
         self._attempt_sites = sites
         self._mode = mode
-        self._blocks = sorted(batch.active)
+        self._active = sorted(batch.active)
         rounds = mode == pb.TRAIN and backbone.connection.codecs.stochastic
         self._rounding_seed = batch.seed if rounds else None
         self._may_wait = True
@@ -118,10 +118,10 @@ class _Attempts:
     def answer_sites(self, tokens: int, selected: int) -> Tensor:
         """Answer at every active site on the way up; return the final states at its end."""
         stream, geometry, codec = self._open_stream(), self._backbone.geometry, self.connection.codecs.activation
-        for block in self._blocks:
-            x_ND = stream.receive(Kind.SITE_INPUT, (tokens, geometry.sites[block].width), codec, block=block)
-            y_NW = self.sites.forward(block, x_ND)
-            stream.send(self.connection.egress.tensor(Kind.SITE_OUTPUT, y_NW, codec, block=block))
+        for site in self._active:
+            x_ND = stream.receive(Kind.SITE_INPUT, (tokens, geometry.sites[site].width), codec, site=site.number)
+            y_NW = self.sites.forward(site, x_ND)
+            stream.send(self.connection.egress.tensor(Kind.SITE_OUTPUT, y_NW, codec, site=site.number))
         return stream.receive(Kind.FINAL_STATE, (selected, geometry.final_width), codec)
 
     def backward(self, grad_MD: Tensor) -> None:
@@ -130,13 +130,13 @@ class _Attempts:
         egress, sites = self.connection.egress, self._backbone.geometry.sites
         stream.send(egress.tensor(Kind.FINAL_GRADIENT, grad_MD, codec, pass_seed=seed))
         lowest = self._batch.lowest
-        for block in reversed(self._blocks[self._blocks.index(lowest) :] if lowest is not None else []):
-            width = sites[block].output_width(self._batch.active[block])
+        for site in reversed(self._active if lowest is None else self._active[self._active.index(lowest) :]):
+            width = sites[site].output_width(self._batch.active[site])
             shape = (self._batch.rows.num_tokens, width)
-            grad_NW = stream.receive(Kind.SITE_GRADIENT, shape, codec, block=block)
-            grad_ND = self.sites.backward(block, grad_NW, need_input=block != lowest)
+            grad_NW = stream.receive(Kind.SITE_GRADIENT, shape, codec, site=site.number)
+            grad_ND = self.sites.backward(site, grad_NW, need_input=site != lowest)
             if grad_ND is not None:
-                stream.send(egress.tensor(Kind.INPUT_GRADIENT, grad_ND, codec, block=block, pass_seed=seed))
+                stream.send(egress.tensor(Kind.INPUT_GRADIENT, grad_ND, codec, site=site.number, pass_seed=seed))
         stream.receive_done()
         self.close()
 
@@ -196,7 +196,7 @@ class _Attempts:
             lengths=batch.rows.lengths,
             width=batch.rows.width,
             selected=[] if every else batch.select_M.tolist(),
-            active=[pb.ActiveSite(block=block, projections=batch.active[block]) for block in self._blocks],
+            active=[pb.ActiveSite(site=site.number, linears=batch.active[site]) for site in self._active],
             activation_codec=connection.codecs.activation.to_pb(),
             gradient_codec=connection.codecs.gradient.to_pb(),
             rounding_seed=self._rounding_seed,
@@ -280,7 +280,7 @@ class RemoteBackbone:
 
     @property
     def max_active(self) -> int | None:
-        """Most active sites that the cloud's operator lets this device's training passes have."""
+        """Most active modules that the cloud's operator lets this device's training passes have."""
         description = self.connection.description
         return description.max_active if description.HasField("max_active") else None
 

@@ -1,4 +1,4 @@
-"""`tidelock export RUN --to peft|merged DIR`: a run's adapter for use elsewhere."""
+"""`tidelock export RUN --to peft|adapter|merged DIR`: a run's adapter for use elsewhere."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tidelock.units import format_bytes
 
 _HOW_TO_LOAD = {
     "peft": 'peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL), "{folder}")',
+    "adapter": 'tidelock.attach_adapter(AutoModelForCausalLM.from_pretrained(MODEL), "{folder}")',
     "merged": 'transformers.AutoModelForCausalLM.from_pretrained("{folder}")',
 }
 
@@ -20,7 +21,12 @@ _HOW_TO_LOAD = {
 def command(
     run: Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN", show_default=False)],
     out: Annotated[Path, typer.Argument(help="Folder to write.", metavar="DIR", show_default=False)],
-    to: Annotated[str, typer.Option("--to", help="peft: the adapter alone; merged: a plain model with it inside.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="peft: LoRA alone; adapter: a serial adapter; merged: a plain model with LoRA inside."
+        ),
+    ],
     *,
     model: Annotated[
         str | None,

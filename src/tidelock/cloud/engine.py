@@ -5,7 +5,7 @@ a pass outlives it.
 
 May import `wire`, `model`, `cloud`, errors and libraries; never a tokenizer or code that reads data.
 
-Shapes: N tokens, M selected tokens, D hidden width, W targeted widths together, B rows.
+Shapes: N tokens, M selected tokens, D hidden width, W numbers of an answer at a site, B rows.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers import DynamicCache
 
 from tidelock.cloud.turns import Turn
 from tidelock.errors import WireError
+from tidelock.model.geometry import SiteId
 from tidelock.model.rows import Rows
 from tidelock.model.walk import Batch, Walk
 from tidelock.wire import tidelock_pb2 as pb
@@ -47,7 +48,7 @@ class PassOrder:
     mode: pb.Mode
     rows: Rows
     select_M: Tensor
-    active: dict[int, tuple[str, ...]]
+    active: dict[SiteId, tuple[str, ...]]
     activation_codec: Codec
     gradient_codec: Codec
     rounding_seed: int | None
@@ -95,7 +96,8 @@ def read_open(message: pb.Open, geometry: Geometry, max_tokens: int) -> PassOrde
     _require(seed is None or gradient_codec.is_integer, "a rounding seed with int8 or int4 only", gradient_codec.value)
     active = _read_active(message, geometry)
     learns_from = message.learns_from if message.HasField("learns_from") else None
-    _require(learns_from is None or learns_from in active, "an active site to learn from", str(learns_from))
+    learns = learns_from is None or any(site.block == learns_from for site in active)
+    _require(learns, "a block with an active site to learn from", str(learns_from))
     return PassOrder(
         mode=message.mode,
         rows=rows,
@@ -108,21 +110,21 @@ def read_open(message: pb.Open, geometry: Geometry, max_tokens: int) -> PassOrde
     )
 
 
-def _read_active(message: pb.Open, geometry: Geometry) -> dict[int, tuple[str, ...]]:
-    blocks = [site.block for site in message.active]
+def _read_active(message: pb.Open, geometry: Geometry) -> dict[SiteId, tuple[str, ...]]:
+    sites = [SiteId.from_number(active.site) for active in message.active]
     _require(
-        all(block < geometry.num_blocks for block in blocks) and len(set(blocks)) == len(blocks),
-        f"different blocks below {geometry.num_blocks}",
-        f"{blocks[:8]}",
+        all(site in geometry.sites for site in sites) and len(set(sites)) == len(sites),
+        f"different sites of {geometry.num_blocks} blocks",
+        f"{[site.name for site in sites[:8]]}",
     )
-    _require(message.mode != pb.TRAIN or bool(blocks), "an active site to train", "none")
-    active: dict[int, tuple[str, ...]] = {}
-    for site in message.active:
-        known = tuple(projection.name for projection in geometry.sites[site.block].projections)
-        named = tuple(site.projections[: len(known) + 1])
+    _require(message.mode != pb.TRAIN or bool(sites), "an active site to train", "none")
+    active: dict[SiteId, tuple[str, ...]] = {}
+    for site, asked in zip(sites, message.active, strict=True):
+        known = tuple(projection.name for projection in geometry.sites[site].projections)
+        named = tuple(asked.linears[: len(known) + 1])
         in_order = tuple(name for name in known if name in named)
-        _require(bool(named) and named == in_order, f"projections out of {known}, in order", f"{named}"[:80])
-        active[site.block] = named
+        _require(bool(named) and named == in_order, f"linears out of {known}, in order", f"{named}"[:80])
+        active[site] = named
     return active
 
 
@@ -145,14 +147,14 @@ class Line:
         self._incoming = incoming
         self._send = send
 
-    def send(self, field: str, tensor: Tensor, codec: Codec, *, block: int = 0, pass_seed: int | None = None) -> None:
+    def send(self, field: str, tensor: Tensor, codec: Codec, *, site: int = 0, pass_seed: int | None = None) -> None:
         """Send a tensor as the named field of `CloudMessage`; with the pass's seed, rounded stochastically.
 
         Raises:
             NonFiniteError: It holds an infinite or undefined number, for which the codec has no place.
         """
-        seed = rounding_seed(pass_seed, field, block)
-        for part in write_parts(field, tensor, codec, block=block, seed=seed):
+        seed = rounding_seed(pass_seed, field, site)
+        for part in write_parts(field, tensor, codec, site=site, seed=seed):
             self._send(write_part(pb.CloudMessage, field, part))
 
     def send_done(self, done: pb.Done) -> None:
@@ -169,9 +171,9 @@ class Line:
         message: pb.Open = self._next("open")
         return message
 
-    def tensor(self, field: str, shape: tuple[int, ...], codec: Codec, *, block: int = 0) -> Tensor:
+    def tensor(self, field: str, shape: tuple[int, ...], codec: Codec, *, site: int = 0) -> Tensor:
         """Return the tensor that must come next; errors as for `open`."""
-        reader = TensorReader(field, shape, codec, block=block)
+        reader = TensorReader(field, shape, codec, site=site)
         while not reader.complete:
             reader.add(self._next(field))
         return reader.tensor()
@@ -200,23 +202,24 @@ class StreamSites:
         self._geometry = geometry
         self._turn = turn
 
-    def forward(self, block: int, x_ND: Tensor) -> Tensor:
+    def forward(self, site: SiteId, x_ND: Tensor) -> Tensor:
         """Send a site's input; return the device's answer, shape (N, W)."""
         codec = self._order.activation_codec
-        width = self._geometry.sites[block].output_width(self._order.active[block])
+        width = self._geometry.sites[site].output_width(self._order.active[site])
         with self._turn.waiting():
-            self._line.send("site_input", x_ND, codec, block=block)
-            return self._line.tensor("site_output", (x_ND.shape[0], width), codec, block=block)
+            self._line.send("site_input", x_ND, codec, site=site.number)
+            return self._line.tensor("site_output", (x_ND.shape[0], width), codec, site=site.number)
 
-    def backward(self, block: int, grad_NW: Tensor, *, need_input: bool) -> Tensor | None:
+    def backward(self, site: SiteId, grad_NW: Tensor, *, need_input: bool) -> Tensor | None:
         """Send a site's gradient; return that of its input, shape (N, D), if it is needed."""
         codec = self._order.gradient_codec
         with self._turn.waiting():
-            self._line.send("site_gradient", grad_NW, codec, block=block, pass_seed=self._order.rounding_seed)
+            seed = self._order.rounding_seed
+            self._line.send("site_gradient", grad_NW, codec, site=site.number, pass_seed=seed)
             if not need_input:
                 return None
-            shape = (grad_NW.shape[0], self._geometry.sites[block].width)
-            return self._line.tensor("input_gradient", shape, codec, block=block)
+            shape = (grad_NW.shape[0], self._geometry.sites[site].width)
+            return self._line.tensor("input_gradient", shape, codec, site=site.number)
 
 
 def run_pass(cut: CutModel, order: PassOrder, line: Line, turn: Turn) -> None:

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from tidelock.errors import CloudBusy
+from tidelock.model.geometry import Place
 from tidelock.model.rows import Rows
 from tidelock.model.walk import Batch, Walk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from tidelock.model.cut import CutModel
+    from tidelock.model.geometry import SiteId
 
 _PROBE_WIDTHS = (16, 64)
 NO_PLACE = "Opening a pass: expected a free place, as its device holds one already, got none. Go on with one at a time."
@@ -29,7 +31,7 @@ NO_PLACE = "Opening a pass: expected a free place, as its device holds one alrea
 @final
 @dataclass(frozen=True, slots=True)
 class PassCost:
-    """What a training pass keeps until its backward.
+    """What autograd keeps of a training pass until its backward.
 
     Attributes:
         per_token: Bytes for each of a row's T tokens.
@@ -39,9 +41,19 @@ class PassCost:
     per_token: float
     per_token_squared: float
 
-    def bytes_for(self, rows: int, width: int) -> int:
-        """Return the bytes that a training pass of so many rows of that width keeps."""
-        return int(rows * (self.per_token * width + self.per_token_squared * width * width))
+    def bytes_for(self, rows: int, width: int, at_sites: int = 0) -> int:
+        """Return the bytes that a training pass of so many rows of that width keeps; see `bytes_at_sites`."""
+        return int(rows * ((self.per_token + at_sites) * width + self.per_token_squared * width * width))
+
+
+def bytes_at_sites(cut: CutModel, active: Mapping[SiteId, tuple[str, ...]]) -> int:
+    """Return the bytes for each token that a training pass keeps at its active sites, beside what autograd does.
+
+    That is the device's answer, and at an output what the device was sent; at an attention autograd has that anyway.
+    """
+    sites, size = cut.geometry.sites, cut.dtype.itemsize
+    answers = sum(sites[site].output_width(names) for site, names in active.items())
+    return size * (answers + sum(sites[site].width for site in active if site.place is not Place.ATTN))
 
 
 def measure_cost(cut: CutModel) -> PassCost:
@@ -59,12 +71,12 @@ class _ZeroSites:
     def __init__(self, cut: CutModel) -> None:
         self._sites = cut.geometry.sites
 
-    def forward(self, block: int, x_ND: Tensor) -> Tensor:
-        width = sum(projection.width for projection in self._sites[block].projections)
+    def forward(self, site: SiteId, x_ND: Tensor) -> Tensor:
+        width = sum(projection.width for projection in self._sites[site].projections)
         return x_ND.new_zeros(x_ND.shape[0], width)
 
-    def backward(self, block: int, grad_NW: Tensor, *, need_input: bool) -> Tensor | None:
-        return grad_NW.new_zeros(grad_NW.shape[0], self._sites[block].width) if need_input else None
+    def backward(self, site: SiteId, grad_NW: Tensor, *, need_input: bool) -> Tensor | None:
+        return grad_NW.new_zeros(grad_NW.shape[0], self._sites[site].width) if need_input else None
 
 
 def _kept_bytes(cut: CutModel, width: int) -> int:
@@ -82,7 +94,11 @@ def _kept_bytes(cut: CutModel, width: int) -> int:
         embeddings_NE=torch.zeros(width, cut.geometry.embedding_width),
         rows=Rows((0,), (width,), width),
         select_M=torch.arange(width),
-        active={site.block: tuple(p.name for p in site.projections) for site in cut.geometry.sites},
+        active={
+            site_id: tuple(p.name for p in site.projections)
+            for site_id, site in cut.geometry.sites.items()
+            if site_id.place is Place.ATTN
+        },
         training=True,
     )
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn, final
 import grpc
 
 from tidelock.cloud.engine import Line, PassAbandoned, PassOrder, read_open, run_pass
-from tidelock.cloud.memory import NO_PLACE, MemoryBudget, measure_cost
+from tidelock.cloud.memory import NO_PLACE, MemoryBudget, bytes_at_sites, measure_cost
 from tidelock.cloud.scheduler import answer
 from tidelock.cloud.turns import ComputeQueue, Turn
 from tidelock.errors import (
@@ -54,7 +54,7 @@ class Limits:
         max_tokens: Tokens, padding included, in one pass.
         max_memory_bytes: What open passes may keep together; None for no limit.
         at_once: Passes that compute at the same time.
-        max_active: Active sites in a training pass of a tenant whose line of the tokens file names no other number;
+        max_active: Active modules in a training pass of a tenant whose line of the tokens file names no other number;
             None for no limit.
     """
 
@@ -132,7 +132,7 @@ class BackboneService(pb_grpc.BackboneServicer):
         tenant = self._require_tenant(context)
         try:
             self._check_identity("Deciding", request)
-            return answer(request, len(self._cut.geometry.sites), self._max_active(tenant))
+            return answer(request, self._cut.geometry.num_blocks, self._max_active(tenant))
         except TidelockError as error:
             logger.warning("Decision for %s refused: %s", tenant, error)
             _refuse(context, error)
@@ -196,7 +196,8 @@ class BackboneService(pb_grpc.BackboneServicer):
             order = read_open(message, self._cut.geometry, self._limits.max_tokens)
             self._check_active(tenant, order)
             rows = order.rows
-            size_bytes = self._cost.bytes_for(len(rows.lengths), rows.width) if order.training else 0
+            at_sites = bytes_at_sites(self._cut, order.active)
+            size_bytes = self._cost.bytes_for(len(rows.lengths), rows.width, at_sites) if order.training else 0
             self._check_memory(size_bytes)
             asked = time.perf_counter()
             with self._memory.reserve(size_bytes, may_wait=may_wait):
@@ -224,10 +225,11 @@ class BackboneService(pb_grpc.BackboneServicer):
 
     def _check_active(self, tenant: str, order: PassOrder) -> None:
         max_active = self._max_active(tenant)
-        if max_active is not None and order.training and len(order.active) > max_active:
+        count = len({site.block for site in order.active})
+        if max_active is not None and order.training and count > max_active:
             msg = (
                 f"Opening a pass: expected at most {max_active} active modules in training, as this cloud's operator "
-                f"has set for {tenant}, got {len(order.active)}. Use --schedule kill-revive with a --budget of "
+                f"has set for {tenant}, got {count}. Use --schedule kill-revive with a --budget of "
                 f"{max_active} or less, or fewer blocks with --layer."
             )
             raise ConfigError(msg)

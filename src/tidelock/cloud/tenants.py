@@ -29,7 +29,7 @@ class Tenants:
 
     Args:
         tokens: Token by tenant name.
-        max_active: Most active sites that a tenant's training passes may have, by name; others have no such limit.
+        max_active: Most active modules that a tenant's training passes may have, by name; others have no such limit.
 
     Attributes:
         max_active: As given.

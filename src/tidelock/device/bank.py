@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tidelock.errors import NonFiniteError, WireError
-from tidelock.peft.lora import LoraModule, lora_targets
+from tidelock.peft.methods import SiteModule, module_at, targets_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from peft import LoraConfig
-
     from tidelock.device.kill_revive import Activity
-    from tidelock.model.geometry import Geometry
+    from tidelock.model.geometry import Geometry, SiteId
+    from tidelock.peft.methods import MethodConfig
 
 
 @final
@@ -28,25 +27,37 @@ class Bank(nn.Module):
     """All PEFT modules of a model, one a block, and nothing else: these are the parameters that training moves.
 
     Args:
-        config: The checked LoRA configuration.
+        config: The checked configuration of a method.
         geometry: The model's sites.
+
+    Attributes:
+        targets: The targeted linears of every site at which a module attaches, in the order of the sites.
+        blocks: The PEFT modules by block; each has what is at its sites, by place.
+        active: As `targets`, but only the sites that are asked in a pass.
+        activity: What a schedule knows of the modules; saved with them.
 
     Raises:
         ConfigError: The configuration targets nothing, or something that is not a site.
     """
 
-    def __init__(self, config: LoraConfig, geometry: Geometry) -> None:
+    def __init__(self, config: MethodConfig, geometry: Geometry) -> None:
         super().__init__()
-        self.targets = lora_targets(config, geometry)
-        self.blocks = nn.ModuleDict(
-            {
-                str(block): LoraModule(geometry.sites[block], names, config, geometry)
-                for block, names in self.targets.items()
-            }
-        )
-        self.active: Mapping[int, tuple[str, ...]] = self.targets
-        # What a schedule knows of the modules; saved with them.
+        self.targets = targets_of(config, geometry)
+        self.blocks = nn.ModuleDict({str(block): nn.ModuleDict() for block in self.numbers})
+        for site, names in self.targets.items():
+            self.module(site.block)[site.place.label] = module_at(site, names, config, geometry)
+        self.active: Mapping[SiteId, tuple[str, ...]] = self.targets
         self.activity: Activity | None = None
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The blocks that have a PEFT module, ascending."""
+        return tuple(sorted({site.block for site in self.targets}))
+
+    @property
+    def active_numbers(self) -> tuple[int, ...]:
+        """The blocks whose modules are asked in a pass, ascending."""
+        return tuple(sorted({site.block for site in self.active}))
 
     def activate(self, blocks: Collection[int], *, frozen: bool = False) -> None:
         """Have the modules of these blocks learn, and no others.
@@ -57,24 +68,28 @@ class Bank(nn.Module):
             blocks: Those of the active modules.
             frozen: The others still answer, with the weights that they have; else they are left out of every pass.
         """
-        for block in self.targets:
+        for block in self.numbers:
             self.module(block).requires_grad_(block in blocks)
-        self.active = {block: names for block, names in self.targets.items() if frozen or block in blocks}
+        self.active = {site: names for site, names in self.targets.items() if frozen or site.block in blocks}
 
     @property
     def learns_from(self) -> int | None:
         """The lowest active block whose module learns, or None."""
-        learning = (b for b in self.active if any(p.requires_grad for p in self.module(b).parameters()))
+        learning = (b for b in self.active_numbers if any(p.requires_grad for p in self.module(b).parameters()))
         return min(learning, default=None)
 
-    def module(self, block: int) -> LoraModule:
-        """Return the PEFT module of a block."""
-        return cast("LoraModule", self.blocks[str(block)])
+    def module(self, block: int) -> nn.ModuleDict:
+        """Return the PEFT module of a block: what is at its sites, by place."""
+        return cast("nn.ModuleDict", self.blocks[str(block)])
+
+    def at(self, site: SiteId) -> SiteModule:
+        """Return the part of a PEFT module that attaches at a site."""
+        return cast("SiteModule", self.module(site.block)[site.place.label])
 
     @property
     def has_dropout(self) -> bool:
         """Whether a training pass draws random numbers."""
-        return any(self.module(block).dropout > 0 for block in self.targets)
+        return any(self.at(site).dropout > 0 for site in self.targets)
 
 
 @final
@@ -97,7 +112,7 @@ class BankPass:
         self._dropout_seed = dropout_seed
         # Where no gradient comes, no graph is kept.
         self._learns_from = bank.learns_from if training else None
-        self._graphs: dict[int, tuple[Tensor, GradientEdge]] = {}
+        self._graphs: dict[SiteId, tuple[Tensor, GradientEdge]] = {}
         self._grads: dict[int, Tensor] = {}
 
     def begin(self) -> BankPass:
@@ -106,25 +121,25 @@ class BankPass:
         self._grads.clear()
         return self
 
-    def forward(self, block: int, x_ND: Tensor) -> Tensor:
+    def forward(self, site: SiteId, x_ND: Tensor) -> Tensor:
         """Return the module's addition at a site, shape (N, W), detached."""
-        module = self._bank.module(block)
+        module = self._bank.at(site)
         parameter = next(module.parameters())
-        keeps_graph = self._learns_from is not None and block >= self._learns_from
+        keeps_graph = self._learns_from is not None and site.block >= self._learns_from
         x_ND = x_ND.to(parameter).requires_grad_(keeps_graph)
-        # One seed a pass and one step of it a block: the same masks whatever is repeated or re-ordered.
-        seed = None if self._dropout_seed is None else self._dropout_seed + block
+        # One seed a pass and one step of it a site: the same masks whatever is repeated or re-ordered.
+        seed = None if self._dropout_seed is None else self._dropout_seed + site.number
         with torch.set_grad_enabled(keeps_graph):
             y_NW = module(x_ND, seed)
         if keeps_graph:
             # Not y itself: its graph is wanted, its numbers are on their way and need not be kept here.
-            self._graphs[block] = (x_ND, get_gradient_edge(y_NW))
+            self._graphs[site] = (x_ND, get_gradient_edge(y_NW))
         return cast("Tensor", y_NW.detach())
 
-    def backward(self, block: int, grad_NW: Tensor, *, need_input: bool) -> Tensor | None:
-        """Keep the gradients of a module's parameters; return that of its input, shape (N, D), if it is needed."""
-        x_ND, edge = self._graphs.pop(block)
-        parameters = [p for p in self._bank.module(block).parameters() if p.requires_grad]
+    def backward(self, site: SiteId, grad_NW: Tensor, *, need_input: bool) -> Tensor | None:
+        """Keep the gradients of a site's parameters; return that of its input, shape (N, D), if it is needed."""
+        x_ND, edge = self._graphs.pop(site)
+        parameters = [p for p in self._bank.at(site).parameters() if p.requires_grad]
         wanted = [*parameters, x_ND] if need_input else parameters
         if not wanted:  # a module that its user has frozen, below all others
             return None

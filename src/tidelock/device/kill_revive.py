@@ -76,7 +76,7 @@ class Activity(nn.Module):
 
     def __init__(self, bank: Bank) -> None:
         super().__init__()
-        count = len(bank.targets)
+        count = len(bank.numbers)
         self.register_buffer("alive", torch.ones(count, dtype=torch.bool))
         self.register_buffer("scores", torch.zeros(count, dtype=torch.float64))
         self.register_buffer("last_active", torch.zeros(count, dtype=torch.long))
@@ -127,7 +127,7 @@ class KillRevive(TrainerCallback):
             raise ConfigError(msg)
         self._model = model
         model.bank.activity = Activity(model.bank)
-        model.bank.activate(model.bank.targets)
+        model.bank.activate(model.bank.numbers)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -230,7 +230,7 @@ class KillRevive(TrainerCallback):
 
     @property
     def _blocks(self) -> Sequence[int]:
-        return sorted(self._bank.targets)
+        return self._bank.numbers
 
     @property
     def _activity(self) -> Activity:

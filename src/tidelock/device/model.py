@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from peft import LoraConfig
     from transformers import PretrainedConfig
 
     from tidelock.backbone.protocol import Backbone
     from tidelock.model.ends import Ends
     from tidelock.peft.export import Adapter
+    from tidelock.peft.methods import MethodConfig
 
 logger = logging.getLogger(__name__)
 
@@ -83,13 +83,13 @@ class DeviceModel(nn.Module):
     Args:
         ends: The model's embedding and head.
         backbone: Runs the frozen blocks.
-        peft_config: The checked LoRA configuration.
+        peft_config: What to train: the checked configuration of a method.
         in_flight: Micro-batches on their way through the blocks at once; a batch is split into so many.
 
     Attributes:
         config: The model's Hugging Face configuration.
         generation_config: How the model's makers would have it generate.
-        peft_config: As given, with the targets resolved.
+        peft_config: As given.
         bank: The PEFT modules, by block.
     """
 
@@ -97,7 +97,7 @@ class DeviceModel(nn.Module):
     accepts_loss_kwargs = True
     base_model_prefix = "base_model"
 
-    def __init__(self, ends: Ends, backbone: Backbone, peft_config: LoraConfig, *, in_flight: int = 1) -> None:
+    def __init__(self, ends: Ends, backbone: Backbone, peft_config: MethodConfig, *, in_flight: int = 1) -> None:
         super().__init__()
         self.config: PretrainedConfig = ends.config
         self.generation_config = GenerationConfig.from_model_config(ends.config)
@@ -204,7 +204,7 @@ class DeviceModel(nn.Module):
         return generate(self, ids_BT, rows, settings or GenerationSettings())
 
     def save_adapter(self, folder: Path, base_model: str | None = None, *, killed: bool = False) -> None:
-        """Write the modules that this model computes with as a PEFT adapter.
+        """Write the modules that this model computes with as an adapter; see `peft.export`.
 
         Args:
             folder: Made when it is not there.
@@ -216,7 +216,7 @@ class DeviceModel(nn.Module):
             StorageError: The file system refused.
         """
         base_model = base_model or str(self.ends.folder)
-        modules = {block: self.bank.module(block) for block in (self.bank.targets if killed else self.bank.active)}
+        modules = {site: self.bank.at(site) for site in (self.bank.targets if killed else self.bank.active)}
         save_adapter(modules, self.peft_config, self.ends.geometry, folder, base_model=base_model)
 
     def load_adapter(self, adapter: Adapter) -> None:
@@ -225,7 +225,7 @@ class DeviceModel(nn.Module):
         Raises:
             CheckpointError: Its tensors are not those of the modules.
         """
-        modules = {block: self.bank.module(block) for block in self.bank.targets}
+        modules = {site: self.bank.at(site) for site in self.bank.targets}
         apply_adapter(adapter, modules, self.ends.geometry)
 
     def add_model_tags(self, tags: list[str] | str) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tidelock.errors import ModelError
-from tidelock.model.geometry import geometry_of
+from tidelock.model.geometry import Place, SiteId, geometry_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,14 +29,18 @@ if TYPE_CHECKING:
 
 
 class SiteVisitor(Protocol):
-    """Whoever runs the blocks: told when a block reaches its site."""
+    """Whoever runs the blocks: told when a block reaches a site."""
 
-    def enter_site(self, block: int, x_BTD: Tensor) -> Tensor:
-        """Return what a projection of this block's site shall read instead of `x_BTD`."""
+    def enter_site(self, site: SiteId, x_BTD: Tensor) -> Tensor:
+        """Return what a projection of an attention's site shall read instead of `x_BTD`."""
         ...
 
-    def leave_projection(self, block: int, projection: str, y_BTW: Tensor) -> Tensor:
-        """Return what a projection of this block's site shall give instead of `y_BTW`."""
+    def leave_projection(self, site: SiteId, projection: str, y_BTW: Tensor) -> Tensor:
+        """Return what a projection of an attention's site shall give instead of `y_BTW`."""
+        ...
+
+    def leave_output(self, site: SiteId, y_BTD: Tensor) -> Tensor:
+        """Return what the linear at an output's site shall give instead of `y_BTD`."""
         ...
 
 
@@ -212,12 +216,17 @@ class CutModel:
         return returned[0]
 
     def _hook_sites(self) -> None:
-        for site, block in zip(self.geometry.sites, self._blocks, strict=True):
+        for site_id, site in self.geometry.sites.items():
+            block = self._blocks[site_id.block]
+            if site_id.place is not Place.ATTN:
+                linear = block.get_submodule(self.geometry.family.outputs[site_id.place.label])
+                linear.register_forward_hook(_leave_output(site_id))
+                continue
             attention = block.get_submodule(self.geometry.family.attention)
             for projection in site.projections:
                 linear = attention.get_submodule(projection.name)
-                linear.register_forward_pre_hook(_enter(site.block))
-                linear.register_forward_hook(_leave(site.block, projection.name))
+                linear.register_forward_pre_hook(_enter(site_id))
+                linear.register_forward_hook(_leave_projection(site_id, projection.name))
 
 
 def visiting(visitor: SiteVisitor, call: BlockCall, hidden_BTD: Tensor) -> Tensor:
@@ -229,17 +238,25 @@ def visiting(visitor: SiteVisitor, call: BlockCall, hidden_BTD: Tensor) -> Tenso
         _VISITOR.reset(token)
 
 
-def _enter(block: int) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor] | None]:
+def _enter(site: SiteId) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor] | None]:
     def hook(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         visitor = _VISITOR.get()
-        return None if visitor is None else (visitor.enter_site(block, args[0]),)
+        return None if visitor is None else (visitor.enter_site(site, args[0]),)
 
     return hook
 
 
-def _leave(block: int, projection: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor | None]:
+def _leave_projection(site: SiteId, projection: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor | None]:
     def hook(_module: nn.Module, _args: tuple[Tensor], output: Tensor) -> Tensor | None:
         visitor = _VISITOR.get()
-        return None if visitor is None else visitor.leave_projection(block, projection, output)
+        return None if visitor is None else visitor.leave_projection(site, projection, output)
+
+    return hook
+
+
+def _leave_output(site: SiteId) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor | None]:
+    def hook(_module: nn.Module, _args: tuple[Tensor], output: Tensor) -> Tensor | None:
+        visitor = _VISITOR.get()
+        return None if visitor is None else visitor.leave_output(site, output)
 
     return hook

@@ -1,4 +1,4 @@
-"""What must be known of a model family to cut it: where its decoder, its blocks and its q, k, v projections are.
+"""What must be known of a model family to cut it: where its decoder, its blocks and the linears at its sites are.
 
 One row per family; everything else about a family is left to its own, unchanged `transformers` class. A model of no
 known family is looked at structurally, and the result says that it is unverified.
@@ -9,7 +9,7 @@ May import errors and libraries.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
 from torch import nn
@@ -17,6 +17,8 @@ from torch import nn
 from tidelock.errors import ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,8 @@ class Family:
         blocks: From the decoder to its `ModuleList` of blocks.
         attention: From a block to its attention module.
         projections: Names, in the attention module, of the linears that make q, k and v (one name when fused).
+        outputs: From a block to the last linear of its attention (`attn-out`) and of its MLP (`mlp`), whose outputs the
+            block adds up; empty where they are not known.
         verified: Whether tests compare this family with `peft`, gradient by gradient.
     """
 
@@ -52,11 +56,16 @@ class Family:
     blocks: str
     attention: str
     projections: tuple[str, ...]
+    outputs: Mapping[str, str] = field(default_factory=dict)
     verified: bool = True
 
 
+def _outputs(attention: str, mlp: str) -> dict[str, str]:
+    return {"attn-out": attention, "mlp": mlp}
+
+
 def _llama_like(name: str, projections: tuple[str, ...] = _SEPARATE) -> Family:
-    return Family(name, "model", "layers", "self_attn", projections)
+    return Family(name, "model", "layers", "self_attn", projections, _outputs("self_attn.o_proj", "mlp.down_proj"))
 
 
 FAMILIES: dict[str, Family] = {
@@ -72,10 +81,24 @@ FAMILIES: dict[str, Family] = {
         _llama_like("olmo2"),
         _llama_like("smollm3"),
         _llama_like("phi3", ("qkv_proj",)),
-        Family("opt", "model.decoder", "layers", "self_attn", _SEPARATE),
-        Family("bloom", "transformer", "h", "self_attention", ("query_key_value",)),
-        Family("gpt2", "transformer", "h", "attn", ("c_attn",)),
-        Family("gpt_neox", "gpt_neox", "layers", "attention", ("query_key_value",)),
+        Family("opt", "model.decoder", "layers", "self_attn", _SEPARATE, _outputs("self_attn.out_proj", "fc2")),
+        Family(
+            "bloom",
+            "transformer",
+            "h",
+            "self_attention",
+            ("query_key_value",),
+            _outputs("self_attention.dense", "mlp.dense_4h_to_h"),
+        ),
+        Family("gpt2", "transformer", "h", "attn", ("c_attn",), _outputs("attn.c_proj", "mlp.c_proj")),
+        Family(
+            "gpt_neox",
+            "gpt_neox",
+            "layers",
+            "attention",
+            ("query_key_value",),
+            _outputs("attention.dense", "mlp.dense_4h_to_h"),
+        ),
     )
 }
 

@@ -7,7 +7,8 @@ May import errors, `model.families` and libraries.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast, final
+from enum import IntEnum
+from typing import TYPE_CHECKING, NamedTuple, cast, final
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -16,7 +17,49 @@ from tidelock.errors import ModelError
 from tidelock.model.families import Family, family_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from transformers import PreTrainedModel
+
+
+class Place(IntEnum):
+    """Where in a block a site is, in the order in which a block reaches them.
+
+    A module at `ATTN` reads what the query, key and value projections read, and adds to what they give. One at
+    `ATTN_OUT` or `MLP` reads what the last linear of the attention or of the MLP gives, and adds to that.
+    """
+
+    ATTN = 0
+    ATTN_OUT = 1
+    MLP = 2
+
+    @property
+    def label(self) -> str:
+        """The name that options, files and reports use."""
+        return self.name.lower().replace("_", "-")
+
+
+class SiteId(NamedTuple):
+    """Which site of a model; sorted as a pass reaches them."""
+
+    block: int
+    place: Place
+
+    @property
+    def name(self) -> str:
+        """The name that options, logs and reports use."""
+        return f"blocks.{self.block}.{self.place.label}"
+
+    @property
+    def number(self) -> int:
+        """The number that stands for it on the wire."""
+        return len(Place) * self.block + self.place
+
+    @classmethod
+    def from_number(cls, number: int) -> SiteId:
+        """Return the site that a number of at least 0 stands for."""
+        block, place = divmod(number, len(Place))
+        return cls(block, Place(place))
 
 
 @final
@@ -31,22 +74,15 @@ class Projection:
 @final
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A place in a block where a PEFT module attaches: `blocks.N.attn`, whose projections share one input.
+    """A place in a block where a PEFT module attaches.
 
     Attributes:
-        block: Index N of the block.
-        width: Numbers per token of the site's input (after the block's norm).
-        projections: The q, k and v linears, or the fused one.
+        width: Numbers per token of what the module reads.
+        projections: The linears that it adds to: q, k and v, or the fused one; at an output, the one linear.
     """
 
-    block: int
     width: int
     projections: tuple[Projection, ...]
-
-    @property
-    def name(self) -> str:
-        """The name that options, logs and reports use."""
-        return f"blocks.{self.block}.attn"
 
     def output_width(self, names: tuple[str, ...]) -> int:
         """Return how many numbers per token a module at this site gives for the named projections."""
@@ -64,8 +100,9 @@ class Geometry:
         final_width: Numbers per token of the state that the head reads.
         vocab_size: Rows of the head.
         max_positions: Longest sequence that the model was made for, or None when it states none.
-        sites: One site a block, in order.
-        other_linears: Full names of the decoder's linear layers that belong to no site.
+        num_blocks: How many blocks there are.
+        sites: All sites in their order: each block's attention, and where the family is known for it, its outputs.
+        other_linears: Full names of the decoder's linear layers that are no query, key or value projection.
     """
 
     family: Family
@@ -73,18 +110,19 @@ class Geometry:
     final_width: int
     vocab_size: int
     max_positions: int | None
-    sites: tuple[Site, ...]
+    num_blocks: int
+    sites: Mapping[SiteId, Site]
     other_linears: tuple[str, ...]
-
-    @property
-    def num_blocks(self) -> int:
-        """The number of blocks."""
-        return len(self.sites)
 
     def projection_path(self, block: int, projection: str) -> str:
         """Return the full name of a projection in the causal model, e.g. `model.layers.7.self_attn.q_proj`."""
         family = self.family
         return f"{family.decoder}.{family.blocks}.{block}.{family.attention}.{projection}"
+
+    def output_path(self, site: SiteId) -> str:
+        """Return the full name of the linear whose output a module reads, e.g. `model.layers.7.mlp.down_proj`."""
+        family = self.family
+        return f"{family.decoder}.{family.blocks}.{site.block}.{family.outputs[site.place.label]}"
 
 
 def geometry_of(model: PreTrainedModel) -> Geometry:
@@ -103,10 +141,11 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
         raise ModelError(msg)
     decoder = model.get_submodule(family.decoder)
     blocks = cast("nn.ModuleList", decoder.get_submodule(family.blocks))
-    sites = tuple(_site(index, block, family) for index, block in enumerate(blocks))
-    at_sites = {
-        f"{family.blocks}.{site.block}.{family.attention}.{projection.name}"
-        for site in sites
+    sites = {site_id: site for index, block in enumerate(blocks) for site_id, site in _sites(index, block, family)}
+    projections = {
+        f"{family.blocks}.{site_id.block}.{family.attention}.{projection.name}"
+        for site_id, site in sites.items()
+        if site_id.place is Place.ATTN
         for projection in site.projections
     }
     return Geometry(
@@ -115,16 +154,28 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
         final_width=head.in_features,
         vocab_size=head.out_features,
         max_positions=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        num_blocks=len(blocks),
         sites=sites,
         other_linears=tuple(
             f"{family.decoder}.{name}"
             for name, module in decoder.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and name not in at_sites
+            if isinstance(module, nn.Linear | Conv1D) and name not in projections
         ),
     )
 
 
-def _site(index: int, block: nn.Module, family: Family) -> Site:
+def _sites(index: int, block: nn.Module, family: Family) -> Iterator[tuple[SiteId, Site]]:
+    """Yield a block's sites in the order in which it reaches them."""
+    yield SiteId(index, Place.ATTN), _attention_site(index, block, family)
+    for place in (Place.ATTN_OUT, Place.MLP):
+        path = family.outputs.get(place.label)
+        if path is not None:
+            name = path.rpartition(".")[2]
+            _, width = _linear_widths(block.get_submodule(path), name)
+            yield SiteId(index, place), Site(width, (Projection(name, width),))
+
+
+def _attention_site(index: int, block: nn.Module, family: Family) -> Site:
     try:
         attention = block.get_submodule(family.attention)
         widths = [_linear_widths(attention.get_submodule(name), name) for name in family.projections]
@@ -142,7 +193,7 @@ def _site(index: int, block: nn.Module, family: Family) -> Site:
         )
         raise ModelError(msg)
     projections = tuple(Projection(name, output) for name, (_, output) in zip(family.projections, widths, strict=True))
-    return Site(block=index, width=inputs.pop(), projections=projections)
+    return Site(inputs.pop(), projections)
 
 
 def _linear_widths(module: nn.Module, name: str) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """One micro-batch's way through the frozen blocks and back, as a chain of segments.
 
-The autograd graph is cut at the input of every block and at the input of every active site: both are leaves, and so is
+The autograd graph is cut at the input of every block and at what every active site reads: both are leaves, and so is
 the device's answer at a site. Backward is then a walk over the segments with one `torch.autograd.grad` each, and
 whoever answers at the sites may be far away: no network wait ever happens inside the autograd engine, which other
 users of the same GPU share.
@@ -8,13 +8,13 @@ users of the same GPU share.
 Nothing is computed that the mathematics does not need: blocks before the lowest active site run without a graph,
 backward stops at that site and asks for no input gradient there, and padding is never handed to a site.
 
-Shapes: B rows, T positions, N real tokens, M selected tokens, D hidden width, W the widths of a site's projections
-together. May import errors, `model` and libraries.
+Shapes: B rows, T positions, N real tokens, M selected tokens, D hidden width, W numbers of an answer at a site.
+May import errors, `model` and libraries.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, final
 
 import torch
@@ -29,15 +29,17 @@ if TYPE_CHECKING:
 
     from transformers import Cache
 
+    from tidelock.model.geometry import SiteId
+
 
 class Sites(Protocol):
     """Whoever holds the PEFT modules and answers at the active sites."""
 
-    def forward(self, block: int, x_ND: Tensor) -> Tensor:
-        """Return what the module adds to the site's projections, side by side, shape (N, W)."""
+    def forward(self, site: SiteId, x_ND: Tensor) -> Tensor:
+        """Return what the module adds at the site, for several projections side by side, shape (N, W)."""
         ...
 
-    def backward(self, block: int, grad_NW: Tensor, *, need_input: bool) -> Tensor | None:
+    def backward(self, site: SiteId, grad_NW: Tensor, *, need_input: bool) -> Tensor | None:
         """Take the gradient of what `forward` returned; return that of its input, shape (N, D), if it is needed."""
         ...
 
@@ -51,7 +53,7 @@ class Batch:
         embeddings_NE: Word embeddings of the real tokens.
         rows: Where those tokens are in the batch.
         select_M: Which of the N tokens' final states are wanted, int64.
-        active: The targeted projections of each active site, by block.
+        active: The targeted linears of each active site.
         training: Whether a backward pass will follow.
         seed: Fixes every random choice of the pass that is not the bank's.
         learns_from: The lowest active block whose module learns; None is the lowest active one. No gradient goes below.
@@ -60,15 +62,15 @@ class Batch:
     embeddings_NE: Tensor
     rows: Rows
     select_M: Tensor
-    active: Mapping[int, tuple[str, ...]]
+    active: Mapping[SiteId, tuple[str, ...]]
     training: bool
     seed: int = 0
     learns_from: int | None = None
 
     @property
-    def lowest(self) -> int | None:
-        """The block at which backward ends; None without an active site."""
-        return min(self.active, default=None) if self.learns_from is None else self.learns_from
+    def lowest(self) -> SiteId | None:
+        """The site at which backward ends; None without an active one."""
+        return min((site for site in self.active if site.block >= (self.learns_from or 0)), default=None)
 
     def split(self, count: int) -> list[Batch]:
         """Return at most `count` batches of whole rows, in order, of about as many rows each."""
@@ -87,14 +89,26 @@ class Batch:
 
 @final
 @dataclass(slots=True)
+class _Cut:
+    """Where an active site cuts a segment's graph: what came to it, the leaf in its place, and that of the answer."""
+
+    site: SiteId
+    before_BTD: Tensor
+    after_BTD: Tensor
+    answer_NW: Tensor
+
+
+@final
+@dataclass(slots=True)
 class _Segment:
-    """One block's piece of the graph: its input leaf, its output, and the three cuts at its site if that is active."""
+    """One block's piece of the graph: its input leaf, its output, and the cuts at its active sites in their order."""
 
     start_BTD: Tensor
     end_BTD: Tensor
-    site_before_BTD: Tensor | None = None
-    site_after_BTD: Tensor | None = None
-    answer_NW: Tensor | None = None
+    cuts: list[_Cut] = field(default_factory=list)
+
+    def cut_at(self, site: SiteId) -> _Cut | None:
+        return next((cut for cut in self.cuts if cut.site == site), None)
 
 
 @final
@@ -167,49 +181,74 @@ class Walk:
         for index, call in enumerate(calls):
             if index:
                 self._between_segments()
-            needs_graph = self._batch.training and self._lowest is not None and index >= self._lowest
+            needs_graph = self._batch.training and self._lowest is not None and index >= self._lowest.block
             with torch.set_grad_enabled(needs_graph):
-                hidden_BTD = self._run_block(call, hidden_BTD.detach(), needs_graph=needs_graph)
+                hidden_BTD = self._run_block(index, call, hidden_BTD.detach(), needs_graph=needs_graph)
         self._last_leaf = hidden_BTD.detach().requires_grad_(self._batch.training)
         return self._last_leaf
 
-    def _run_block(self, call: BlockCall, start_BTD: Tensor, *, needs_graph: bool) -> Tensor:
+    def _run_block(self, index: int, call: BlockCall, start_BTD: Tensor, *, needs_graph: bool) -> Tensor:
         # The lowest segment's input needs no gradient: nothing below it is trained.
         start_BTD.requires_grad_(needs_graph and bool(self._segments))
         self._current = _Segment(start_BTD, start_BTD)
         end_BTD = visiting(self, call, start_BTD)
         self._current.end_BTD = end_BTD
+        self._check_reached(index, [cut.site for cut in self._current.cuts])
         if needs_graph:
             self._segments.append(self._current)
         return end_BTD
 
-    def enter_site(self, block: int, x_BTD: Tensor) -> Tensor:
-        """Ask for the answer when the first projection of an active site is reached; see `SiteVisitor`."""
-        segment = self._current
-        if segment is None or block not in self._batch.active:
-            return x_BTD
-        if segment.site_after_BTD is None:
-            segment.site_before_BTD = x_BTD
-            segment.site_after_BTD = x_BTD.detach().requires_grad_(segment.start_BTD.requires_grad)
-            answer_NW = self._sites.forward(block, pack(segment.site_after_BTD.detach(), self._indices_N))
-            segment.answer_NW = answer_NW.to(x_BTD).requires_grad_(torch.is_grad_enabled())
-        elif x_BTD is not segment.site_before_BTD:
+    def _check_reached(self, index: int, reached: list[SiteId]) -> None:
+        """Refuse a block that does not reach each active site once and in order: the device would wait for one."""
+        expected = sorted(site for site in self._batch.active if site.block == index)
+        if reached != expected:
             msg = (
-                f"Site {self._cut.geometry.sites[block].name}: expected its projections to read one and the same "
-                "input, got different ones. This attention cannot be a site."
+                f"Block {index}: expected it to reach the sites {[site.name for site in expected]} in this order, got "
+                f"{[site.name for site in reached]}. This architecture, or this setting of it, has no module there."
             )
             raise ModelError(msg)
-        return segment.site_after_BTD
 
-    def leave_projection(self, block: int, projection: str, y_BTW: Tensor) -> Tensor:
-        """Add the device's answer to a projection; see `SiteVisitor`."""
+    def enter_site(self, site: SiteId, x_BTD: Tensor) -> Tensor:
+        """Ask for the answer when the first projection of an active site is reached; see `SiteVisitor`."""
         segment = self._current
-        targets = self._batch.active.get(block, ())
-        if segment is None or segment.answer_NW is None or projection not in targets:
+        if segment is None or site not in self._batch.active:
+            return x_BTD
+        cut = segment.cut_at(site) or self._ask(segment, site, x_BTD)
+        if x_BTD is not cut.before_BTD:
+            msg = (
+                f"Site {site.name}: expected its projections to read one and the same input, got different ones. This "
+                "attention cannot be a site."
+            )
+            raise ModelError(msg)
+        return cut.after_BTD
+
+    def leave_projection(self, site: SiteId, projection: str, y_BTW: Tensor) -> Tensor:
+        """Add the device's answer to a projection; see `SiteVisitor`."""
+        cut = None if self._current is None else self._current.cut_at(site)
+        targets = self._batch.active.get(site, ())
+        if cut is None or projection not in targets:
             return y_BTW
-        widths = {p.name: p.width for p in self._cut.geometry.sites[block].projections}
-        parts = segment.answer_NW.split([widths[name] for name in targets], dim=1)
+        widths = {p.name: p.width for p in self._cut.geometry.sites[site].projections}
+        parts = cut.answer_NW.split([widths[name] for name in targets], dim=1)
         return y_BTW + unpack(parts[targets.index(projection)], self._indices_N, self._shape_BT)
+
+    def leave_output(self, site: SiteId, y_BTD: Tensor) -> Tensor:
+        """Add the device's answer to an output; see `SiteVisitor`."""
+        segment = self._current
+        if segment is None or site not in self._batch.active:
+            return y_BTD
+        # Some blocks flatten rows and positions into one axis there.
+        cut = self._ask(segment, site, y_BTD.view(*self._shape_BT, -1))
+        return (cut.after_BTD + unpack(cut.answer_NW, self._indices_N, self._shape_BT)).view_as(y_BTD)
+
+    def _ask(self, segment: _Segment, site: SiteId, x_BTD: Tensor) -> _Cut:
+        """Cut the graph at a site, and have the device answer there."""
+        after_BTD = x_BTD.detach().requires_grad_(torch.is_grad_enabled() and site != self._lowest)
+        answer_NW = self._sites.forward(site, pack(after_BTD.detach(), self._indices_N))
+        answer_NW = answer_NW.to(x_BTD).requires_grad_(torch.is_grad_enabled())
+        cut = _Cut(site, x_BTD, after_BTD, answer_NW)
+        segment.cuts.append(cut)
+        return cut
 
     def backward(self, grad_MD: Tensor) -> None:
         """Walk back over the segments, handing every active site its gradient.
@@ -217,33 +256,49 @@ class Walk:
         Args:
             grad_MD: Gradient of what `forward` returned.
         """
-        if self._final_MD is None or self._last_leaf is None:
+        if self._final_MD is None or self._last_leaf is None or self._lowest is None:
             return
         grad_MD = grad_MD.to(self._final_MD.device, self._final_MD.dtype)
         (grad_BTD,) = torch.autograd.grad(self._final_MD, [self._last_leaf], grad_MD)
         self._final_MD = self._last_leaf = None
-        for block in range(self._cut.geometry.num_blocks - 1, (self._lowest or 0) - 1, -1):
+        for _block in range(self._cut.geometry.num_blocks - 1, self._lowest.block - 1, -1):
             self._between_segments()
-            grad_BTD = self._back_through(block, self._segments.pop(), grad_BTD)
+            grad_BTD = self._back_through(self._segments.pop(), grad_BTD)
 
-    def _back_through(self, block: int, segment: _Segment, grad_BTD: Tensor) -> Tensor:
-        """Return the gradient of a segment's input, given that of its output."""
-        start, before, after, answer = (
-            segment.start_BTD,
-            segment.site_before_BTD,
-            segment.site_after_BTD,
-            segment.answer_NW,
-        )
-        if before is None or after is None or answer is None:
-            return torch.autograd.grad(segment.end_BTD, [start], grad_BTD)[0]
-        need_input = start.requires_grad
-        wanted = [answer, after, start] if need_input else [answer]
-        # The norm before the site is walked through a second time below, and some families (Phi, BLOOM's post-norm)
-        # also read its output elsewhere in the block, so that it is walked through here too: its graph must stay.
-        grads = torch.autograd.grad(segment.end_BTD, wanted, grad_BTD, retain_graph=need_input)
-        grad_x_ND = self._sites.backward(block, grads[0], need_input=need_input)
-        if not need_input or grad_x_ND is None:
-            return grad_BTD
-        grad_site_BTD = grads[1] + unpack(grad_x_ND.to(grads[1]), self._indices_N, self._shape_BT)
-        (through_norm_BTD,) = torch.autograd.grad(before, [start], grad_site_BTD)
-        return grads[2] + through_norm_BTD
+    def _back_through(self, segment: _Segment, grad_BTD: Tensor) -> Tensor:
+        """Return the gradient of a segment's input, given that of its output; of no use for the lowest segment's."""
+        sums: dict[int, Tensor] = {}
+        output_BTD = segment.end_BTD
+        for number, cut in reversed(list(enumerate(segment.cuts))):
+            need_input = cut.site != self._lowest
+            # From the output, or the site above, down to the leaves of this site, of those below it, and of the input.
+            leaves = [leaf for below in segment.cuts[: number + 1] for leaf in (below.answer_NW, below.after_BTD)]
+            _add_gradients(sums, output_BTD, [*leaves, segment.start_BTD], grad_BTD, retain_graph=need_input)
+            grad_NW = sums.pop(id(cut.answer_NW))
+            grad_x_ND = self._sites.backward(cut.site, grad_NW, need_input=need_input)
+            if not need_input or grad_x_ND is None:
+                return grad_BTD
+            grad_BTD = sums.pop(id(cut.after_BTD)) + unpack(
+                grad_x_ND.to(cut.after_BTD), self._indices_N, self._shape_BT
+            )
+            output_BTD = cut.before_BTD
+        _add_gradients(sums, output_BTD, [segment.start_BTD], grad_BTD, retain_graph=False)
+        return sums.pop(id(segment.start_BTD))
+
+
+def _add_gradients(
+    sums: dict[int, Tensor], output: Tensor, leaves: Sequence[Tensor], grad: Tensor, *, retain_graph: bool
+) -> None:
+    """Add an output's part of the gradients of some leaves to their sums, which are kept by the leaf's id.
+
+    A part of a block may be walked through twice: the norm before a site, which some families (Phi, BLOOM's post-norm)
+    also read elsewhere in the block. Its graph must stay until the last time.
+    """
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    if not output.requires_grad:
+        return
+    # Where attention and MLP read the same input, what one gives does not depend on the other.
+    grads = torch.autograd.grad(output, wanted, grad, retain_graph=retain_graph, allow_unused=True)
+    for leaf, part in zip(wanted, grads, strict=True):
+        if part is not None:
+            sums[id(leaf)] = sums[id(leaf)] + part if id(leaf) in sums else part

@@ -1,10 +1,12 @@
-"""Adapters in PEFT's own file format: what `peft.PeftModel.from_pretrained` loads, and what `peft` saved.
+"""Adapters as files: LoRA in PEFT's own format, serial adapters, which PEFT does not know, in one described here.
 
-    adapter_config.json          the `LoraConfig`
-    adapter_model.safetensors    `base_model.model.<projection>.lora_A.weight` (r x D) and `lora_B.weight` (W x r)
+    adapter_config.json          LoRA: the `LoraConfig`. Serial: `peft_type` TIDELOCK_SERIAL_ADAPTER, `format_version`,
+                                 `base_model_name_or_path` and the fields of `AdapterConfig`
+    adapter_model.safetensors    LoRA: `base_model.model.<projection>.lora_A.weight` (r x D), `lora_B.weight` (W x r).
+                                 Serial: `blocks.<N>.<place>.down.weight` (r x D) and `up.weight` (D x r)
 
-Only safetensors are read: PEFT's older `.bin` files run code when they are opened. May import errors, `model` and
-libraries.
+Only safetensors are read: PEFT's older `.bin` files run code when they are opened. May import errors, `peft`, `model`
+and libraries.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
@@ -25,14 +27,18 @@ from torch import Tensor
 
 from tidelock.errors import CheckpointError, ConfigError, StorageError
 from tidelock.model.cache_folder import write_atomically
-from tidelock.peft.lora import lora_targets
+from tidelock.peft.adapter import AdapterConfig
+from tidelock.peft.lora import LoraModule, lora_targets
 
 if TYPE_CHECKING:
-    from tidelock.model.geometry import Geometry
-    from tidelock.peft.lora import LoraBranch, LoraModule
+    from tidelock.model.geometry import Geometry, SiteId
+    from tidelock.peft.lora import LoraBranch
+    from tidelock.peft.methods import MethodConfig, SiteModule
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+SERIAL_ADAPTER = "TIDELOCK_SERIAL_ADAPTER"
+_SERIAL_FORMAT = 1
 # Families whose q, k and v are a Conv1D, stored transposed. `peft` looks at the layer and corrects a wrong entry.
 _CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt"})
 
@@ -40,7 +46,7 @@ _CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt"})
 @final
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA adapter as it lies in its folder.
+    """An adapter as it lies in its folder.
 
     Attributes:
         folder: Where it was read.
@@ -49,17 +55,17 @@ class Adapter:
     """
 
     folder: Path
-    config: LoraConfig
+    config: MethodConfig
     tensors: Mapping[str, Tensor]
 
 
 def save_adapter(
-    modules: Mapping[int, LoraModule], config: LoraConfig, geometry: Geometry, folder: Path, *, base_model: str
+    modules: Mapping[SiteId, SiteModule], config: MethodConfig, geometry: Geometry, folder: Path, *, base_model: str
 ) -> None:
     """Write an adapter; each of its two files is whole or as it was before.
 
     Args:
-        modules: The trained modules by block, as `config` targets them.
+        modules: The trained modules by site, as `config` targets them.
         config: Their configuration; not changed.
         geometry: The model's.
         folder: Made when it is not there; other files in it are left alone.
@@ -68,17 +74,12 @@ def save_adapter(
     Raises:
         StorageError: The file system refused.
     """
-    targets = {block: modules[block].targets for block in sorted(modules)}
-    config = _portable(config, targets, geometry)
-    config.base_model_name_or_path = base_model
-    config.task_type = "CAUSAL_LM"
-    config.inference_mode = True  # as peft itself saves; who trains on says so when loading
-    config.fan_in_fan_out = geometry.family.name in _CONV1D_FAMILIES
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in _parameters(modules, geometry).items()}
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            config.save_pretrained(scratch)
-            written = (Path(scratch) / CONFIG_FILE).read_bytes()
+        if isinstance(config, LoraConfig):
+            written = _lora_config_file(modules, config, geometry, base_model)
+        else:
+            written = _serial_config_file(modules, config, base_model)
         # Weights first: a folder with a configuration has weights.
         write_atomically(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
         write_atomically(folder / CONFIG_FILE, written)
@@ -90,12 +91,37 @@ def save_adapter(
         raise StorageError(msg) from error
 
 
+def _lora_config_file(
+    modules: Mapping[SiteId, SiteModule], config: LoraConfig, geometry: Geometry, base_model: str
+) -> bytes:
+    targets = {site: cast("LoraModule", module).targets for site, module in sorted(modules.items())}
+    config = _portable(config, targets, geometry)
+    config.base_model_name_or_path = base_model
+    config.task_type = "CAUSAL_LM"
+    config.inference_mode = True  # as peft itself saves; who trains on says so when loading
+    config.fan_in_fan_out = geometry.family.name in _CONV1D_FAMILIES
+    with tempfile.TemporaryDirectory() as scratch:
+        config.save_pretrained(scratch)
+        return (Path(scratch) / CONFIG_FILE).read_bytes()
+
+
+def _serial_config_file(modules: Mapping[SiteId, SiteModule], config: AdapterConfig, base_model: str) -> bytes:
+    values = {
+        "peft_type": SERIAL_ADAPTER,
+        "format_version": _SERIAL_FORMAT,
+        "base_model_name_or_path": base_model,
+        # Those that are written: some may have been killed.
+        **asdict(replace(config, layers=tuple(sorted({site.block for site in modules})))),
+    }
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
 def load_adapter(folder: Path) -> Adapter:
-    """Return the LoRA adapter in a folder.
+    """Return the adapter in a folder.
 
     Raises:
         CheckpointError: A file is missing, damaged or not safetensors.
-        ConfigError: It is no LoRA adapter, or its settings contradict each other.
+        ConfigError: It is neither LoRA nor serial, or its settings contradict each other.
     """
     config = _read_config(folder)
     path = folder / WEIGHTS_FILE
@@ -116,12 +142,12 @@ def load_adapter(folder: Path) -> Adapter:
     return Adapter(folder, config, tensors)
 
 
-def apply_adapter(adapter: Adapter, modules: Mapping[int, LoraModule], geometry: Geometry) -> None:
+def apply_adapter(adapter: Adapter, modules: Mapping[SiteId, SiteModule], geometry: Geometry) -> None:
     """Copy an adapter's weights into modules that were made from its configuration; all of them, or none.
 
     Args:
         adapter: As read from its folder.
-        modules: By block.
+        modules: By site.
         geometry: The model's.
 
     Raises:
@@ -137,8 +163,8 @@ def apply_adapter(adapter: Adapter, modules: Mapping[int, LoraModule], geometry:
         ]
         msg = (
             f"Adapter weights: expected the {len(parameters)} tensors that its configuration names for this model, got "
-            f"{' and '.join(found)} ({adapter.folder}). Use the model that it was trained on; only plain LoRA on q, k "
-            "and v can be read."
+            f"{' and '.join(found)} ({adapter.folder}). Use the model that it was trained on; of LoRA only the plain "
+            "one on q, k and v can be read."
         )
         raise CheckpointError(msg)
     for name, parameter in parameters.items():
@@ -160,7 +186,7 @@ def apply_adapter(adapter: Adapter, modules: Mapping[int, LoraModule], geometry:
             parameter.copy_(adapter.tensors[name])
 
 
-def _read_config(folder: Path) -> LoraConfig:
+def _read_config(folder: Path) -> MethodConfig:
     path = folder / CONFIG_FILE
     try:
         values: Any = json.loads(path.read_bytes())
@@ -169,8 +195,13 @@ def _read_config(folder: Path) -> LoraConfig:
         msg = f"Adapter: expected a folder with {CONFIG_FILE}, got {reason} ({path}). Check the path."
         raise CheckpointError(msg) from error
     kind = values.get("peft_type") if isinstance(values, dict) else None
+    if kind == SERIAL_ADAPTER:
+        return _read_serial_config(values, path)
     if kind != "LORA":
-        msg = f"Adapter: expected one of peft_type LORA, got {kind!r} ({path}). tidelock trains plain LoRA."
+        msg = (
+            f"Adapter: expected one of peft_type LORA or {SERIAL_ADAPTER}, got {kind!r} ({path}). tidelock trains "
+            "plain LoRA and serial adapters."
+        )
         raise ConfigError(msg)
     try:
         return cast("LoraConfig", LoraConfig.from_pretrained(str(folder)))
@@ -179,30 +210,57 @@ def _read_config(folder: Path) -> LoraConfig:
         raise ConfigError(msg) from error
 
 
-def _parameters(modules: Mapping[int, LoraModule], geometry: Geometry) -> dict[str, Tensor]:
-    """Return every weight of the modules by its name in PEFT's files."""
+def _read_serial_config(values: dict[str, Any], path: Path) -> AdapterConfig:
+    version = values.get("format_version")
+    settings: dict[str, Any] = {
+        # JSON has no tuples.
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+        if name not in {"peft_type", "format_version", "base_model_name_or_path"}
+    }
+    try:
+        if version != _SERIAL_FORMAT:
+            msg = f"format_version {version!r}"
+            raise ValueError(msg)  # noqa: TRY301  (one sentence for all that can be wrong)
+        return AdapterConfig(**settings)
+    except (TypeError, ValueError, ConfigError) as error:
+        msg = (
+            f"Adapter: expected the configuration of a serial adapter, format {_SERIAL_FORMAT}, got: {error} ({path}). "
+            "Save it again with tidelock."
+        )
+        raise ConfigError(msg) from error
+
+
+def _parameters(modules: Mapping[SiteId, SiteModule], geometry: Geometry) -> dict[str, Tensor]:
+    """Return every weight of the modules by its name in the files."""
     found: dict[str, Tensor] = {}
-    for block, module in sorted(modules.items()):
+    for site, module in sorted(modules.items()):
+        if not isinstance(module, LoraModule):
+            found[f"{site.name}.down.weight"] = module.down.weight
+            found[f"{site.name}.up.weight"] = module.up.weight
+            continue
         for name in module.targets:
-            path = f"base_model.model.{geometry.projection_path(block, name)}"
+            path = f"base_model.model.{geometry.projection_path(site.block, name)}"
             branch = cast("LoraBranch", module.branches[name])
             found[f"{path}.lora_A.weight"] = branch.lora_A.weight
             found[f"{path}.lora_B.weight"] = branch.lora_B.weight
     return found
 
 
-def _portable(config: LoraConfig, targets: Mapping[int, tuple[str, ...]], geometry: Geometry) -> LoraConfig:
+def _portable(config: LoraConfig, targets: Mapping[SiteId, tuple[str, ...]], geometry: Geometry) -> LoraConfig:
     """Return a copy of a configuration whose target modules mean the same to `peft`, which knows no sites."""
     config = copy.copy(config)
     config.target_modules = sorted({name for names in targets.values() for name in names})
     if not _same_targets(config, targets, geometry):
         # Full names are matched exactly, before any other rule.
-        config.target_modules = [geometry.projection_path(block, name) for block in targets for name in targets[block]]
+        config.target_modules = [
+            geometry.projection_path(site.block, name) for site in targets for name in targets[site]
+        ]
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     return config
 
 
-def _same_targets(config: LoraConfig, targets: Mapping[int, tuple[str, ...]], geometry: Geometry) -> bool:
+def _same_targets(config: LoraConfig, targets: Mapping[SiteId, tuple[str, ...]], geometry: Geometry) -> bool:
     try:
         return lora_targets(config, geometry) == dict(targets)
     except ConfigError:

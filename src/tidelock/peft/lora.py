@@ -1,4 +1,4 @@
-"""LoRA at a block's attention: all low-rank branches of one block, in the device's hands (DLoRA's "PEFT module").
+"""LoRA at a block's attention: its low-rank branches beside query, key and value, in the device's hands.
 
 For each targeted projection P with frozen weight W: `P x = W x + s B A dropout(x)`, with A (r x D) and B (W x r)
 trained and `s = alpha / r`, or `alpha / sqrt(r)` with rsLoRA (Hu et al., arXiv 2106.09685, equation 3; Kalajdzievski,
@@ -23,9 +23,10 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from tidelock.errors import ConfigError
+from tidelock.model.geometry import Place, SiteId
 
 if TYPE_CHECKING:
-    from tidelock.model.geometry import Geometry, Site
+    from tidelock.model.geometry import Geometry
 
 # Fields that are honoured, or that say nothing about the maths. Any other field must keep its default.
 _HONOURED = frozenset(
@@ -84,8 +85,8 @@ def check_lora_config(config: LoraConfig) -> None:
         raise ConfigError(msg)
 
 
-def lora_targets(config: LoraConfig, geometry: Geometry) -> dict[int, tuple[str, ...]]:
-    """Return the targeted projections of each block that has any, chosen by `peft`'s own name rules.
+def lora_targets(config: LoraConfig, geometry: Geometry) -> dict[SiteId, tuple[str, ...]]:
+    """Return the targeted projections of each site that has any, chosen by `peft`'s own name rules.
 
     Raises:
         ConfigError: Nothing is targeted, or a target is not at a site.
@@ -97,15 +98,16 @@ def lora_targets(config: LoraConfig, geometry: Geometry) -> dict[int, tuple[str,
     if set(config.target_modules) == {ALL_PROJECTIONS}:
         config.target_modules = list(geometry.family.projections)
     _refuse_foreign_targets(config, geometry)
-    targets: dict[int, tuple[str, ...]] = {}
-    for site in geometry.sites:
+    targets: dict[SiteId, tuple[str, ...]] = {}
+    for site_id, site in geometry.sites.items():
         names = tuple(
             projection.name
             for projection in site.projections
-            if check_target_module_exists(config, geometry.projection_path(site.block, projection.name))
+            if site_id.place is Place.ATTN
+            and check_target_module_exists(config, geometry.projection_path(site_id.block, projection.name))
         )
         if names:
-            targets[site.block] = names
+            targets[site_id] = names
     if not targets:
         msg = (
             f"LoraConfig.target_modules: expected to match some of {geometry.family.projections} in blocks 0 to "
@@ -124,8 +126,8 @@ def _refuse_foreign_targets(config: LoraConfig, geometry: Geometry) -> None:
         foreign += sorted(name for name in config.target_modules or () if name.rpartition(".")[2] not in known)
     if foreign:
         msg = (
-            f"LoraConfig.target_modules: expected names out of {known}, got {foreign[:4]}. The sites of this version "
-            "are the attention's query, key and value projections; leave the others out."
+            f"LoraConfig.target_modules: expected names out of {known}, got {foreign[:4]}. LoRA is trained on "
+            "the attention's query, key and value projections only; leave the others out."
         )
         raise ConfigError(msg)
 
@@ -161,23 +163,24 @@ class LoraBranch(nn.Module):
 
 @final
 class LoraModule(nn.Module):
-    """All LoRA branches of one block: one PEFT module of the papers.
+    """All LoRA branches at one site.
 
     Args:
-        site: Where it attaches.
+        site_id: Where it attaches.
         targets: The projections that have a branch, in the site's order.
         config: Rank, alpha, dropout, scaling and initialisation.
-        geometry: Gives the projections' full names, which rank and alpha patterns match on.
+        geometry: Gives the site's widths, and the projections' full names, which rank and alpha patterns match on.
     """
 
-    def __init__(self, site: Site, targets: tuple[str, ...], config: LoraConfig, geometry: Geometry) -> None:
+    def __init__(self, site_id: SiteId, targets: tuple[str, ...], config: LoraConfig, geometry: Geometry) -> None:
         super().__init__()
+        site = geometry.sites[site_id]
         widths = {projection.name: projection.width for projection in site.projections}
         self.targets = targets
         self.dropout = float(config.lora_dropout)
         self.branches = nn.ModuleDict(
             {
-                name: LoraBranch(site.width, widths[name], config, geometry.projection_path(site.block, name))
+                name: LoraBranch(site.width, widths[name], config, geometry.projection_path(site_id.block, name))
                 for name in targets
             }
         )

@@ -12,25 +12,25 @@ from tidelock.wire.codec import Codec
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from tidelock.model.geometry import Geometry
+    from tidelock.model.geometry import Geometry, SiteId
     from tidelock.wire.codec import Codecs
 
 
-def describe_codecs(codecs: Codecs, geometry: Geometry, active: Mapping[int, Sequence[str]]) -> str:
+def describe_codecs(codecs: Codecs, geometry: Geometry, active: Mapping[SiteId, Sequence[str]]) -> str:
     """Return what crosses for a token in training, against fp32, and how far a token can be off.
 
     Args:
         codecs: Those of the run.
         geometry: The model's, which has the widths.
-        active: The projections that are adapted, by block.
+        active: The linears that are adapted, by site.
     """
     activations: list[int] = [geometry.embedding_width]
     gradients: list[int] = []
-    for block in sorted(active):
-        site = geometry.sites[block]
-        activations += [site.width, site.output_width(tuple(active[block]))]
+    for site_id in sorted(active):
+        site = geometry.sites[site_id]
+        activations += [site.width, site.output_width(tuple(active[site_id]))]
         # Nothing learns below the lowest active site: the gradient of its input is not sent.
-        gradients += [site.output_width(tuple(active[block])), *([site.width] if gradients else [])]
+        gradients += [site.output_width(tuple(active[site_id])), *([site.width] if gradients else [])]
     return (
         f"On the wire: activations in {_describe(codecs.activation, activations, stochastic=False)}; gradients in "
         f"{_describe(codecs.gradient, gradients, stochastic=codecs.stochastic)}"

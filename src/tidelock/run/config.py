@@ -28,9 +28,17 @@ if TYPE_CHECKING:
 # ruff: noqa: RUF009, FBT003  (_knob is dataclasses.field with our metadata)
 
 BACKBONES = ("local", "cloud")
-METHODS = ("lora",)
+METHODS = ("lora", "adapter")
+PLACES = ("mlp", "attn-out")
 CODECS = ("fp32", "bf16", "int8", "int4")
 LR_SCHEDULES = ("linear", "cosine", "constant")
+
+
+# The knobs that one method reads.
+_METHOD_OF = {
+    **dict.fromkeys(("rank", "alpha", "rslora", "target"), "lora"),
+    **dict.fromkeys(("bottleneck", "place", "activation"), "adapter"),
+}
 
 
 @final
@@ -51,6 +59,10 @@ _FRACTION = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
 
 def _one_of(choices: tuple[str, ...]) -> Rule:
     return Rule(f"one of {', '.join(choices)}", lambda value: value in choices)
+
+
+def _some_of(choices: tuple[str, ...]) -> Rule:
+    return Rule(f"some of {', '.join(choices)}", lambda values: bool(values) and set(values) <= set(choices))
 
 
 def _knob(default: Any, text: str, rule: Rule | None = None) -> Any:  # noqa: ANN401  (as dataclasses.field)
@@ -86,14 +98,19 @@ class RunConfig:
         None, "Micro-batches of a batch on their way at once; 2 with a cloud and 1 locally by default.", _AT_LEAST_1
     )
     patience: float = _knob(120.0, "Seconds to wait for a cloud that went away.", _AT_LEAST_0)
-    method: str = _knob("lora", "What is trained: lora.", _one_of(METHODS))
+    method: str = _knob("lora", "What is trained: lora, or adapter (a serial bottleneck).", _one_of(METHODS))
     rank: int = _knob(8, "LoRA rank r.", _AT_LEAST_1)
     alpha: float = _knob(16.0, "LoRA alpha; the branch is scaled by alpha / r.", _POSITIVE)
-    dropout: float = _knob(0.0, "Dropout on the branch's input.", _FRACTION)
     rslora: bool = _knob(False, "Scale by alpha / sqrt(r) instead.")
-    target: list[str] | None = _knob(None, "Projections to adapt (repeat); all of q, k and v by default.")
+    target: list[str] | None = _knob(None, "LoRA: projections to adapt (repeat); all of q, k and v by default.")
+    bottleneck: int = _knob(128, "Adapter: width of its bottleneck.", _AT_LEAST_1)
+    place: list[str] | None = _knob(
+        None, f"Adapter: after {' or '.join(PLACES)} (repeat for both); mlp by default.", _some_of(PLACES)
+    )
+    activation: str = _knob("tanh", "Adapter: its non-linearity, by transformers' name.")
+    dropout: float = _knob(0.0, "Dropout on the input of what is trained.", _FRACTION)
     layer: list[int] | None = _knob(None, "Blocks to adapt (repeat); all by default.")
-    adapter: str | None = _knob(None, "Continue this PEFT adapter; its rank, alpha and targets are kept.")
+    adapter: str | None = _knob(None, "Continue the adapter in this folder; it is kept as it was configured.")
     # The rules of these are Schedule's own.
     schedule: str = _knob("full", f"Which modules are active when: {', '.join(SCHEDULES)}.")
     budget: int | None = _knob(None, "Modules active at once after the warm-up; half of them by default.")
@@ -148,7 +165,18 @@ class RunConfig:
         if self.backbone == "local" and self.model is None:
             msg = "Backbone: expected --model with --backbone local, got none. Name a model folder or a hub model."
             raise ConfigError(msg)
+        self._refuse_knobs_of_others()
         self.to_schedule()
+
+    def _refuse_knobs_of_others(self) -> None:
+        """Refuse a knob that the method would not read."""
+        for knob in fields(self):
+            method = _METHOD_OF.get(knob.name, self.method)
+            if method != self.method and getattr(self, knob.name) != knob.default:
+                msg = (
+                    f"--{knob.name}: expected it with --method {method} only, got --method {self.method}. Leave it out."
+                )
+                raise ConfigError(msg)
 
     def to_schedule(self) -> Schedule:
         """Return which modules are active when."""

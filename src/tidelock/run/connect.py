@@ -22,7 +22,8 @@ from tidelock.model.cache_folder import cache_folder
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import Ends, read_config
 from tidelock.model.load import ModelChoice, load_cut_model
-from tidelock.peft.lora import ALL_PROJECTIONS, check_lora_config
+from tidelock.peft.lora import ALL_PROJECTIONS
+from tidelock.peft.methods import check_config
 from tidelock.wire.address import parse_url
 from tidelock.wire.channel import Credentials
 from tidelock.wire.codec import Codecs
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from tidelock.backbone.protocol import Backbone
+    from tidelock.peft.methods import MethodConfig
 
 # Where a model came from, who made its files and in what it computes: no part of what it computes.
 _NOT_THE_MODEL = frozenset(
@@ -46,7 +48,7 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
     where: str,
     *,
     model: str | os.PathLike[str] | None = None,
-    peft_config: LoraConfig | None = None,
+    peft_config: MethodConfig | None = None,
     credentials: Credentials | None = None,
     token: str | None = None,
     ca: str | os.PathLike[str] | None = None,
@@ -64,8 +66,8 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
             `local` for this process.
         model: Folder or hub name of the model. This device reads only its embedding, head and small files (with
             `local`, all of it). None fetches those from the cloud.
-        peft_config: What to train. With no target modules named, `peft`'s own choice for the family; None is LoRA of
-            rank 8 on all query, key and value projections.
+        peft_config: What to train: a `peft.LoraConfig` (with no target modules named, `peft`'s own choice for the
+            family) or a `tidelock.AdapterConfig`; None is LoRA of rank 8 on all query, key and value projections.
         credentials: For a cloud; or give `token` and `ca` only.
         token: Bearer token for the cloud.
         ca: PEM file with the authority (or the certificate itself) to trust.
@@ -88,7 +90,7 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         transformers.Trainer(model, args, train_dataset=rows).train()
     """
     config = copy.copy(peft_config) if peft_config is not None else LoraConfig(target_modules=[ALL_PROJECTIONS])
-    check_lora_config(config)
+    check_config(config)
     codecs = Codecs.named(codec, gradient_codec, stochastic_rounding=stochastic_rounding)
     if where == "local":
         ends, backbone = _local(model)

@@ -16,7 +16,7 @@ from tidelock.backbone.connection import Connection
 from tidelock.errors import ConfigError, ModelMismatch, TidelockError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import empty_model, end_tensors, read_config
-from tidelock.model.geometry import geometry_of
+from tidelock.model.geometry import Place, geometry_of
 from tidelock.run.doctor import Fact
 from tidelock.units import format_bytes
 from tidelock.wire import tidelock_pb2 as pb
@@ -95,18 +95,27 @@ def _sizes(whole: PreTrainedModel, ends: set[str]) -> Iterator[Fact]:
 
 def _sites(geometry: Geometry, *, all_sites: bool) -> Iterator[Fact]:
     if all_sites:
-        for site in geometry.sites:
-            widths = {geometry.projection_path(site.block, part.name): part.width for part in site.projections}
+        for site_id, site in geometry.sites.items():
+            at_attention = site_id.place is Place.ATTN
+            widths = {
+                geometry.projection_path(site_id.block, part.name)
+                if at_attention
+                else geometry.output_path(site_id): part.width
+                for part in site.projections
+            }
             listed = ", ".join(f"{path} ({width})" for path, width in widths.items())
-            value = {"width": site.width, "projections": widths}
-            yield Fact("sites", site.name, value, f"reads {site.width}: {listed}")
+            value = {"width": site.width, "linears": widths}
+            reads = f"reads {site.width}, adds to" if at_attention else "reads and adds to"
+            yield Fact("sites", site_id.name, value, f"{reads} {listed}")
         return
-    first, last = geometry.sites[0], geometry.sites[-1]
-    projections = ", ".join(f"{p.name} ({p.width})" for p in first.projections)
-    names = [projection.name for projection in first.projections]
-    text = f"{geometry.num_blocks}, {first.name} to {last.name}, each with {projections}"
-    summary = {"count": geometry.num_blocks, "projections": names}
-    yield Fact("model", "sites", summary, text if geometry.num_blocks > 1 else f"{first.name} with {projections}")
+    for place in Place:
+        found = [site for site_id, site in geometry.sites.items() if site_id.place is place]
+        if not found:
+            yield Fact("model", f"{place.label} sites", {"count": 0, "linears": []}, "not known for this family")
+            continue
+        listed = ", ".join(f"{part.name} ({part.width})" for part in found[0].projections)
+        summary = {"count": len(found), "linears": [part.name for part in found[0].projections]}
+        yield Fact("model", f"{place.label} sites", summary, f"{len(found)}, one a block, each with {listed}")
 
 
 def examine_cloud(url: str, token_file: Path | None, ca: Path | None, model: str | None) -> Iterator[Fact]:

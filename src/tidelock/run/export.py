@@ -1,4 +1,4 @@
-"""A run's adapter for use elsewhere: as a PEFT adapter, or merged into a plain model.
+"""A run's adapter for use elsewhere: as it is, in PEFT's format or our own, or merged into a plain model.
 
 May import everything below `run`.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +25,7 @@ from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
 from tidelock.peft.export import CONFIG_FILE, WEIGHTS_FILE, apply_adapter, load_adapter
-from tidelock.peft.lora import check_lora_config
+from tidelock.peft.methods import check_config
 from tidelock.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from tidelock.peft.export import Adapter
 
-FORMS = ("peft", "merged")
+FORMS = ("peft", "adapter", "merged")
 # Of an earlier export; beside new files they would be loaded instead of them, or on top.
 _REPLACED = ("*.safetensors", "*.safetensors.index.json", CONFIG_FILE)
 # The tokenizer's files and the like; what describes the weights is written anew.
@@ -50,7 +50,7 @@ class ExportOrder:
 
     Attributes:
         run: The run folder.
-        form: `peft` or `merged`.
+        form: `peft` (LoRA), `adapter` (a serial adapter, see `peft.export`) or `merged` (LoRA).
         out: The folder to write.
         model: Folder or hub name of the model that the adapter belongs to; None is the run's own.
         force: Write into a folder that has something in it.
@@ -91,7 +91,7 @@ def export(order: ExportOrder, on_progress: Callable[[str], None]) -> list[Path]
         )
         raise ConfigError(msg)
     adapter = load_adapter(folder.adapter_all if order.all_modules else folder.adapter)
-    check_lora_config(adapter.config)
+    _require_form(order.form, adapter)
     model = order.model or folder.config().model
     if order.form == "merged":
         return _export_merged(order, adapter, model, on_progress)
@@ -101,6 +101,16 @@ def export(order: ExportOrder, on_progress: Callable[[str], None]) -> list[Path]
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             shutil.copyfile(adapter.folder / name, scratch / name)
     return sorted(order.out / name for name in (CONFIG_FILE, WEIGHTS_FILE))
+
+
+def _require_form(form: str, adapter: Adapter) -> None:
+    check_config(adapter.config)
+    is_lora = isinstance(adapter.config, LoraConfig)
+    if is_lora is (form == "adapter"):
+        # What a serial adapter adds is no linear function of its input, so that no weight can take it in.
+        method, known = ("lora", "peft or merged") if is_lora else ("adapter", "adapter")
+        msg = f"--to: expected {known} for what --method {method} trained, got {form}. Choose that."
+        raise ConfigError(msg)
 
 
 def _require_free(order: ExportOrder) -> None:
@@ -151,7 +161,7 @@ def _require_fit(adapter: Adapter, checkpoint: Checkpoint) -> None:
     """Refuse an adapter of another model; `peft` would leave out, or make up, what does not fit."""
     geometry = geometry_of(empty_model(read_config(checkpoint.folder)))
     bank = Bank(adapter.config, geometry)
-    apply_adapter(adapter, {block: bank.module(block) for block in bank.targets}, geometry)
+    apply_adapter(adapter, {site: bank.at(site) for site in bank.targets}, geometry)
 
 
 def _merge(source: Path, adapter: Adapter) -> PreTrainedModel:

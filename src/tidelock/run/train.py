@@ -20,6 +20,7 @@ from tidelock.data.encode import Encoder, encode_all
 from tidelock.data.source import read_examples
 from tidelock.device.kill_revive import KillRevive
 from tidelock.errors import ConfigError
+from tidelock.peft.adapter import AdapterConfig
 from tidelock.peft.export import load_adapter
 from tidelock.peft.lora import ALL_PROJECTIONS
 from tidelock.run.codecs import describe_codecs
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tidelock.device.model import DeviceModel
+    from tidelock.peft.methods import MethodConfig
     from tidelock.run.config import RunConfig
 
 _FALLBACK_MAX_LENGTH = 2048
@@ -136,14 +138,14 @@ def _finish(  # noqa: PLR0913  (what a run is made of)
 ) -> TrainResult:
     """Write what the run came to, and return it."""
     step, history = trainer.state.global_step, trainer.state.log_history
-    active = tuple(model.bank.active)
+    active = model.bank.active_numbers
     model.save_adapter(folder.adapter, config.model)
     has_killed = config.to_schedule().changes
     if has_killed:
         model.save_adapter(folder.adapter_all, config.model, killed=True)
         if trainer.eval_dataset and not interrupted and folder.metric(step, _ALL_MODULES_LOSS) is None:
             # A killed module has learned all the same.
-            model.bank.activate(model.bank.targets)
+            model.bank.activate(model.bank.numbers)
             trainer.evaluate(metric_key_prefix=_ALL_MODULES_LOSS.removesuffix("_loss"))
     folder.write_ledger(ledger)
     return TrainResult(
@@ -168,10 +170,16 @@ def open_model(config: RunConfig, ledger: Ledger) -> DeviceModel:
         TidelockError: As `connect`.
     """
     adapter = load_adapter(Path(config.adapter)) if config.adapter is not None else None
+    if adapter is not None and isinstance(adapter.config, AdapterConfig) is not (config.method == "adapter"):
+        msg = (
+            f"--adapter: expected one that --method {config.method} trained, got another ({adapter.folder}). Choose "
+            "the other --method, or another adapter."
+        )
+        raise ConfigError(msg)
     model = connect(
         "local" if config.cloud is None else config.cloud,
         model=config.model,
-        peft_config=adapter.config if adapter is not None else _lora_config(config),
+        peft_config=adapter.config if adapter is not None else _method_config(config),
         credentials=_credentials(config),
         codec=config.codec,
         gradient_codec=config.gradient_codec,
@@ -204,8 +212,16 @@ def load_tokenizer(model: DeviceModel) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _lora_config(config: RunConfig) -> LoraConfig:
-    """Return the LoRA configuration of a run."""
+def _method_config(config: RunConfig) -> MethodConfig:
+    """Return what a run trains."""
+    if config.method == "adapter":
+        return AdapterConfig(
+            bottleneck=config.bottleneck,
+            places=tuple(config.place or ("mlp",)),
+            layers=None if config.layer is None else tuple(config.layer),
+            activation=config.activation,
+            dropout=config.dropout,
+        )
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft's own maths takes any number
@@ -298,7 +314,7 @@ def _describe(model: DeviceModel) -> str:
     verified = "" if geometry.family.verified else " (unverified: cut by structure)"
     return (
         f"{geometry.family.name}{verified}, {geometry.num_blocks} blocks, {trained:,} trained parameters in "
-        f"{len(model.bank.targets)} PEFT modules on this device"
+        f"{len(model.bank.numbers)} PEFT modules on this device"
     )
 
 

@@ -177,15 +177,15 @@ class Codecs:
         return cls(activation, gradient, stochastic_rounding)
 
 
-def rounding_seed(pass_seed: int | None, what: str, block: int) -> tuple[int, ...] | None:
+def rounding_seed(pass_seed: int | None, what: str, site: int) -> tuple[int, ...] | None:
     """Return the seed of one tensor's stochastic rounding, the same at every attempt of a pass.
 
     Args:
         pass_seed: The pass's own number; None rounds to the nearest.
         what: The tensor's kind.
-        block: The site's block, where it belongs to a site.
+        site: The site's number, where it belongs to one.
     """
-    return None if pass_seed is None else (pass_seed, int.from_bytes(what.encode(), "little"), block)
+    return None if pass_seed is None else (pass_seed, int.from_bytes(what.encode(), "little"), site)
 
 
 @final
@@ -194,38 +194,38 @@ class Part:
     """A piece of a tensor on the wire: a `TensorPart` whose data is not copied.
 
     Attributes:
-        block: The site's block, where the tensor belongs to a site.
+        site: The site's number, where the tensor belongs to one.
         codec: The codec's number, in the first part only, else 0.
         shape: The tensor's shape, in the first part only, else empty.
         data: At most `PART_BYTES` bytes.
     """
 
-    block: int
+    site: int
     codec: int
     shape: tuple[int, ...]
     data: memoryview
 
 
 def write_parts(
-    what: str, tensor: Tensor, codec: Codec, *, block: int = 0, seed: tuple[int, ...] | None = None
+    what: str, tensor: Tensor, codec: Codec, *, site: int = 0, seed: tuple[int, ...] | None = None
 ) -> Iterator[Part]:
     """Yield a tensor as parts, in order; arguments and errors as for `Codec.encode` and `split_parts`."""
-    yield from split_parts(codec.encode(what, tensor, seed=seed), tuple(tensor.shape), codec, block=block)
+    yield from split_parts(codec.encode(what, tensor, seed=seed), tuple(tensor.shape), codec, site=site)
 
 
-def split_parts(encoded: Tensor, shape: tuple[int, ...], codec: Codec, *, block: int = 0) -> Iterator[Part]:
+def split_parts(encoded: Tensor, shape: tuple[int, ...], codec: Codec, *, site: int = 0) -> Iterator[Part]:
     """Yield an encoded tensor as parts, in order, their data not copied.
 
     Args:
         encoded: What `Codec.encode` returned.
         shape: Of the tensor.
         codec: The one that wrote it.
-        block: The site's block, where the tensor belongs to a site.
+        site: The site's number, where the tensor belongs to one.
     """
     data = encoded.numpy().data
-    yield Part(block, codec.to_pb(), shape, data[:PART_BYTES])
+    yield Part(site, codec.to_pb(), shape, data[:PART_BYTES])
     for offset in range(PART_BYTES, len(data), PART_BYTES):
-        yield Part(block, 0, (), data[offset : offset + PART_BYTES])
+        yield Part(site, 0, (), data[offset : offset + PART_BYTES])
 
 
 @final
@@ -236,14 +236,14 @@ class TensorReader:
         what: Its name in error messages.
         shape: What the protocol says that it must have.
         codec: Likewise.
-        block: The site's block that every part must name.
+        site: The site's number, which every part must have.
     """
 
-    def __init__(self, what: str, shape: tuple[int, ...], codec: Codec, *, block: int = 0) -> None:
+    def __init__(self, what: str, shape: tuple[int, ...], codec: Codec, *, site: int = 0) -> None:
         self._what = what
         self._shape = shape
         self._codec = codec
-        self._block = block
+        self._site = site
         self._size = codec.size_bytes(shape)
         self._buffer: bytearray | None = None
         self._filled = 0
@@ -259,8 +259,8 @@ class TensorReader:
         Raises:
             WireError: It belongs to another tensor, has another shape or codec, is too long, or brings nothing.
         """
-        if part.block != self._block:
-            self._refuse(f"block {self._block}", f"block {part.block}")
+        if part.site != self._site:
+            self._refuse(f"site {self._site}", f"site {part.site}")
         if self._buffer is None:
             codec, shape = Codec.from_pb(part.codec), tuple(part.shape)
             if (codec, shape) != (self._codec, self._shape):

@@ -59,7 +59,7 @@ class Egress:
         return report
 
     def tensor(
-        self, kind: Kind, tensor: Tensor, codec: Codec, *, block: int = 0, pass_seed: int | None = None
+        self, kind: Kind, tensor: Tensor, codec: Codec, *, site: int = 0, pass_seed: int | None = None
     ) -> Iterator[bytes]:
         """Yield the encoded messages that carry a tensor to the cloud.
 
@@ -67,7 +67,7 @@ class Egress:
             kind: What it is.
             tensor: Of any floating dtype, on any device.
             codec: How its numbers are written.
-            block: The site's block, where it belongs to a site.
+            site: The site's number, where it belongs to one.
             pass_seed: Rounds integers stochastically, alike at every attempt of a pass; None rounds to the nearest.
 
         Raises:
@@ -87,11 +87,11 @@ class Egress:
                 "ids or labels. This is a fault in tidelock; please report it."
             )
             raise WireError(msg)
-        encoded = codec.encode(kind.value, tensor, seed=rounding_seed(pass_seed, kind.value, block))
+        encoded = codec.encode(kind.value, tensor, seed=rounding_seed(pass_seed, kind.value, site))
         if codec is not Codec.FP32:
             stochastic = pass_seed is not None
             self.ledger.distortion.measure(_ROLES[kind], kind.value, tensor, encoded, codec, stochastic=stochastic)
-        for part in split_parts(encoded, tuple(tensor.shape), codec, block=block):
+        for part in split_parts(encoded, tuple(tensor.shape), codec, site=site):
             yield self._count(kind, write_part(pb.DeviceMessage, kind.value, part))
 
     def _count(self, kind: Kind, message: bytes) -> bytes:

@@ -53,7 +53,7 @@ def write_part(kind: type[Message], field: str, part: Part) -> bytes:
         part: The tensor's part.
     """
     codec = cast("pb.Codec", part.codec)
-    header = pb.TensorPart(block=part.block, codec=codec, shape=part.shape).SerializeToString()
+    header = pb.TensorPart(site=part.site, codec=codec, shape=part.shape).SerializeToString()
     inner = b"".join((header, _DATA_TAG, _varint(len(part.data))))
     tag = kind.DESCRIPTOR.fields_by_name[field].number << 3 | _LENGTH_DELIMITED
     return b"".join((_varint(tag), _varint(len(inner) + len(part.data)), inner, part.data))
@@ -99,7 +99,7 @@ def _read_part(kind: type[Message], frame: bytes) -> Incoming | None:
     if not header_end or data_start + size != len(frame):
         return None
     header = pb.TensorPart.FromString(frame[start:header_end])
-    part = Part(header.block, header.codec, tuple(header.shape), memoryview(frame)[data_start:])
+    part = Part(header.site, header.codec, tuple(header.shape), memoryview(frame)[data_start:])
     return Incoming(field.name, part, len(frame))
 
 

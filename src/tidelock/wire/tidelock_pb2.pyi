@@ -170,24 +170,24 @@ class Open(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., fingerprint: _Optional[str] = ..., mode: _Optional[_Union[Mode, str]] = ..., starts: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., selected: _Optional[_Iterable[int]] = ..., active: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., activation_codec: _Optional[_Union[Codec, str]] = ..., gradient_codec: _Optional[_Union[Codec, str]] = ..., rounding_seed: _Optional[int] = ..., learns_from: _Optional[int] = ...) -> None: ...
 
 class ActiveSite(_message.Message):
-    __slots__ = ("block", "projections")
-    BLOCK_FIELD_NUMBER: _ClassVar[int]
-    PROJECTIONS_FIELD_NUMBER: _ClassVar[int]
-    block: int
-    projections: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, block: _Optional[int] = ..., projections: _Optional[_Iterable[str]] = ...) -> None: ...
+    __slots__ = ("site", "linears")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    LINEARS_FIELD_NUMBER: _ClassVar[int]
+    site: int
+    linears: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, site: _Optional[int] = ..., linears: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TensorPart(_message.Message):
-    __slots__ = ("block", "codec", "shape", "data")
-    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("site", "codec", "shape", "data")
+    SITE_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
-    block: int
+    site: int
     codec: Codec
     shape: _containers.RepeatedScalarFieldContainer[int]
     data: bytes
-    def __init__(self, block: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, site: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class DeviceMessage(_message.Message):
     __slots__ = ("open", "embedding", "site_output", "final_gradient", "input_gradient")

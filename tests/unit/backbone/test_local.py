@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.support.sites import attn
 from tests.unit.hand_device import WIDTH
 from tidelock.backbone.local import LocalBackbone
 from tidelock.model.cut import CutModel
@@ -48,7 +49,7 @@ def a_batch(**changes):
         "embeddings_NE": torch.ones(4, WIDTH),
         "rows": Rows((0,), (4,), 4),
         "select_M": torch.tensor([3]),
-        "active": {1: ("v_proj",)},
+        "active": {attn(1): ("v_proj",)},
         "training": True,
     }
     return Batch(**{**values, **changes})

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.support.sites import attn
 from tests.unit.hand_device import BLOCKS, PROJECTIONS, SITE_WIDTH, TOKEN, WIDTH, wait_until
 from tidelock.backbone import patience
 from tidelock.backbone.connection import Connection
@@ -43,7 +44,7 @@ from tidelock.wire.ledger import Kind, Ledger
 
 pytestmark = pytest.mark.timeout(120)
 
-ACTIVE = {0: PROJECTIONS, 2: ("q_proj", "v_proj")}
+ACTIVE = {attn(0): PROJECTIONS, attn(2): ("q_proj", "v_proj")}
 
 
 class FlakyCloud(pb_grpc.BackboneServicer):
@@ -198,7 +199,7 @@ def equal(left, right):
 def test_a_pass_in_the_cloud_is_the_pass_here(flaky, connect, reference):
     backbone = connect(flaky)
     assert equal(step(backbone, LinearSites()), reference)
-    assert set(reference[1]) == {0, 2}
+    assert set(reference[1]) == {attn(0), attn(2)}
     split = backbone.take_times()
     assert split.cloud > 0
     assert split.wire > 0
@@ -283,10 +284,10 @@ def test_a_cloud_that_breaks_the_protocol_is_not_asked_again(flaky, connect, aft
 @pytest.mark.parametrize(
     "part",
     [
-        pb.TensorPart(block=0, codec=pb.FP32, shape=[11, WIDTH], data=bytes(11 * WIDTH * 4)),
-        pb.TensorPart(block=0, codec=pb.FP32, shape=[2**31, 2**31], data=bytes(8)),
-        pb.TensorPart(block=1, codec=pb.FP32, shape=[10, WIDTH], data=bytes(10 * WIDTH * 4)),
-        pb.TensorPart(block=0, codec=pb.BF16, shape=[10, WIDTH], data=bytes(10 * WIDTH * 2)),
+        pb.TensorPart(site=0, codec=pb.FP32, shape=[11, WIDTH], data=bytes(11 * WIDTH * 4)),
+        pb.TensorPart(site=0, codec=pb.FP32, shape=[2**31, 2**31], data=bytes(8)),
+        pb.TensorPart(site=1, codec=pb.FP32, shape=[10, WIDTH], data=bytes(10 * WIDTH * 4)),
+        pb.TensorPart(site=0, codec=pb.BF16, shape=[10, WIDTH], data=bytes(10 * WIDTH * 2)),
     ],
     ids=["rows", "huge", "block", "codec"],
 )
@@ -328,7 +329,7 @@ def test_the_codec_is_used_both_ways(flaky, connect, reference, codec, allowed):
         totals[name] = backbone.connection.egress.ledger.totals()
     assert states.dtype == (torch.bfloat16 if codec == "bf16" else torch.float32)
     assert 0 < relative_error(states, reference[0]) < allowed
-    assert 0 < relative_error(gradients[0], reference[1][0]) < allowed
+    assert 0 < relative_error(gradients[attn(0)], reference[1][attn(0)]) < allowed
     ratio = Codec(codec).ratio([WIDTH])  # framing apart
     for direction in ("sent", "received"):
         for kind in totals["fp32"][direction].keys() - {"control"}:
@@ -362,7 +363,7 @@ def test_the_ledger_holds_the_stated_bytes(flaky, connect):
 def test_gradients_have_a_codec_of_their_own(flaky, connect, reference):
     exact = step(connect(flaky, codecs=Codecs.named("fp32", "int8")), LinearSites())
     assert torch.equal(exact[0], reference[0])
-    assert not torch.equal(exact[1][0], reference[1][0])
+    assert not torch.equal(exact[1][attn(0)], reference[1][attn(0)])
     rounded = step(connect(flaky, codecs=Codecs.named("int8", "fp32")), LinearSites())
     assert not torch.equal(rounded[0], reference[0])
 
@@ -390,9 +391,9 @@ def test_a_repeat_rounds_alike_at_both_ends(flaky, connect, after):
 
 def test_stochastic_gradients_are_right_on_average(flaky, connect, reference):
     backbone = connect(flaky, codecs=Codecs.named("fp32", "int4", stochastic_rounding=True))
-    nearest = step(connect(flaky, codecs=Codecs.named("fp32", "int4")), LinearSites())[1][2]
-    drawn = torch.stack([step(backbone, LinearSites(), seed)[1][2] for seed in range(60)])
-    assert relative_error(drawn.mean(0), reference[1][2]) < 0.5 * relative_error(nearest, reference[1][2])
+    nearest = step(connect(flaky, codecs=Codecs.named("fp32", "int4")), LinearSites())[1][attn(2)]
+    drawn = torch.stack([step(backbone, LinearSites(), seed)[1][attn(2)] for seed in range(60)])
+    assert relative_error(drawn.mean(0), reference[1][attn(2)]) < 0.5 * relative_error(nearest, reference[1][attn(2)])
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
@@ -418,7 +419,7 @@ def test_a_cloud_that_computes_what_is_not_finite_says_so(flaky, connect):
 
 def test_a_cloud_that_sends_no_rows_of_integers_is_not_believed(flaky, connect):
     data = bytes(Codec.INT8.size_bytes((10, WIDTH)))  # scales of zero, which none has
-    part = pb.TensorPart(block=0, codec=pb.INT8, shape=[10, WIDTH], data=data)
+    part = pb.TensorPart(site=0, codec=pb.INT8, shape=[10, WIDTH], data=data)
     flaky.faults = [(0, pb.CloudMessage(site_input=part))]
     with pytest.raises(WireError, match=r"Reading site_input: expected scales from"):
         connect(flaky, codecs=Codecs.named("int8")).forward(a_batch(), LinearSites())

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from tests.unit.hand_device import PROJECTIONS, an_open
+from tests.support.sites import attn
+from tests.unit.hand_device import PROJECTIONS, an_active_site, an_open
 from tidelock.cloud.engine import Line, PassAbandoned, read_open
 from tidelock.errors import WireError
 from tidelock.model.ends import empty_model
@@ -28,7 +29,7 @@ def geometry(tiny_folder):
 
 
 def site(block, *projections):
-    return pb.ActiveSite(block=block, projections=projections)
+    return an_active_site(block, projections)
 
 
 def test_an_order_is_read(geometry):
@@ -45,7 +46,7 @@ def test_an_order_is_read(geometry):
     assert order.training
     assert (order.rows.starts, order.rows.lengths, order.rows.width) == ((0, 2), (5, 3), 5)
     assert order.select_M.tolist() == [0, 4, 7]
-    assert order.active == {2: ("q_proj", "v_proj"), 0: ("k_proj",)}
+    assert order.active == {attn(2): ("q_proj", "v_proj"), attn(0): ("k_proj",)}
     assert (order.activation_codec, order.gradient_codec, order.rounding_seed) == (Codec.FP32, Codec.INT4, 2**63)
 
 
@@ -75,11 +76,11 @@ REFUSED = {
     "an unknown mode": (an_open(mode=17), "a known mode, got 17"),
     "prompts padded at the right": (an_open(mode=pb.GENERATE, width=9), "padded at the left"),
     "training without a site": (an_open(active=[]), "an active site to train"),
-    "an unknown block": (an_open(active=[site(3, "q_proj")]), "different blocks below 3"),
-    "a block twice": (an_open(active=[site(1, "q_proj"), site(1, "k_proj")]), "different blocks"),
-    "no projection": (an_open(active=[site(0)]), "projections out of"),
-    "an unknown projection": (an_open(active=[site(0, "o_proj")]), "projections out of"),
-    "a known and an unknown one": (an_open(active=[site(0, "q_proj", "o_proj")]), "projections out of"),
+    "an unknown block": (an_open(active=[site(3, "q_proj")]), "different sites of 3 blocks"),
+    "a block twice": (an_open(active=[site(1, "q_proj"), site(1, "k_proj")]), "different sites of 3 blocks"),
+    "no projection": (an_open(active=[site(0)]), "linears out of"),
+    "an unknown projection": (an_open(active=[site(0, "o_proj")]), "linears out of"),
+    "a known and an unknown one": (an_open(active=[site(0, "q_proj", "o_proj")]), "linears out of"),
     "projections out of order": (an_open(active=[site(0, "k_proj", "q_proj")]), "in order"),
     "a projection twice": (an_open(active=[site(0, "q_proj", "q_proj")]), "in order"),
     "one projection too many": (an_open(active=[site(0, *PROJECTIONS, "q_proj")]), "in order"),
@@ -98,9 +99,8 @@ def test_what_contradicts_the_model_is_refused(geometry, case):
 
 
 UINT32 = st.one_of(st.integers(0, 12), st.integers(0, 2**32 - 1))
-SITES = st.builds(
-    lambda block, names: site(block, *names), UINT32, st.lists(st.sampled_from([*PROJECTIONS, "x"]), max_size=4)
-)
+LINEARS = st.lists(st.sampled_from([*PROJECTIONS, "o_proj", "down_proj", "x"]), max_size=4)
+SITES = st.builds(pb.ActiveSite, site=UINT32, linears=LINEARS)
 OPENS = st.builds(
     pb.Open,
     mode=st.integers(0, 4),
@@ -126,8 +126,8 @@ def test_random_orders_are_refused_or_make_sense(geometry, message):
     assert len(rows.indices()) == rows.num_tokens
     assert 0 < len(order.select_M) <= rows.num_tokens
     assert order.select_M.max() < rows.num_tokens
-    for block, names in order.active.items():
-        assert geometry.sites[block].output_width(names) > 0
+    for active, names in order.active.items():
+        assert geometry.sites[active].output_width(names) > 0
 
 
 @given(st.binary(max_size=80))
@@ -150,7 +150,7 @@ MANY = 250_000  # about what fits into one message
         an_open(starts=[0] * MANY, lengths=[2**32 - 1] * 2, width=100),
         an_open(selected=list(range(MANY))),
         an_open(active=[site(0)] * MANY),
-        an_open(active=[site(2**32 - 1)] * MANY),
+        an_open(active=[pb.ActiveSite(site=2**32 - 1)] * MANY),
         an_open(active=[site(0, *["q_proj"] * MANY)]),
         an_open(active=[site(0, "x" * (1 << 20))]),
     ],

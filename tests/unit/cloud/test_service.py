@@ -11,8 +11,19 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.unit.hand_device import PROJECTIONS, SITE_WIDTH, TOKEN, WIDTH, HandDevice, HandPass, wait_until
+from tests.support.sites import attn
+from tests.unit.hand_device import (
+    PROJECTIONS,
+    SITE_WIDTH,
+    TOKEN,
+    WIDTH,
+    HandDevice,
+    HandPass,
+    an_active_site,
+    wait_until,
+)
 from tidelock.cloud import service as service_module
+from tidelock.cloud.memory import bytes_at_sites
 from tidelock.cloud.service import BackboneService, Limits
 from tidelock.errors import WireError
 from tidelock.model.cut import BlockCall
@@ -70,7 +81,7 @@ def test_only_the_selected_states_come_back(device, undisturbed):
 
 def test_generation_goes_on_until_the_device_leaves(device, undisturbed):
     run = device.begin()
-    run.open(mode=pb.GENERATE, active=[pb.ActiveSite(block=1, projections=["v_proj"])], selected=[7])
+    run.open(mode=pb.GENERATE, active=[an_active_site(1, ("v_proj",))], selected=[7])
     run.send("embedding", 8, WIDTH)
     tokens, selected = 8, 1
     for _ in range(4):
@@ -191,7 +202,7 @@ BROKEN = {
     "answer before the question": (lambda run: (run.open(), run.send("site_output", 8, 64)), "expected embedding"),
     "answer of another block": (
         lambda run: (run.open(), run.send("embedding", 8, WIDTH), run.send("site_output", 8, SITE_WIDTH, block=1)),
-        "expected block 0, got block 1",
+        "expected site 0, got site 3",
     ),
     "wide answer": (
         lambda run: (run.open(), run.send("embedding", 8, WIDTH), run.send("site_output", 8, SITE_WIDTH + 1)),
@@ -281,11 +292,17 @@ def test_a_device_may_leave_at_any_time(cloud, hand_device, undisturbed, phase, 
         run.outbox.put(None)
 
 
+def bytes_of_a_pass(cloud):
+    """Return what the pass of `HandPass.forward` keeps."""
+    at_sites = bytes_at_sites(cloud.service._cut, dict.fromkeys(map(attn, (0, 1)), PROJECTIONS))
+    return cloud.service._cost.bytes_for(1, 8, at_sites)
+
+
 def test_memory_is_reserved_until_the_end_of_the_pass_only(start_cloud, hand_device):
     cloud = start_cloud(Limits(max_memory_bytes=1 << 20))
     run = hand_device(cloud).begin()
     run.forward()
-    assert cloud.service._memory._used == cloud.service._cost.bytes_for(1, 8) > 0
+    assert cloud.service._memory._used == bytes_of_a_pass(cloud) > 0
     run.backward()
     wait_until(cloud.is_idle, "an idle cloud")
 
@@ -363,7 +380,7 @@ def test_what_can_never_fit_is_refused(start_cloud, hand_device):
 
 
 def test_what_does_not_fit_now_waits(start_cloud, hand_device):
-    cloud = start_cloud(Limits(max_sessions=4, max_memory_bytes=start_cloud().service._cost.bytes_for(1, 8)))
+    cloud = start_cloud(Limits(max_sessions=4, max_memory_bytes=bytes_of_a_pass(start_cloud())))
     first, second, third = (hand_device(cloud).begin() for _ in range(3))
     first.forward()
     second.open()
@@ -397,7 +414,7 @@ def test_passes_at_once_do_not_mix(start_cloud, hand_device):
     cloud = start_cloud(Limits(max_sessions=2))
     runs = [hand_device(cloud).begin() for _ in range(2)]
     for run in runs:
-        run.open(mode=pb.EVALUATE, active=[pb.ActiveSite(block=0, projections=PROJECTIONS)])
+        run.open(mode=pb.EVALUATE, active=[an_active_site(0)])
     for run in runs:
         run.send("embedding", 8, WIDTH)
     for run in runs:
@@ -518,7 +535,7 @@ def test_a_tenant_has_as_many_active_modules_as_its_operator_says(start_cloud, h
         device = hand_device(cloud, token)
         assert device.stub.Describe(pb.DescribeRequest(), metadata=device.metadata).max_active == most
         assert ask(device) == pb.ScheduleCommand(period=0, kill=killed, max_active=most)
-        sites = [pb.ActiveSite(block=block, projections=PROJECTIONS) for block in range(most + 1)]
+        sites = [an_active_site(block) for block in range(most + 1)]
         run = device.begin()
         run.open(active=sites)
         code, said = refusal(run)

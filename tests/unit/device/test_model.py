@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.support.sites import attn
 from tests.unit.hand_device import BLOCKS, POSITIONS, VOCABULARY, WIDTH
 from tidelock.backbone.local import LocalBackbone
 from tidelock.errors import ConfigError, NonFiniteError, WireError
@@ -194,7 +195,7 @@ def test_a_gradient_that_is_no_number_moves_nothing(make_model):
 def test_one_bad_gradient_among_good_ones_is_found(make_model, monkeypatch):
     model = make_model()
     loss = model(**a_batch()).loss
-    last = model.bank.module(BLOCKS - 1)
+    last = model.bank.at(attn(BLOCKS - 1))
     original = torch.autograd.grad
 
     def spoil(outputs, inputs, *args, **kwargs):
@@ -251,7 +252,7 @@ def test_frozen_parameters_get_no_gradient(make_model):
 def test_only_peft_tensors_are_parameters_and_state(make_model):
     model = make_model()
     names = {
-        f"bank.blocks.{block}.branches.{projection}.{matrix}.weight"
+        f"bank.blocks.{block}.attn.branches.{projection}.{matrix}.weight"
         for block in range(BLOCKS) for projection in ("q_proj", "v_proj") for matrix in ("lora_A", "lora_B")
     }  # fmt: skip
     assert {name for name, _ in model.named_parameters()} == names

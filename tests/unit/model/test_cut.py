@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from tests.support.sites import attn
 from tests.unit.hand_device import BLOCKS, WIDTH
 from tidelock.errors import ModelError
 from tidelock.model.cut import BlockCall, CutModel, visiting
+from tidelock.model.geometry import Place, SiteId
 
 
 def load(folder):
@@ -81,19 +83,23 @@ def test_the_model_is_frozen_and_never_drops_out(tiny_folder):
 
 
 class Doubling:
-    """A visitor that doubles what projections read, adds one to what they give, and remembers where it was."""
+    """A visitor that doubles what projections read, adds one to what linears give, and remembers where it was."""
 
     def __init__(self):
         self.entered = []
         self.left = []
 
-    def enter_site(self, block, x_BTD):
-        self.entered.append(block)
+    def enter_site(self, site, x_BTD):
+        self.entered.append(site)
         return 2 * x_BTD
 
-    def leave_projection(self, block, projection, y_BTW):
-        self.left.append((block, projection))
+    def leave_projection(self, site, projection, y_BTW):
+        self.left.append((site, projection))
         return y_BTW + 1
+
+    def leave_output(self, site, y_BTD):
+        self.left.append((site, "output"))
+        return y_BTD + 1
 
 
 def test_a_visitor_is_asked_at_the_site_of_the_block_that_it_visits(cut, model):
@@ -112,8 +118,9 @@ def test_a_visitor_is_asked_at_the_site_of_the_block_that_it_visits(cut, model):
     finally:
         handle.remove()
     names = ("q_proj", "k_proj", "v_proj")
-    assert visitor.entered == [1, 1, 1]
-    assert sorted(visitor.left) == sorted((1, name) for name in names)
+    assert visitor.entered == [attn(1)] * 3
+    outputs = [(SiteId(1, Place.ATTN_OUT), "output"), (SiteId(1, Place.MLP), "output")]
+    assert sorted(visitor.left) == sorted([*((attn(1), name) for name in names), *outputs])
     assert torch.allclose(given["y"], linear(given["x"]) + 1, atol=1e-6)
     assert not torch.equal(changed, cut.run(X, MASK, run_all))
 

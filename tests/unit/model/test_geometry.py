@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, LlamaModel
 
+from tests.support.sites import attn
 from tidelock.errors import ModelError
 from tidelock.model.ends import empty_model
 from tidelock.model.geometry import Projection, geometry_of
@@ -19,8 +20,8 @@ def make(model_type, **more):
 
 def test_grouped_heads_have_narrower_keys_and_values():
     geometry = geometry_of(make("llama", num_key_value_heads=2, max_position_embeddings=77))
-    site = geometry.sites[1]
-    assert (site.block, site.width, site.name) == (1, 32, "blocks.1.attn")
+    site = geometry.sites[attn(1)]
+    assert (attn(1).name, site.width) == ("blocks.1.attn", 32)
     assert site.projections == (Projection("q_proj", 32), Projection("k_proj", 16), Projection("v_proj", 16))
     assert (geometry.embedding_width, geometry.final_width, geometry.vocab_size) == (32, 32, 64)
     assert (geometry.max_positions, geometry.num_blocks) == (77, 2)
@@ -28,18 +29,18 @@ def test_grouped_heads_have_narrower_keys_and_values():
 
 
 def test_the_width_of_an_answer_is_that_of_the_named_projections():
-    site = geometry_of(make("llama", num_key_value_heads=2)).sites[0]
+    site = geometry_of(make("llama", num_key_value_heads=2)).sites[attn(0)]
     assert [site.output_width(names) for names in ((), ("v_proj",), ("q_proj", "v_proj"))] == [0, 16, 48]
 
 
 def test_gpt2_keeps_its_weights_transposed():
-    site = geometry_of(make("gpt2")).sites[0]
+    site = geometry_of(make("gpt2")).sites[attn(0)]
     assert (site.width, site.projections) == (32, (Projection("c_attn", 96),))
 
 
 def test_opt_may_have_embeddings_narrower_than_its_blocks():
     geometry = geometry_of(make("opt", word_embed_proj_dim=16, ffn_dim=64))
-    assert (geometry.embedding_width, geometry.final_width, geometry.sites[0].width) == (16, 16, 32)
+    assert (geometry.embedding_width, geometry.final_width, geometry.sites[attn(0)].width) == (16, 16, 32)
     assert geometry.projection_path(0, "k_proj") == "model.decoder.layers.0.self_attn.k_proj"
 
 

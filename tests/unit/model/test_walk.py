@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.support.sites import attn
 from tests.unit.hand_device import PROJECTIONS, WIDTH
 from tidelock.errors import ModelError
 from tidelock.model.cut import CutModel
@@ -66,13 +67,13 @@ def a_batch(active, **changes):
 def by_autograd(folder, active, sites, grad):
     """Return final states and matrix gradients by one graph through the whole model, answers added by hooks."""
     model = load(folder).requires_grad_(False)
-    for block, names in active.items():
-        attention, offset = model.model.layers[block].self_attn, 0
+    for site, names in active.items():
+        attention, offset = model.model.layers[site.block].self_attn, 0
         for name in names:
             linear = getattr(attention, name)
             columns = slice(offset, offset + linear.out_features)
             linear.register_forward_hook(
-                lambda module, args, y, block=block, columns=columns: y + args[0] @ sites.matrices[block][:, columns]
+                lambda module, args, y, site=site, columns=columns: y + args[0] @ sites.matrices[site][:, columns]
             )
             offset += linear.out_features
     batch = a_batch(active)
@@ -86,10 +87,10 @@ def by_autograd(folder, active, sites, grad):
 @pytest.mark.parametrize(
     "active",
     [
-        {0: PROJECTIONS},
-        {2: ("k_proj",)},
-        {0: ("q_proj", "v_proj"), 1: PROJECTIONS, 2: ("v_proj",)},
-        {2: PROJECTIONS, 0: ("k_proj", "v_proj")},
+        {attn(0): PROJECTIONS},
+        {attn(2): ("k_proj",)},
+        {attn(0): ("q_proj", "v_proj"), attn(1): PROJECTIONS, attn(2): ("v_proj",)},
+        {attn(2): PROJECTIONS, attn(0): ("k_proj", "v_proj")},
     ],
 )
 def test_states_and_gradients_are_those_of_one_graph(tiny_folder, cut, active):
@@ -110,7 +111,7 @@ def test_states_and_gradients_are_those_of_one_graph(tiny_folder, cut, active):
 
 
 def test_blocks_below_the_lowest_site_are_not_walked_back(cut):
-    walk = Walk(cut, a_batch({1: PROJECTIONS}), LinearSites({1: PROJECTIONS}))
+    walk = Walk(cut, a_batch({attn(1): PROJECTIONS}), LinearSites({attn(1): PROJECTIONS}))
     walk.forward()
     assert len(walk._segments) == 2
     walk.backward(torch.ones(3, WIDTH))
@@ -118,8 +119,8 @@ def test_blocks_below_the_lowest_site_are_not_walked_back(cut):
 
 
 def test_without_training_no_graph_is_kept(cut):
-    sites = LinearSites({0: PROJECTIONS})
-    walk = Walk(cut, a_batch({0: PROJECTIONS}, training=False), sites)
+    sites = LinearSites({attn(0): PROJECTIONS})
+    walk = Walk(cut, a_batch({attn(0): PROJECTIONS}, training=False), sites)
     assert not walk.forward().requires_grad
     assert walk._segments == []
     walk.backward(torch.ones(3, WIDTH))
@@ -127,8 +128,8 @@ def test_without_training_no_graph_is_kept(cut):
 
 
 def test_backward_is_walked_once(cut):
-    sites = LinearSites({0: PROJECTIONS})
-    walk = Walk(cut, a_batch({0: PROJECTIONS}), sites)
+    sites = LinearSites({attn(0): PROJECTIONS})
+    walk = Walk(cut, a_batch({attn(0): PROJECTIONS}), sites)
     walk.forward()
     walk.backward(torch.ones(3, WIDTH))
     asked = list(sites.asked)
@@ -138,7 +139,7 @@ def test_backward_is_walked_once(cut):
 
 def test_others_are_let_in_between_blocks(cut):
     calls = []
-    walk = Walk(cut, a_batch({1: PROJECTIONS}), LinearSites({1: PROJECTIONS}), lambda: calls.append(1))
+    walk = Walk(cut, a_batch({attn(1): PROJECTIONS}), LinearSites({attn(1): PROJECTIONS}), lambda: calls.append(1))
     walk.forward()
     assert len(calls) == 2
     walk.backward(torch.ones(3, WIDTH))
@@ -146,7 +147,7 @@ def test_others_are_let_in_between_blocks(cut):
 
 
 def test_no_weight_of_the_model_gets_a_gradient(cut):
-    walk = Walk(cut, a_batch({0: PROJECTIONS}), LinearSites({0: PROJECTIONS}))
+    walk = Walk(cut, a_batch({attn(0): PROJECTIONS}), LinearSites({attn(0): PROJECTIONS}))
     walk.forward()
     walk.backward(torch.ones(3, WIDTH))
     assert all(parameter.grad is None for parameter in cut.parameters())
@@ -157,7 +158,7 @@ def test_a_site_whose_projections_read_different_inputs_is_refused(tiny_folder):
     for block in model.model.layers:
         # Runs before the cut's own hook: this projection reads something of its own.
         block.self_attn.k_proj.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
-    walk = Walk(CutModel(model), a_batch({1: PROJECTIONS}), LinearSites({1: PROJECTIONS}))
+    walk = Walk(CutModel(model), a_batch({attn(1): PROJECTIONS}), LinearSites({attn(1): PROJECTIONS}))
     with pytest.raises(
         ModelError, match=r"Site blocks.1.attn: expected its projections to read one and the same input"
     ):
@@ -165,15 +166,15 @@ def test_a_site_whose_projections_read_different_inputs_is_refused(tiny_folder):
 
 
 def test_a_visit_that_was_not_begun_changes_nothing(cut):
-    walk = Walk(cut, a_batch({0: PROJECTIONS}), LinearSites({0: PROJECTIONS}))
+    walk = Walk(cut, a_batch({attn(0): PROJECTIONS}), LinearSites({attn(0): PROJECTIONS}))
     x = torch.ones(2, 5, WIDTH)
-    assert walk.enter_site(0, x) is x
-    assert walk.leave_projection(0, "q_proj", x) is x
+    assert walk.enter_site(attn(0), x) is x
+    assert walk.leave_projection(attn(0), "q_proj", x) is x
 
 
 def test_half_precision_blocks_take_and_give_their_own_dtype(tiny_folder):
     cut = CutModel(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16))
-    active = {0: PROJECTIONS, 2: ("v_proj",)}
+    active = {attn(0): PROJECTIONS, attn(2): ("v_proj",)}
 
     class Single(LinearSites):
         def forward(self, block, x_ND):
@@ -188,4 +189,4 @@ def test_half_precision_blocks_take_and_give_their_own_dtype(tiny_folder):
     walk = Walk(cut, a_batch(active), sites)
     assert walk.forward().dtype == torch.bfloat16
     walk.backward(torch.ones(3, WIDTH))
-    assert set(sites.gradients) == {0, 2}
+    assert set(sites.gradients) == {attn(0), attn(2)}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tidelock.device.bank import Bank
 from tidelock.errors import CheckpointError, ConfigError, StorageError
 from tidelock.model.cut import CutModel
 from tidelock.model.ends import empty_model, read_config
-from tidelock.model.geometry import Geometry, geometry_of
+from tidelock.model.geometry import Geometry, SiteId, geometry_of
 from tidelock.model.rows import Rows
 from tidelock.model.walk import Batch, Walk
 from tidelock.peft.export import CONFIG_FILE, WEIGHTS_FILE, apply_adapter, load_adapter, save_adapter
@@ -37,33 +37,37 @@ def geometry_at(folder: Path) -> Geometry:
     return geometry_of(empty_model(read_config(folder)))
 
 
-def trained(config: LoraConfig, geometry: Geometry) -> dict[int, LoraModule]:
+def lora_modules(bank: Bank) -> dict[SiteId, LoraModule]:
+    return {site: cast("LoraModule", bank.at(site)) for site in bank.targets}
+
+
+def trained(config: LoraConfig, geometry: Geometry) -> dict[SiteId, LoraModule]:
     """Return modules whose every weight is random, as after training."""
     bank = Bank(config, geometry)
     with torch.no_grad():
         for parameter in bank.parameters():
             parameter.normal_(std=0.3)
-    return {block: bank.module(block) for block in bank.targets}
+    return lora_modules(bank)
 
 
 class BankSites:
-    def __init__(self, modules: dict[int, LoraModule]) -> None:
+    def __init__(self, modules: dict[SiteId, LoraModule]) -> None:
         self.modules = modules
 
-    def forward(self, block: int, x_ND: torch.Tensor) -> torch.Tensor:
-        y_NW: torch.Tensor = self.modules[block](x_ND, None)
+    def forward(self, site: SiteId, x_ND: torch.Tensor) -> torch.Tensor:
+        y_NW: torch.Tensor = self.modules[site](x_ND, None)
         return y_NW
 
-    def backward(self, block: int, grad_NW: torch.Tensor, *, need_input: bool) -> torch.Tensor | None:
+    def backward(self, site: SiteId, grad_NW: torch.Tensor, *, need_input: bool) -> torch.Tensor | None:
         pytest.fail("no backward pass is asked for")
 
 
-def our_states(folder: Path, modules: dict[int, LoraModule]) -> torch.Tensor:
+def our_states(folder: Path, modules: dict[SiteId, LoraModule]) -> torch.Tensor:
     """Return the decoder's final states with our modules at the sites."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     cut = CutModel(model)
     rows = Rows((0, 0), (IDS.shape[1],) * 2, IDS.shape[1])
-    active = {block: module.targets for block, module in modules.items()}
+    active = {site: module.targets for site, module in modules.items()}
     embeddings = model.get_input_embeddings()(IDS).flatten(0, 1).detach()
     batch = Batch(embeddings, rows, torch.arange(rows.num_tokens), active, training=False)
     with torch.no_grad():
@@ -109,7 +113,7 @@ def test_what_peft_saves_we_load_and_compute_alike(models: Path, tmp_path: Path,
     theirs.save_pretrained(str(tmp_path))
     adapter = load_adapter(tmp_path)
     bank = Bank(adapter.config, geometry)
-    modules = {block: bank.module(block) for block in bank.targets}
+    modules = lora_modules(bank)
     apply_adapter(adapter, modules, geometry)
     assert (our_states(folder, modules) - peft_states(folder, tmp_path)).abs().max() < 1e-4
 
@@ -139,7 +143,7 @@ def test_targets_mean_the_same_to_peft(models: Path, tmp_path: Path, settings: d
     assert isinstance(written["target_modules"], list)
     back = load_adapter(tmp_path)
     again = Bank(back.config, geometry_at(folder))
-    assert again.targets == {block: module.targets for block, module in modules.items()}
+    assert again.targets == {site: module.targets for site, module in modules.items()}
 
 
 def test_the_files_are_as_peft_writes_them(models: Path, tmp_path: Path) -> None:
@@ -162,7 +166,7 @@ def test_the_files_are_as_peft_writes_them(models: Path, tmp_path: Path) -> None
     assert our_config == peft_config
 
 
-def saved(models: Path, folder: Path) -> tuple[dict[int, LoraModule], Geometry]:
+def saved(models: Path, folder: Path) -> tuple[dict[SiteId, LoraModule], Geometry]:
     geometry = geometry_at(models / "llama")
     config = LoraConfig(r=4, target_modules=["q_proj"])
     modules = trained(config, geometry)

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig
 
+from tests.support.sites import attn
 from tidelock.errors import ConfigError
 from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
@@ -116,7 +117,7 @@ EVERY = ("q_proj", "k_proj", "v_proj")
 def test_targets_are_chosen_by_pefts_rules(geometry, settings, targets):
     config = LoraConfig(**settings)
     before = config.target_modules
-    assert lora_targets(config, geometry) == targets
+    assert lora_targets(config, geometry) == {attn(block): names for block, names in targets.items()}
     assert config.target_modules == before
 
 
@@ -124,8 +125,8 @@ def test_a_family_that_peft_does_not_know_is_targeted_everywhere():
     config = AutoConfig.for_model("smollm3", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=64,
                                   num_key_value_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=2)  # fmt: skip
     geometry = geometry_of(empty_model(config))
-    assert lora_targets(LoraConfig(), geometry)[0] in {EVERY, ("q_proj", "v_proj")}
-    assert lora_targets(LoraConfig(), geometry_named(geometry, "nobody-knows-this")) == {0: EVERY}
+    assert lora_targets(LoraConfig(), geometry)[attn(0)] in {EVERY, ("q_proj", "v_proj")}
+    assert lora_targets(LoraConfig(), geometry_named(geometry, "nobody-knows-this")) == {attn(0): EVERY}
 
 
 def geometry_named(geometry, name):
@@ -214,7 +215,7 @@ def test_the_usual_start_is_uniform_and_the_other_normal():
 
 def make_module(geometry, targets, **settings):
     torch.manual_seed(0)
-    made = LoraModule(geometry.sites[1], targets, LoraConfig(r=4, **settings), geometry)
+    made = LoraModule(attn(1), targets, LoraConfig(r=4, **settings), geometry)
     for name, parameter in made.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)

@@ -7,6 +7,7 @@ import math
 import pytest
 from transformers import LlamaConfig
 
+from tests.support.sites import attn
 from tidelock.model.ends import empty_model
 from tidelock.model.geometry import Geometry, geometry_of
 from tidelock.run.codecs import describe_codecs, describe_distortion
@@ -25,7 +26,7 @@ def smollm2() -> Geometry:
 
 
 def test_every_codec_states_its_ratio_and_its_bound(smollm2: Geometry) -> None:
-    active = dict.fromkeys(range(30), ALL)
+    active = dict.fromkeys(map(attn, range(30)), ALL)
     assert describe_codecs(Codecs(), smollm2, active) == (
         "On the wire: activations in fp32, exact; gradients in fp32, exact"
     )
@@ -37,7 +38,7 @@ def test_every_codec_states_its_ratio_and_its_bound(smollm2: Geometry) -> None:
 
 
 def test_the_ratio_counts_what_crosses_and_nothing_else(smollm2: Geometry) -> None:
-    said = describe_codecs(Codecs.named("int4", stochastic_rounding=True), smollm2, {7: ALL})
+    said = describe_codecs(Codecs.named("int4", stochastic_rounding=True), smollm2, {attn(7): ALL})
     # Embedding, site input, site output; of the only site's gradients one.
     activations = 4 * (576 + 576 + 960) / ((4 + 288) + (4 + 288) + (4 + 480))
     gradients = 4 * 960 / (4 + 480)

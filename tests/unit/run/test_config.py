@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tidelock
 from tidelock.errors import CheckpointError, ConfigError
-from tidelock.run.config import CODECS, LR_SCHEDULES, RunConfig
+from tidelock.run.config import _METHOD_OF, CODECS, LR_SCHEDULES, RunConfig
 from tidelock.schedule.schedule import Schedule
 
 WHERE = Path("run") / "run.toml"
@@ -36,6 +36,8 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "learning_rate": ([1e-9], [0.0, math.inf]),
     "warmup_steps": ([0], [-1]),
     "weight_decay": ([0.0], [-0.1, math.inf]),
+    "bottleneck": ([1], [0]),
+    "place": ([["mlp"], ["attn-out", "mlp"]], [[], ["attn"], ["mlp", "head"]]),
     "clip": ([0.0], [-0.1, math.inf]),
     "max_length": ([1], [0]),
     "seed": ([0, 2**32 - 1], [-1, 2**32]),
@@ -55,11 +57,21 @@ def test_the_edges_of_every_rule_are_listed() -> None:
 @pytest.mark.parametrize("name", EDGES)
 def test_a_knob_keeps_its_rule(name: str) -> None:
     good, bad = EDGES[name]
+    base = replace(PLAIN, method=_METHOD_OF.get(name, "lora"))
     for value in good:
-        assert getattr(replace(PLAIN, **{name: value}), name) == value
+        assert getattr(replace(base, **{name: value}), name) == value
     for value in bad:
         with pytest.raises(ConfigError, match=f"^--{name.replace('_', '-')}: expected .*, got .*Change it"):
-            replace(PLAIN, **{name: value})
+            replace(base, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "other"),
+    [("rank", 4, "adapter"), ("rslora", True, "adapter"), ("bottleneck", 8, "lora"), ("place", ["mlp"], "lora")],
+)
+def test_a_knob_that_the_method_would_not_read_is_refused(name: str, value: object, other: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--{name}: expected it with --method {_METHOD_OF[name]} only, got --me"):
+        replace(PLAIN, method=other, **{name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -100,8 +112,8 @@ def test_every_knob_is_read_somewhere() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "config"
     }
-    # Decides by itself, in `RunConfig`, whether `cloud` may be given; `lora` is all that `method` can be yet.
-    settled = {"backbone", "method"}
+    # Decides by itself, in `RunConfig`, whether `cloud` may be given.
+    settled = {"backbone"}
     # Handed on by name; see test_a_schedules_knobs_are_its_switches.
     settled |= {"schedule", *(field.name for field in fields(Schedule))} - {"name", "seed"}
     assert {knob.name for knob in fields(RunConfig)} - read == settled

@@ -196,7 +196,9 @@ def test_a_model_is_described(models: Path) -> None:
     assert found["longest text"].value == 64
     assert found["widths"].value == {"blocks": 4, "embedding": 32, "head_input": 32, "vocabulary": 97}
     assert found["device holds"].value == {"parameters": 2 * 97 * 32, "fp32_bytes": 2 * 97 * 32 * 4}
-    assert found["sites"].value == {"count": 4, "projections": ["q_proj", "k_proj", "v_proj"]}
+    assert found["attn sites"].value == {"count": 4, "linears": ["q_proj", "k_proj", "v_proj"]}
+    assert found["attn-out sites"].value == {"count": 4, "linears": ["o_proj"]}
+    assert found["mlp sites"].value == {"count": 4, "linears": ["down_proj"]}
 
 
 def test_a_tied_head_is_counted_once(models: Path) -> None:
@@ -210,12 +212,15 @@ def test_a_tied_head_is_counted_once(models: Path) -> None:
 
 def test_all_sites_are_listed_on_request(models: Path) -> None:
     found = by_name(examine_model(str(models / "gpt2"), all_sites=True))
-    assert found["blocks.3.attn"].value == {"width": 32, "projections": {"transformer.h.3.attn.c_attn": 96}}
-    assert "sites" not in found
+    assert found["blocks.3.attn"].value == {"width": 32, "linears": {"transformer.h.3.attn.c_attn": 96}}
+    assert found["blocks.3.mlp"].value == {"width": 32, "linears": {"transformer.h.3.mlp.c_proj": 32}}
+    assert "attn sites" not in found
 
 
 def test_an_unverified_family_says_so(models: Path) -> None:
-    assert by_name(examine_model(str(models / "phi"), all_sites=False))["verified"].text.startswith("no")
+    found = by_name(examine_model(str(models / "phi"), all_sites=False))
+    assert found["verified"].text.startswith("no")
+    assert found["mlp sites"].value == {"count": 0, "linears": []}
 
 
 def test_a_missing_model_is_a_fault(tmp_path: Path) -> None:

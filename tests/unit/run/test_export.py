@@ -45,7 +45,7 @@ def finished_run(model: Path, path: Path, *, cloud: bool = False) -> Path:
     with torch.no_grad():
         for parameter in bank.parameters():
             parameter.normal_(std=0.3)
-    modules = {block: bank.module(block) for block in bank.targets}
+    modules = {site: bank.at(site) for site in bank.targets}
     save_adapter(modules, lora, geometry, folder.adapter, base_model=str(model))
     return path
 
@@ -98,11 +98,13 @@ def test_peft_form_is_the_adapter_itself(models: Path, tmp_path: Path) -> None:
     assert [path.name for path in files] == [CONFIG_FILE, WEIGHTS_FILE]
     for path in files:
         assert path.read_bytes() == (run / "adapter" / path.name).read_bytes()
-    assert load_adapter(tmp_path / "deep" / "out").config.r == 4
+    config = load_adapter(tmp_path / "deep" / "out").config
+    assert isinstance(config, LoraConfig)
+    assert config.r == 4
 
 
 def test_an_unknown_form_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--to: expected one of peft, merged, got 'gguf'"):
+    with pytest.raises(ConfigError, match="--to: expected one of peft, adapter, merged, got 'gguf'"):
         export(ExportOrder(tmp_path, "gguf", tmp_path / "out"), print)
 
 

@@ -27,8 +27,8 @@ def write(tensor, codec, **options):
     return write_parts("a tensor", tensor, codec, **options)
 
 
-def read_back(parts, shape, codec, block=0):
-    reader = TensorReader("a tensor", shape, codec, block=block)
+def read_back(parts, shape, codec, site=0):
+    reader = TensorReader("a tensor", shape, codec, site=site)
     for part in parts:
         assert not reader.complete
         reader.add(part)
@@ -37,9 +37,9 @@ def read_back(parts, shape, codec, block=0):
 
 
 @given(SHAPES, FLOATS, st.integers(0, 40))
-def test_any_shape_comes_back_bit_for_bit(shape, codec, block):
+def test_any_shape_comes_back_bit_for_bit(shape, codec, site):
     tensor = torch.randn(shape).to(DTYPES[codec])
-    back = read_back(write(tensor, codec, block=block), shape, codec, block)
+    back = read_back(write(tensor, codec, site=site), shape, codec, site)
     assert back.dtype == DTYPES[codec]
     assert back.shape == shape
     assert torch.equal(back, tensor)
@@ -70,9 +70,9 @@ def test_large_tensors_cross_in_full_parts(beside, parts, codec):
 
 
 def test_only_the_first_part_says_shape_and_codec():
-    first, second = write(torch.zeros(PART_BYTES // 2), Codec.FP32, block=3)
-    assert (first.block, first.codec, first.shape) == (3, pb.FP32, (PART_BYTES // 2,))
-    assert (second.block, second.codec, second.shape) == (3, pb.CODEC_UNSPECIFIED, ())
+    first, second = write(torch.zeros(PART_BYTES // 2), Codec.FP32, site=3)
+    assert (first.site, first.codec, first.shape) == (3, pb.FP32, (PART_BYTES // 2,))
+    assert (second.site, second.codec, second.shape) == (3, pb.CODEC_UNSPECIFIED, ())
 
 
 @pytest.mark.parametrize("codec", Codec)
@@ -178,23 +178,23 @@ def test_what_integers_have_no_place_for_is_refused(codec, bad):
 
 def test_one_seed_a_tensor():
     seeds = {
-        rounding_seed(seed, what, block)
+        rounding_seed(seed, what, site)
         for seed in (0, 1)
         for what in ("input_gradient", "site_gradient")
-        for block in (0, 7)
+        for site in (0, 7)
     }
     assert len(seeds) == 8
     assert rounding_seed(None, "site_gradient", 7) is None
 
 
 def a_part(numbers=4, **changes):
-    return Part(**{"block": 1, "codec": pb.FP32, "shape": (2, 2), "data": memoryview(bytes(4 * numbers)), **changes})
+    return Part(**{"site": 1, "codec": pb.FP32, "shape": (2, 2), "data": memoryview(bytes(4 * numbers)), **changes})
 
 
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        (a_part(block=0), "expected block 1, got block 0"),
+        (a_part(site=0), "expected site 1, got site 0"),
         (a_part(codec=pb.BF16), r"fp32 of shape \(2, 2\), got bf16"),
         (a_part(codec=9), "Wire codec"),
         (a_part(shape=(4,)), r"got fp32 of shape \(4,\)"),
@@ -205,7 +205,7 @@ def a_part(numbers=4, **changes):
     ],
 )
 def test_a_first_part_of_something_else_is_refused(part, message):
-    reader = TensorReader("a gradient", (2, 2), Codec.FP32, block=1)
+    reader = TensorReader("a gradient", (2, 2), Codec.FP32, site=1)
     with pytest.raises(WireError, match=f"Reading a gradient: .*{message}|{message}"):
         reader.add(part)
     assert not reader.complete
@@ -218,15 +218,15 @@ def test_a_first_part_of_something_else_is_refused(part, message):
     [
         ({"shape": (1,)}, "a further part of the same tensor, got the first part of another"),
         ({"codec": pb.FP32}, "a further part of the same tensor, got the first part of another"),
-        ({"block": 2}, "expected block 1, got block 2"),
+        ({"site": 2}, "expected site 1, got site 2"),
         ({"data": memoryview(bytes(8))}, "expected a part of 4 bytes, got 8 bytes"),
         ({"data": memoryview(b"")}, "expected a part of 4 bytes, got 0 bytes"),
     ],
 )
 def test_a_further_part_of_something_else_is_refused(change, message):
     shape = (PART_BYTES // 4 + 1,)
-    reader = TensorReader("a state", shape, Codec.FP32, block=1)
-    first, second = write(torch.zeros(shape), Codec.FP32, block=1)
+    reader = TensorReader("a state", shape, Codec.FP32, site=1)
+    first, second = write(torch.zeros(shape), Codec.FP32, site=1)
     reader.add(first)
     assert not reader.complete
     bad = replace(second, **change)
@@ -278,14 +278,14 @@ def test_memory_is_taken_for_the_expected_size_only():
 
 
 @given(st.integers(0, 3), st.integers(0, 5), st.lists(st.integers(0, 3), max_size=3), st.binary(max_size=20), CODECS)
-def test_garbage_raises_nothing_but_our_error(block, number, shape, data, codec):
+def test_garbage_raises_nothing_but_our_error(site, number, shape, data, codec):
     reader = TensorReader("a state", (2,), codec)
     try:
-        reader.add(Part(block, number, tuple(shape), memoryview(data)))
+        reader.add(Part(site, number, tuple(shape), memoryview(data)))
     except WireError:
         assert not reader.complete
     else:
-        assert (block, number, shape, len(data)) == (0, codec.to_pb(), [2], codec.size_bytes((2,)))
+        assert (site, number, shape, len(data)) == (0, codec.to_pb(), [2], codec.size_bytes((2,)))
         assert reader.complete
 
 

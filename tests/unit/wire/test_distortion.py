@@ -99,9 +99,9 @@ def test_the_door_rounds_alike_at_every_attempt():
     egress, tensor = Egress(Ledger()), torch.randn(4, 16)
 
     def frames(kind=Kind.INPUT_GRADIENT, **options):
-        return list(egress.tensor(kind, tensor, Codec.INT4, **{"block": 3, "pass_seed": 9, **options}))
+        return list(egress.tensor(kind, tensor, Codec.INT4, **{"site": 3, "pass_seed": 9, **options}))
 
     assert frames() == frames()
-    data = {frames(**options)[0][-40:] for options in ({}, {"block": 4}, {"pass_seed": 8}, {"pass_seed": None})}
+    data = {frames(**options)[0][-40:] for options in ({}, {"site": 4}, {"pass_seed": 8}, {"pass_seed": None})}
     data.add(frames(Kind.FINAL_GRADIENT)[0][-40:])
     assert len(data) == 5

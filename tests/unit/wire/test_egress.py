@@ -42,11 +42,11 @@ def test_token_ids_and_labels_are_refused_whatever_they_are_called(kind, dtype):
 
 @pytest.mark.parametrize("kind", LEAVING)
 def test_a_tensor_leaves_under_its_own_name(kind):
-    (frame,) = Egress(Ledger()).tensor(kind, torch.ones(2), Codec.BF16, block=5)
+    (frame,) = Egress(Ledger()).tensor(kind, torch.ones(2), Codec.BF16, site=5)
     message = pb.DeviceMessage.FromString(frame)
     assert message.WhichOneof("body") == kind.value
     part = getattr(message, kind.value)
-    assert (part.block, part.codec, list(part.shape), len(part.data)) == (5, pb.BF16, [2], 4)
+    assert (part.site, part.codec, list(part.shape), len(part.data)) == (5, pb.BF16, [2], 4)
 
 
 @given(st.lists(st.tuples(st.sampled_from(LEAVING), st.integers(1, 3000)), max_size=6), st.binary(max_size=40))

@@ -64,7 +64,7 @@ def same(body, part):
 
 
 def test_the_data_of_a_part_is_not_copied():
-    (part,) = write_parts("a tensor", torch.ones(1000), Codec.FP32, block=7)
+    (part,) = write_parts("a tensor", torch.ones(1000), Codec.FP32, site=7)
     frame = write_part(pb.CloudMessage, "site_input", part)
     assert read_message(pb.CloudMessage, frame).body.data.obj is frame
 

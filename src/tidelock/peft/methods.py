@@ -1,0 +1,59 @@
+"""The methods: for each kind of configuration, what it targets and what it puts at a site.
+
+May import `peft`, `model`, errors and libraries.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+from peft import LoraConfig
+
+from tidelock.errors import ConfigError
+from tidelock.peft.adapter import AdapterConfig, SerialAdapter, adapter_targets
+from tidelock.peft.lora import LoraModule, check_lora_config, lora_targets
+
+if TYPE_CHECKING:
+    from tidelock.model.geometry import Geometry, SiteId
+
+MethodConfig: TypeAlias = LoraConfig | AdapterConfig
+SiteModule: TypeAlias = LoraModule | SerialAdapter
+
+
+def check_config(config: MethodConfig) -> None:
+    """Refuse a configuration that cannot be honoured.
+
+    Raises:
+        ConfigError: It is of no method, or has a setting that needs the frozen weights or trains something else.
+    """
+    if isinstance(config, LoraConfig):
+        check_lora_config(config)
+    elif not isinstance(config, AdapterConfig):
+        msg = (
+            f"What to train: expected a peft.LoraConfig or a tidelock.AdapterConfig, got {type(config).__name__}. "
+            "Give one of those."
+        )
+        raise ConfigError(msg)
+
+
+def targets_of(config: MethodConfig, geometry: Geometry) -> dict[SiteId, tuple[str, ...]]:
+    """Return the targeted linears of each site that has any, in the order of the sites.
+
+    Raises:
+        ConfigError: Nothing is targeted, or something that is not at a site of this model.
+    """
+    return lora_targets(config, geometry) if isinstance(config, LoraConfig) else adapter_targets(config, geometry)
+
+
+def module_at(site: SiteId, targets: tuple[str, ...], config: MethodConfig, geometry: Geometry) -> SiteModule:
+    """Return a fresh module for a site that the configuration targets.
+
+    Args:
+        site: Where it attaches.
+        targets: The site's targeted linears.
+        config: What it is.
+        geometry: The model's.
+    """
+    if isinstance(config, LoraConfig):
+        return LoraModule(site, targets, config, geometry)
+    return SerialAdapter(geometry.sites[site].width, config)
