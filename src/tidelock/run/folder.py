@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING, Any, final
 
 from tidelock.errors import CheckpointError, ConfigError, StorageError
 from tidelock.run.config import RunConfig
-from tidelock.wire.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from tidelock.wire.ledger import Ledger
 
 # Written last into a checkpoint: one without it was cut off in the writing.
 _COMPLETE = "COMPLETE"
@@ -185,6 +186,9 @@ class RunFolder:
 
     def read_ledger(self) -> Ledger:
         """Return what had crossed: as the ledger says, or a line of metrics that was written after it."""
+        # Loads torch, which --help of the commands that know run folders must not wait for.
+        from tidelock.wire.ledger import Ledger  # noqa: PLC0415
+
         text = self._ledger.read_text(encoding="utf-8") if self._ledger.is_file() else "{}"
         ledger = Ledger()
         ledger.add(json.loads(text).get("epochs", []) if _is_json(text) else [])
