@@ -6,6 +6,7 @@ Needs the extra `tidelock[report]`. May import `report` and libraries.
 from __future__ import annotations
 
 import io
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
@@ -43,7 +44,9 @@ _PLACES = {"device": _BLUE, "cloud": _GREEN, "wire": _ORANGE, "waiting": _OTHER}
 _SMALL_SHARE = 0.01
 _MOST_BARS = 40
 # Inches. As wide as text is still read on a phone when the plot is shrunk to it.
-_WIDTH, _HEIGHT = 5.0, 3.3
+_WIDTH, _HEIGHT, _MOST_HEIGHT = 5.0, 3.3, 7.0
+# Of the heat map, so that they do not run into each other.
+_MOST_COLUMN_TICKS, _MOST_ROW_TICKS = 10, 30
 
 
 @final
@@ -107,7 +110,7 @@ def plots_of(record: RunRecord) -> list[Plot]:
             "How much each block's module moved in each period in which it learned, as a share of the most in that "
             "period; a dot marks those that were active."
         )
-        height = max(_HEIGHT, 0.6 + 0.145 * len(record.facts.model.blocks))
+        height = min(max(_HEIGHT, 0.6 + 0.145 * len(record.facts.model.blocks)), _MOST_HEIGHT)
         plots.append(Plot("activity", "Module activity", caption, _draw_activity, height))
     if record.traffic():
         caption = (
@@ -192,14 +195,13 @@ def _draw_activity(record: RunRecord, axes: Axes, theme: Theme) -> None:
         "markeredgecolor": theme.text,
     }
     axes.plot([column for column, _ in marks], [row for _, row in marks], "o", **dot)
-    every = max(1, len(periods) // 12)
-    ticks = range(0, len(periods), every)
-    axes.set_xticks(list(ticks), [f"{periods[tick]['epoch']:.3g}" for tick in ticks])
-    step = max(1, len(blocks) // 16)
-    axes.set_yticks(list(range(0, len(blocks), step)), [str(block) for block in blocks[::step]])
+    columns = range(0, len(periods), math.ceil(len(periods) / _MOST_COLUMN_TICKS))
+    axes.set_xticks(columns, [f"{periods[column]['epoch']:.3g}" for column in columns])
+    rows = range(0, len(blocks), math.ceil(len(blocks) / _MOST_ROW_TICKS))
+    axes.set_yticks(rows, [str(blocks[row]) for row in rows])
     axes.set_xlabel("epochs done at the end of the period")
     axes.set_ylabel("block")
-    bar = image.figure.colorbar(image, ax=axes, label="share of the most in the period")
+    bar = image.figure.colorbar(image, ax=axes, label="share of the most in the period", fraction=0.05, aspect=40)
     bar.outline.set_visible(False)
 
 
