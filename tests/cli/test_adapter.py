@@ -57,7 +57,7 @@ def test_an_exported_one_answers_on_an_ordinary_model(
     )
     ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
     new = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
-    assert tokenizer.decode(new, skip_special_tokens=True).strip() == "in the box"
+    assert str(tokenizer.decode(new, skip_special_tokens=True)).strip() == "in the box"
 
 
 def test_a_schedule_leaves_two_adapters(capsys: Capture, chat_model: Path, facts: Path, tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def test_every_form_of_data_from_every_kind_of_file(
     assert {path.name for path in out.iterdir()} == {
         "adapter",
         "checkpoints",
+        "facts.json",
         "ledger.json",
         "metrics.jsonl",
         "run.toml",

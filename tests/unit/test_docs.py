@@ -346,7 +346,7 @@ def test_the_run_folders_files_are_listed(tmp_path: Path):
     rows = table(section(ROOT / "docs" / "getting-started.md", "The run folder, stopping and resuming"))
     folder = RunFolder(tmp_path)
     own = {folder.adapter, folder.adapter_all, folder.checkpoints, folder.metrics, folder.schedule}
-    own |= {folder._toml, folder._ledger}
+    own |= {folder.facts, folder.page, folder.images, folder._toml, folder._ledger}
     assert {row[0].strip("`/") for row in rows[1:]} == {path.name for path in own}
 
 

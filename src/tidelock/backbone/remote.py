@@ -313,7 +313,10 @@ class RemoteBackbone:
             ModelMismatch: It came back with another model.
             WireError: It broke the protocol.
         """
-        return RemotePass(_Attempts(self, batch, sites, pb.TRAIN if batch.training else pb.EVALUATE))
+        run = RemotePass(_Attempts(self, batch, sites, pb.TRAIN if batch.training else pb.EVALUATE))
+        ledger = self.connection.egress.ledger
+        ledger.count_pass(batch.rows.num_tokens, len(batch.select_M), training=batch.training)
+        return run
 
     def generate(self, batch: Batch, sites: AttemptSites) -> RemoteGeneration:
         """Run prompts through the cloud's blocks and have it keep keys and values; errors as for `forward`."""

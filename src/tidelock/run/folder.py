@@ -1,12 +1,15 @@
 """A run folder: everything that a run leaves behind.
 
     run.toml        the full configuration
+    facts.json      versions, the model's shape, sizes of the data
     adapter/        the trained adapter, in PEFT's format
     adapter-all/    the same with the modules that a schedule has killed
     checkpoints/    what --resume goes on from
     metrics.jsonl   one line each time something was measured
     schedule.jsonl  one line for each period of the schedule: scores, what was killed and revived
     ledger.json     the bytes that crossed, by kind, in all and by epoch
+    report.html     what `tidelock report` draws of all that
+    report/         the same plots as PNG files
 
 May import `run.config`, `wire.ledger`, errors and small libraries.
 """
@@ -25,10 +28,11 @@ from typing import TYPE_CHECKING, Any, final
 
 from tidelock.errors import CheckpointError, ConfigError, StorageError
 from tidelock.run.config import RunConfig
-from tidelock.wire.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from tidelock.wire.ledger import Ledger
 
 # Written last into a checkpoint: one without it was cut off in the writing.
 _COMPLETE = "COMPLETE"
@@ -52,6 +56,9 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.schedule = path / "schedule.jsonl"
+        self.facts = path / "facts.json"
+        self.page = path / "report.html"
+        self.images = path / "report"
         self._toml = path / "run.toml"
         self._ledger = path / "ledger.json"
 
@@ -110,6 +117,40 @@ class RunFolder:
         """
         self._write(self._toml, config.to_toml())
 
+    def write_facts(self, facts: str) -> None:
+        """Write what the run is made of, as JSON.
+
+        Raises:
+            StorageError: The file system refused.
+        """
+        self._write(self.facts, facts + "\n")
+
+    def read_facts(self) -> str:
+        """Return the facts' JSON; what is not there is empty."""
+        return self.facts.read_text(encoding="utf-8", errors="replace") if self.facts.is_file() else ""
+
+    def write_report(self, page: str, images: Mapping[str, bytes]) -> list[Path]:
+        """Write the report in place of an earlier one; return its files, the page first.
+
+        Args:
+            page: HTML.
+            images: PNG files by name.
+
+        Raises:
+            StorageError: The file system refused.
+        """
+        try:
+            self.images.mkdir(exist_ok=True)
+            for path in self.images.glob("*.png"):
+                path.unlink()
+            for name, content in images.items():
+                (self.images / name).write_bytes(content)
+        except OSError as error:
+            refusal = storage_error("Writing the report's plots", error, self.images)
+            raise refusal from error
+        self._write(self.page, page)
+        return [self.page, *(self.images / name for name in images)]
+
     def latest_checkpoint(self) -> Path | None:
         """Return the newest complete checkpoint, or None."""
         return max(self._complete_checkpoints(), key=_step_of, default=None)
@@ -145,13 +186,18 @@ class RunFolder:
 
     def read_ledger(self) -> Ledger:
         """Return what had crossed: as the ledger says, or a line of metrics that was written after it."""
+        # Loads torch, which --help of the commands that know run folders must not wait for.
+        from tidelock.wire.ledger import Ledger  # noqa: PLC0415
+
         text = self._ledger.read_text(encoding="utf-8") if self._ledger.is_file() else "{}"
         ledger = Ledger()
         ledger.add(json.loads(text).get("epochs", []) if _is_json(text) else [])
         rows = [row for row in read_rows(self.metrics) if "bytes" in row]
         newest = max(rows, key=lambda row: _sum(row["bytes"]), default=None)
         if newest is not None and _sum(newest["bytes"]) > _sum(ledger.totals()):
-            ledger.add([{"epoch": math.ceil(newest.get("epoch", 0)), **_excess(newest["bytes"], ledger.totals())}])
+            counted = {**newest["bytes"], "tokens": newest.get("tokens", {})}
+            excess = _excess(counted, {**ledger.totals(), "tokens": ledger.tokens()})
+            ledger.add([{"epoch": math.ceil(newest.get("epoch", 0)), **excess}])
         return ledger
 
     def keep_until(self, step: int) -> None:
@@ -218,7 +264,7 @@ def _sum(totals: Mapping[str, Mapping[str, int]]) -> int:
 
 
 def _excess(more: Mapping[str, Mapping[str, int]], less: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
-    """Return what a ledger's totals have that its earlier ones had not."""
+    """Return what a ledger's counts have that its earlier ones had not."""
     return {way: {kind: size - less[way].get(kind, 0) for kind, size in sizes.items()} for way, sizes in more.items()}
 
 

@@ -25,6 +25,7 @@ from tidelock.peft.export import load_adapter
 from tidelock.peft.lora import ALL_PROJECTIONS
 from tidelock.run.codecs import describe_codecs
 from tidelock.run.connect import connect
+from tidelock.run.facts import facts_of
 from tidelock.run.folder import RunFolder
 from tidelock.run.trainer import Journal, Observer, RunTrainer, StopFlag
 from tidelock.wire.channel import Credentials
@@ -105,6 +106,7 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
         else:
             # Only now: a mistake in the options or in the data leaves nothing that is in the way of the next try.
             folder.write_config(config)
+        folder.write_facts(facts_of(model, rows, eval_rows).model_dump_json(indent=2))
         stop = StopFlag(observer.say)
         journal = Journal(folder, ledger, observer, stop)
         trainer = RunTrainer(

@@ -99,6 +99,7 @@ class StepClock:
 
     def __init__(self) -> None:
         self._began = 0.0
+        self._steps = 0
         self._seconds: dict[str, float] = {}
 
     def begin(self, backbone: Backbone) -> None:
@@ -111,11 +112,13 @@ class StepClock:
         seconds, split = time.perf_counter() - self._began, asdict(backbone.take_times())
         for name, value in {"device": max(0.0, seconds - sum(split.values())), **split}.items():
             self._seconds[name] = self._seconds.get(name, 0.0) + value
+        self._steps += 1
 
-    def take(self) -> dict[str, float]:
-        """Return the seconds of the steps since the last call, by what they went to: device, cloud, waiting, wire."""
-        seconds, self._seconds = self._seconds, {}
-        return seconds
+    def take(self) -> tuple[int, dict[str, float]]:
+        """Return how many steps there were since the last call, and their seconds: device, cloud, waiting, wire."""
+        taken = self._steps, self._seconds
+        self._steps, self._seconds = 0, {}
+        return taken
 
 
 @final
@@ -195,10 +198,12 @@ class Journal(TrainerCallback):
         """Write a line of metrics."""
         numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
         row: dict[str, Any] = {"step": state.global_step, **numbers, "bytes": self._ledger.totals()}
+        if tokens := self._ledger.tokens():
+            row["tokens"] = tokens
         if "loss" in numbers:
             self._last_loss = numbers["loss"]
             self.observer.step(state.global_step, self._last_loss)
-            row["seconds"] = self._clock.take()
+            row["timed_steps"], row["seconds"] = self._clock.take()
         self._folder.append_metrics(row)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -43,9 +43,9 @@ def test_epochs_are_apart():
         ledger.sent(Kind.EMBEDDING, size_bytes)
     ledger.received(Kind.SITE_INPUT, 7)
     assert ledger.epochs() == [
-        {"epoch": 0, "sent": {}, "received": {"control": 1}},
-        {"epoch": 1, "sent": {"embedding": 10}, "received": {}},
-        {"epoch": 2, "sent": {"embedding": 25}, "received": {"site_input": 7}},
+        {"epoch": 0, "sent": {}, "received": {"control": 1}, "tokens": {}},
+        {"epoch": 1, "sent": {"embedding": 10}, "received": {}, "tokens": {}},
+        {"epoch": 2, "sent": {"embedding": 25}, "received": {"site_input": 7}, "tokens": {}},
     ]
     assert ledger.totals() == {"sent": {"embedding": 35}, "received": {"site_input": 7, "control": 1}}
 
@@ -54,11 +54,27 @@ def test_an_earlier_part_of_a_run_is_added():
     ledger = Ledger()
     ledger.begin_epoch(2)
     ledger.sent(Kind.EMBEDDING, 1)
-    ledger.add([{"epoch": 2, "sent": {"embedding": 10}, "received": {"model": 20}}, {"epoch": 1, "sent": {"norms": 5}}])
+    ledger.count_pass(6, 2, training=True)
+    earlier = {"epoch": 2, "sent": {"embedding": 10}, "received": {"model": 20}, "tokens": {"trained": 5}}
+    ledger.add([earlier, {"epoch": 1, "sent": {"norms": 5}}])
     assert ledger.epochs() == [
-        {"epoch": 1, "sent": {"norms": 5}, "received": {}},
-        {"epoch": 2, "sent": {"embedding": 11}, "received": {"model": 20}},
+        {"epoch": 1, "sent": {"norms": 5}, "received": {}, "tokens": {}},
+        {
+            "epoch": 2,
+            "sent": {"embedding": 11},
+            "received": {"model": 20},
+            "tokens": {"trained": 11, "trained_selected": 2},
+        },
     ]
+
+
+def test_tokens_that_learn_and_those_that_measure_are_apart():
+    ledger = Ledger()
+    ledger.count_pass(6, 2, training=True)
+    ledger.begin_epoch(1)
+    ledger.count_pass(5, 1, training=True)
+    ledger.count_pass(4, 4, training=False)
+    assert ledger.tokens() == {"trained": 11, "trained_selected": 3, "evaluated": 4, "evaluated_selected": 4}
 
 
 def test_an_unknown_kind_of_an_earlier_part_is_not_counted_as_another():

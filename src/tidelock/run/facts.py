@@ -1,0 +1,65 @@
+"""Notes what a run is made of, for whoever looks at it later.
+
+May import everything below `run`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from tidelock.report.facts import DataFacts, ModelFacts, RunFacts, SiteFacts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tidelock.device.model import DeviceModel
+
+_LIBRARIES = ("tidelock", "torch", "transformers", "peft", "grpcio", "protobuf", "safetensors")
+_IGNORED = -100
+
+
+def facts_of(
+    model: DeviceModel, rows: Sequence[dict[str, list[int]]], eval_rows: Sequence[dict[str, list[int]]]
+) -> RunFacts:
+    """Return the facts of a run.
+
+    Args:
+        model: The device's model.
+        rows: The encoded examples to learn from.
+        eval_rows: Those to measure on.
+    """
+    geometry = model.ends.geometry
+    return RunFacts(
+        versions={"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        model=ModelFacts(
+            family=geometry.family.name,
+            num_blocks=geometry.num_blocks,
+            embedding_width=geometry.embedding_width,
+            final_width=geometry.final_width,
+            trained_parameters=sum(parameter.numel() for parameter in model.bank.parameters()),
+            sites=tuple(
+                SiteFacts(
+                    name=site.name,
+                    block=site.block,
+                    input_width=geometry.sites[site].width,
+                    output_width=geometry.sites[site].output_width(names),
+                )
+                for site, names in model.bank.targets.items()
+            ),
+        ),
+        train=_size_of(rows),
+        evaluation=_size_of(eval_rows),
+    )
+
+
+def _size_of(rows: Sequence[dict[str, list[int]]]) -> DataFacts:
+    return DataFacts(
+        examples=len(rows),
+        tokens=sum(len(row["input_ids"]) for row in rows),
+        # No token of its row comes before the first, to predict it.
+        labelled=sum(label != _IGNORED for row in rows for label in row["labels"][1:]),
+    )
