@@ -43,10 +43,11 @@ def spellings_of_ids(ids: Sequence[int]) -> dict[str, bytes]:
 
 
 def spellings_of_weights(tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
-    """Return every row of every tensor, as fp32 and as bf16; rows of zeros left out."""
+    """Return every row of every matrix, as fp32 and as bf16; rows of zeros left out."""
     return {
         f"{name}[{index}] {dtype}": row.to(dtype).view(torch.uint8).numpy().tobytes()
         for name, tensor in tensors.items()
+        if tensor.dim() == 2
         for index, row in enumerate(tensor.contiguous())
         if bool(row.any())
         for dtype in (torch.float32, torch.bfloat16)
