@@ -38,7 +38,7 @@ PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").g
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PACKAGE = SRC / "tidelock"
 # Options of other programs that the pages show.
-FOREIGN_OPTIONS = {"--index-url"}
+FOREIGN_OPTIONS = {"--index-url", "--logdir"}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -346,7 +346,7 @@ def test_the_run_folders_files_are_listed(tmp_path: Path):
     rows = table(section(ROOT / "docs" / "getting-started.md", "The run folder, stopping and resuming"))
     folder = RunFolder(tmp_path)
     own = {folder.adapter, folder.adapter_all, folder.checkpoints, folder.metrics, folder.schedule}
-    own |= {folder.facts, folder.page, folder.images, folder._toml, folder._ledger}
+    own |= {folder.facts, folder.tensorboard, folder.page, folder.images, folder._toml, folder._ledger}
     assert {row[0].strip("`/") for row in rows[1:]} == {path.name for path in own}
 
 

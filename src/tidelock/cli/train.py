@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 # What a resumed run may have otherwise than it began: nothing that its result depends on.
 _CHANGEABLE = frozenset(
-    {"out", "cloud", "token_file", "ca", "client_cert", "client_key", "insecure", "patience", "threads", "keep"}
+    {
+        *("out", "cloud", "token_file", "ca", "client_cert", "client_key", "insecure", "patience", "threads", "keep"),
+        "report_to",
+    }
 )
 
 

@@ -72,7 +72,7 @@ def _tiles(record: RunRecord) -> list[tuple[str, str]]:
     full = sum(epoch.full_fp32_bytes for epoch in record.traffic())
     if full:
         share = sum(size for kind, size in kinds.items() if kind != _FETCHED) / full
-        tiles.append(("Of all modules in fp32", f"{share:.1%}"))
+        tiles.append(("Against all modules in fp32", f"{share:.1%}"))
     return tiles
 
 
@@ -82,7 +82,7 @@ def _progress(record: RunRecord) -> list[tuple[str, str]]:
     so_far = "" if record.has_ended else " so far"
     return [
         (f"Steps{so_far}", f"{record.steps:,}" + (f" of {max_steps:,}" if max_steps else "")),
-        (f"Epochs{so_far}", f"{record.epochs_done:.3g}" + ("" if max_steps else f" of {epochs:.3g}")),
+        (f"Epochs{so_far}", f"{round(record.epochs_done, 2):g}" + ("" if max_steps else f" of {epochs:g}")),
     ]
 
 

@@ -150,7 +150,6 @@ def _style(theme: Theme) -> dict[Any, Any]:
         **dict.fromkeys(coloured, theme.text),
         "figure.facecolor": theme.page,
         "axes.facecolor": theme.page,
-        "savefig.facecolor": theme.page,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "legend.frameon": False,
@@ -196,7 +195,7 @@ def _draw_activity(record: RunRecord, axes: Axes, theme: Theme) -> None:
     }
     axes.plot([column for column, _ in marks], [row for _, row in marks], "o", **dot)
     columns = range(0, len(periods), math.ceil(len(periods) / _MOST_COLUMN_TICKS))
-    axes.set_xticks(columns, [f"{periods[column]['epoch']:.3g}" for column in columns])
+    axes.set_xticks(columns, [f"{round(periods[column]['epoch'], 2):g}" for column in columns])
     rows = range(0, len(blocks), math.ceil(len(blocks) / _MOST_ROW_TICKS))
     axes.set_yticks(rows, [str(blocks[row]) for row in rows])
     axes.set_xlabel("epochs done at the end of the period")

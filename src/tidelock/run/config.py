@@ -141,6 +141,9 @@ class RunConfig:
     log_every: int = _knob(1, "Steps between lines of metrics.jsonl.", _AT_LEAST_1)
     save_every: int = _knob(50, "Steps between checkpoints.", _AT_LEAST_1)
     eval_every: int | None = _knob(None, "Steps between evaluations; once an epoch by default.", _AT_LEAST_1)
+    report_to: list[str] | None = _knob(
+        None, "Trackers to send metrics to as well (repeat): tensorboard, wandb, mlflow and others of Trainer's."
+    )
     keep: int = _knob(2, "Checkpoints to keep.", _AT_LEAST_1)
     threads: int | None = _knob(None, "CPU threads of this process; PyTorch's choice by default.", _AT_LEAST_1)
 

@@ -8,6 +8,7 @@
     metrics.jsonl   one line each time something was measured
     schedule.jsonl  one line for each period of the schedule: scores, what was killed and revived
     ledger.json     the bytes that crossed, by kind, in all and by epoch
+    tensorboard/    what TensorBoard reads, when the run reports to it
     report.html     what `tidelock report` draws of all that
     report/         the same plots as PNG files
 
@@ -57,6 +58,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.schedule = path / "schedule.jsonl"
         self.facts = path / "facts.json"
+        self.tensorboard = path / "tensorboard"
         self.page = path / "report.html"
         self.images = path / "report"
         self._toml = path / "run.toml"

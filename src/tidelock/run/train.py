@@ -27,6 +27,7 @@ from tidelock.run.codecs import describe_codecs
 from tidelock.run.connect import connect
 from tidelock.run.facts import facts_of
 from tidelock.run.folder import RunFolder
+from tidelock.run.trackers import check_trackers, keep_events_in
 from tidelock.run.trainer import Journal, Observer, RunTrainer, StopFlag
 from tidelock.wire.channel import Credentials
 from tidelock.wire.codec import Codecs
@@ -87,6 +88,7 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
         TidelockError: Any of its kinds; a run that had finished steps has saved them first.
     """
     began = time.monotonic()
+    check_trackers(config.report_to or [])
     folder = RunFolder.open(Path(config.out)) if resume else RunFolder.new(Path(config.out))
     checkpoint = folder.latest_checkpoint() if resume else None
     if config.threads is not None:
@@ -120,6 +122,7 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
             eval_dataset=eval_rows or None,
             data_collator=Collator(0),
         )
+        keep_events_in(folder.tensorboard, trainer)
         with stop.on_interrupt():
             trainer.train_or_save(checkpoint)
         interrupted = stop.is_set and trainer.state.global_step < trainer.state.max_steps
@@ -305,7 +308,7 @@ def _training_arguments(config: RunConfig, folder: RunFolder, num_rows: int, *, 
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
-        report_to="none",
+        report_to=config.report_to or "none",
         log_level="error",
     )
 

@@ -113,7 +113,7 @@ def test_what_was_fetched_is_no_part_of_what_a_schedule_saves(make_record, fetch
     first = {"epoch": 0, "sent": {}, "received": {"control": 500, "model": fetched}, "tokens": {}}
     record = make_record(epochs=(first, *EPOCHS[1:]))
     full = sum(epoch.full_fp32_bytes for epoch in record.traffic())
-    assert Page(record).after("Of all modules in fp32") == f"{23520 / full:.1%}"
+    assert Page(record).after("Against all modules in fp32") == f"{23520 / full:.1%}"
 
 
 def test_a_local_run_without_schedule_and_evaluation(make_record) -> None:
@@ -121,7 +121,9 @@ def test_a_local_run_without_schedule_and_evaluation(make_record) -> None:
     page = Page(make_record(options=options, periods=(), epochs=(), metrics=METRICS[:1]))
     assert page.tags.count("figure") == 2
     assert "frozen blocks in this device's process" in " ".join(page.texts)
-    assert not {"Crossed the wire", "Of all modules in fp32", "Evaluation loss", "Traffic by kind"} & set(page.texts)
+    assert not {"Crossed the wire", "Against all modules in fp32", "Evaluation loss", "Traffic by kind"} & set(
+        page.texts
+    )
     assert (page.after("Steps so far"), page.after("Epochs so far")) == ("1 of 30", "0.5")
     assert (page.after("layer"), page.after("insecure")) == ("1, 2", "no")
 
@@ -129,3 +131,10 @@ def test_a_local_run_without_schedule_and_evaluation(make_record) -> None:
 def test_a_step_of_milliseconds(make_record) -> None:
     row = {"step": 1, "loss": 1.0, "timed_steps": 1, "seconds": {"device": 0.0425}}
     assert Page(make_record(metrics=(row,))).after("Time per step") == "42 ms"
+
+
+def test_many_epochs_are_written_out(make_record) -> None:
+    rows = ({"step": 9000, "loss": 1.0, "epoch": 1234.567},)
+    assert Page(make_record(metrics=rows, options={**OPTIONS, "epochs": 5000.0})).after("Epochs so far") == (
+        "1234.57 of 5000"
+    )
