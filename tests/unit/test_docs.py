@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import json
 import math
 import re
 import shlex
@@ -340,6 +341,16 @@ def test_a_codecs_bytes_and_bounds_are_those_of_the_page():
         size = re.sub(r"^(\d) N", r"\1 * N", size.partition(":")[0])
         assert eval(size, names) == codec.size_bytes((3, 576))  # noqa: S307  (our own page)
         assert eval(bound, names) == pytest.approx(codec.error_bound(576, stochastic=False))  # noqa: S307
+
+
+def test_what_codecs_cost_is_what_was_measured():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "codecs.json").read_text(encoding="utf-8"))["codecs"]
+    rows = table(section(ROOT / "docs" / "protocol.md", "Tensors").split("cost little of a step")[1])[1:]
+    said = {row[0].replace("`", ""): [float(number) for number in re.findall(r"[\d.]+", row[1])] for row in rows}
+    assert said == {
+        name: [round(100 * values["share"][key], 1) for key in ("median", "min", "max")]
+        for name, values in measured.items()
+    }
 
 
 def test_the_run_folders_files_are_listed(tmp_path: Path):

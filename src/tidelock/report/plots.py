@@ -101,10 +101,8 @@ class Plot:
 
 
 def plots_of(record: RunRecord) -> list[Plot]:
-    """Return the plots that there is something to show in."""
-    plots = []
-    if record.series("loss") or record.series("eval_loss"):
-        plots.append(Plot("loss", "Loss", "Of each logged step, and of each evaluation if there were any.", _draw_loss))
+    """Return the plots that there is something to show in: of a run that has logged a step, its loss at least."""
+    plots = [Plot("loss", "Loss", "Of each logged step, and of each evaluation if there were any.", _draw_loss)]
     if record.periods:
         caption = (
             "How much each block's module moved in each period in which it learned, as a share of the most in that "
@@ -159,10 +157,8 @@ def _style(theme: Theme) -> dict[Any, Any]:
 
 
 def _draw_loss(record: RunRecord, axes: Axes, theme: Theme) -> None:
-    loss, evaluated = record.series("loss"), record.series("eval_loss")
-    if loss:
-        axes.plot(*zip(*loss, strict=True), color=theme.line, linewidth=1.2, label="training")
-    if evaluated:
+    axes.plot(*zip(*record.series("loss"), strict=True), color=theme.line, linewidth=1.2, label="training")
+    if evaluated := record.series("eval_loss"):
         axes.plot(*zip(*evaluated, strict=True), color=_RED, marker="o", linewidth=1.6, label="evaluation")
     if every := record.series("eval_all_modules_loss"):
         label = "evaluation, killed modules too"
