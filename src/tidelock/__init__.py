@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tidelock.errors import TidelockError
     from tidelock.peft.adapter import AdapterConfig
     from tidelock.peft.attach import attach_adapter
+    from tidelock.peft.core import CoreConfig
     from tidelock.run.connect import connect
     from tidelock.schedule.schedule import Schedule
     from tidelock.wire.channel import Credentials
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterConfig",
+    "CoreConfig",
     "Credentials",
     "DeviceModel",
     "GenerationSettings",
@@ -35,6 +37,7 @@ __all__ = [
 
 _HOMES = {
     "AdapterConfig": "tidelock.peft.adapter",
+    "CoreConfig": "tidelock.peft.core",
     "Credentials": "tidelock.wire.channel",
     "DeviceModel": "tidelock.device.model",
     "GenerationSettings": "tidelock.device.generate",

@@ -301,11 +301,11 @@ def test_limits_are_those_of_the_code():
     assert f"protocol\nversion {limits.PROTOCOL_VERSION}" in text_of(page)
 
 
-def numbers_per_token(config: LlamaConfig, place: Place, blocks: int) -> tuple[int, int]:
+def numbers_per_token(config: LlamaConfig, place: Place, blocks: int, rank: int | None) -> tuple[int, int]:
     """Return how many numbers cross for a real and for a selected token, as the page's formula has it."""
     geometry = geometry_of(empty_model(config))
     active = [site for site_id, site in geometry.sites.items() if site_id.place is place][:blocks]
-    widths = [(site.width, sum(projection.width for projection in site.projections)) for site in active]
+    widths = [site.widths(tuple(part.name for part in site.projections), rank) for site in active]
     token = geometry.embedding_width + sum(2 * (read + given) for read, given in widths) - widths[0][0]
     return token, 2 * geometry.final_width
 
@@ -315,17 +315,18 @@ LLAMA_7B = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_hea
 
 
 @pytest.mark.parametrize(
-    ("row", "config", "place", "blocks"),
+    ("row", "config", "place", "blocks", "rank"),
     [
-        ("SmolLM2-135M, all blocks", SMOLLM2, Place.ATTN, 30),
-        ("SmolLM2-135M, 8 blocks", SMOLLM2, Place.ATTN, 8),
-        ("SmolLM2-135M, `adapter` at all MLPs", SMOLLM2, Place.MLP, 30),
-        ("LLaMA-7B's shape, all blocks", LLAMA_7B, Place.ATTN, 32),
+        ("SmolLM2-135M, all blocks", SMOLLM2, Place.ATTN, 30, None),
+        ("SmolLM2-135M, 8 blocks", SMOLLM2, Place.ATTN, 8, None),
+        ("SmolLM2-135M, `adapter` at all MLPs", SMOLLM2, Place.MLP, 30, None),
+        ("SmolLM2-135M, `core` of rank 32 in all blocks", SMOLLM2, Place.ATTN, 30, 32),
+        ("LLaMA-7B's shape, all blocks", LLAMA_7B, Place.ATTN, 32, None),
     ],
 )
-def test_sizes_are_those_of_the_formula(row: str, config: LlamaConfig, place: Place, blocks: int):
+def test_sizes_are_those_of_the_formula(row: str, config: LlamaConfig, place: Place, blocks: int, rank: int | None):
     cells = {cells[0]: cells for cells in table(section(ROOT / "docs" / "protocol.md", "Sizes"))}[row]
-    token, selected = numbers_per_token(config, place, blocks)
+    token, selected = numbers_per_token(config, place, blocks, rank)
     rows = 1 + 4 * blocks - 1  # the embedding, and four at each site but the lowest, whose input has no gradient
     sizes = [4 * token, 2 * token, token + 4 * rows, token // 2 + 4 * rows, 4 * selected]
     assert cells[4:] == [f"{token:,}", *(f"{size:,} B" for size in sizes)]

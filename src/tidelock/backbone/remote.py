@@ -119,7 +119,8 @@ class _Attempts:
         """Answer at every active site on the way up; return the final states at its end."""
         stream, geometry, codec = self._open_stream(), self._backbone.geometry, self.connection.codecs.activation
         for site in self._active:
-            x_ND = stream.receive(Kind.SITE_INPUT, (tokens, geometry.sites[site].width), codec, site=site.number)
+            read, _ = geometry.sites[site].widths(self._batch.active[site], self._batch.rank)
+            x_ND = stream.receive(Kind.SITE_INPUT, (tokens, read), codec, site=site.number)
             y_NW = self.sites.forward(site, x_ND)
             stream.send(self.connection.egress.tensor(Kind.SITE_OUTPUT, y_NW, codec, site=site.number))
         return stream.receive(Kind.FINAL_STATE, (selected, geometry.final_width), codec)
@@ -131,8 +132,8 @@ class _Attempts:
         stream.send(egress.tensor(Kind.FINAL_GRADIENT, grad_MD, codec, pass_seed=seed))
         lowest = self._batch.lowest
         for site in reversed(self._active if lowest is None else self._active[self._active.index(lowest) :]):
-            width = sites[site].output_width(self._batch.active[site])
-            shape = (self._batch.rows.num_tokens, width)
+            _, given = sites[site].widths(self._batch.active[site], self._batch.rank)
+            shape = (self._batch.rows.num_tokens, given)
             grad_NW = stream.receive(Kind.SITE_GRADIENT, shape, codec, site=site.number)
             grad_ND = self.sites.backward(site, grad_NW, need_input=site != lowest)
             if grad_ND is not None:
@@ -201,6 +202,7 @@ class _Attempts:
             gradient_codec=connection.codecs.gradient.to_pb(),
             rounding_seed=self._rounding_seed,
             learns_from=batch.learns_from,
+            frame_rank=batch.rank,
         )
 
 

@@ -21,7 +21,8 @@ from transformers import DynamicCache
 
 from tidelock.cloud.turns import Turn
 from tidelock.errors import WireError
-from tidelock.model.geometry import SiteId
+from tidelock.model.frames import largest_rank
+from tidelock.model.geometry import Place, SiteId
 from tidelock.model.rows import Rows
 from tidelock.model.walk import Batch, Walk
 from tidelock.wire import tidelock_pb2 as pb
@@ -53,6 +54,7 @@ class PassOrder:
     gradient_codec: Codec
     rounding_seed: int | None
     learns_from: int | None
+    rank: int | None
 
     @property
     def training(self) -> bool:
@@ -98,6 +100,9 @@ def read_open(message: pb.Open, geometry: Geometry, max_tokens: int) -> PassOrde
     learns_from = message.learns_from if message.HasField("learns_from") else None
     learns = learns_from is None or any(site.block == learns_from for site in active)
     _require(learns, "a block with an active site to learn from", str(learns_from))
+    rank = message.frame_rank if message.HasField("frame_rank") else None
+    fits = rank is None or (1 <= rank <= largest_rank(geometry) and all(site.place is Place.ATTN for site in active))
+    _require(fits, f"frames of a rank from 1 to {largest_rank(geometry)}, at attentions only", f"rank {rank}")
     return PassOrder(
         mode=message.mode,
         rows=rows,
@@ -107,6 +112,7 @@ def read_open(message: pb.Open, geometry: Geometry, max_tokens: int) -> PassOrde
         gradient_codec=gradient_codec,
         rounding_seed=seed,
         learns_from=learns_from,
+        rank=rank,
     )
 
 
@@ -205,7 +211,7 @@ class StreamSites:
     def forward(self, site: SiteId, x_ND: Tensor) -> Tensor:
         """Send a site's input; return the device's answer, shape (N, W)."""
         codec = self._order.activation_codec
-        width = self._geometry.sites[site].output_width(self._order.active[site])
+        _, width = self._geometry.sites[site].widths(self._order.active[site], self._order.rank)
         with self._turn.waiting():
             self._line.send("site_input", x_ND, codec, site=site.number)
             return self._line.tensor("site_output", (x_ND.shape[0], width), codec, site=site.number)
@@ -218,7 +224,8 @@ class StreamSites:
             self._line.send("site_gradient", grad_NW, codec, site=site.number, pass_seed=seed)
             if not need_input:
                 return None
-            shape = (grad_NW.shape[0], self._geometry.sites[site].width)
+            read, _ = self._geometry.sites[site].widths(self._order.active[site], self._order.rank)
+            shape = (grad_NW.shape[0], read)
             return self._line.tensor("input_gradient", shape, codec, site=site.number)
 
 
@@ -239,7 +246,13 @@ def run_pass(cut: CutModel, order: PassOrder, line: Line, turn: Turn) -> None:
     shape = (order.rows.num_tokens, geometry.embedding_width)
     embeddings_NE = line.tensor("embedding", shape, order.activation_codec)
     batch = Batch(
-        embeddings_NE, order.rows, order.select_M, order.active, order.training, learns_from=order.learns_from
+        embeddings_NE,
+        order.rows,
+        order.select_M,
+        order.active,
+        order.training,
+        learns_from=order.learns_from,
+        rank=order.rank,
     )
     walk = Walk(cut, batch, StreamSites(line, order, geometry, turn), turn.give_way)
     cache = DynamicCache(config=cut.config) if order.mode == pb.GENERATE else None

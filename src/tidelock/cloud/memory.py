@@ -46,14 +46,22 @@ class PassCost:
         return int(rows * ((self.per_token + at_sites) * width + self.per_token_squared * width * width))
 
 
-def bytes_at_sites(cut: CutModel, active: Mapping[SiteId, tuple[str, ...]]) -> int:
+def bytes_at_sites(cut: CutModel, active: Mapping[SiteId, tuple[str, ...]], rank: int | None = None) -> int:
     """Return the bytes for each token that a training pass keeps at its active sites, beside what autograd does.
 
-    That is the device's answer, and at an output what the device was sent; at an attention autograd has that anyway.
+    That is the device's answer, and what the device was sent where autograd does not have that anyway: at an output,
+    and through frames.
+
+    Args:
+        cut: The model.
+        active: The targeted linears of each active site.
+        rank: That of the frames, if there are any.
     """
-    sites, size = cut.geometry.sites, cut.dtype.itemsize
-    answers = sum(sites[site].output_width(names) for site, names in active.items())
-    return size * (answers + sum(sites[site].width for site in active if site.place is not Place.ATTN))
+    kept = 0
+    for site, names in active.items():
+        read, given = cut.geometry.sites[site].widths(names, rank)
+        kept += given + (read if rank is not None or site.place is not Place.ATTN else 0)
+    return cut.dtype.itemsize * kept
 
 
 def measure_cost(cut: CutModel) -> PassCost:

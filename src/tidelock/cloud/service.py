@@ -196,7 +196,7 @@ class BackboneService(pb_grpc.BackboneServicer):
             order = read_open(message, self._cut.geometry, self._limits.max_tokens)
             self._check_active(tenant, order)
             rows = order.rows
-            at_sites = bytes_at_sites(self._cut, order.active)
+            at_sites = bytes_at_sites(self._cut, order.active, order.rank)
             size_bytes = self._cost.bytes_for(len(rows.lengths), rows.width, at_sites) if order.training else 0
             self._check_memory(size_bytes)
             asked = time.perf_counter()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tidelock.errors import NonFiniteError, WireError
+from tidelock.peft.core import CoreConfig
 from tidelock.peft.methods import SiteModule, module_at, targets_of
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
     from tidelock.device.kill_revive import Activity
     from tidelock.model.geometry import Geometry, SiteId
-    from tidelock.peft.methods import MethodConfig
+    from tidelock.peft.core import CoreConfig
+from tidelock.peft.methods import MethodConfig
 
 
 @final
@@ -34,6 +36,7 @@ class Bank(nn.Module):
         targets: The targeted linears of every site at which a module attaches, in the order of the sites.
         blocks: The PEFT modules by block; each has what is at its sites, by place.
         active: As `targets`, but only the sites that are asked in a pass.
+        rank: That of the frames between which all modules are; None where they read and give whole states.
         activity: What a schedule knows of the modules; saved with them.
 
     Raises:
@@ -46,6 +49,7 @@ class Bank(nn.Module):
         self.blocks = nn.ModuleDict({str(block): nn.ModuleDict() for block in self.numbers})
         for site, names in self.targets.items():
             self.module(site.block)[site.place.label] = module_at(site, names, config, geometry)
+        self.rank = config.rank if isinstance(config, CoreConfig) else None
         self.active: Mapping[SiteId, tuple[str, ...]] = self.targets
         self.activity: Activity | None = None
 

@@ -251,7 +251,8 @@ class DeviceModel(nn.Module):
         # From the global generator, whose state Trainer saves and restores: resumed runs round alike.
         seed = int(torch.randint(2**62, ())) if training else 0
         embeddings_NE, learns_from = self.ends.embed(ids_N), self.bank.learns_from if training else None
-        return Batch(embeddings_NE, rows, select_M, self.bank.active, training, seed, learns_from)
+        active, rank = self.bank.active, self.bank.rank
+        return Batch(embeddings_NE, rows, select_M, active, training, seed, learns_from, rank)
 
     def open_sites(self) -> BankPass:
         """Return the bank's half of a pass; draws one random number if it will drop out."""

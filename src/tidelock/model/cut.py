@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tidelock.errors import ModelError
+from tidelock.model.frames import Frames
 from tidelock.model.geometry import Place, SiteId, geometry_of
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ class CutModel:
         self._takes_positions = "position_ids" in parameters
         # Transformers 5.24 renamed it.
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self.frames = Frames(self.geometry, self.device, self.dtype)
         self._hook_sites()
         self._skeleton = self._make_skeleton(returns_tuple=self._blocks_return_tuples())
 

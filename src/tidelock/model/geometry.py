@@ -88,6 +88,15 @@ class Site:
         """Return how many numbers per token a module at this site gives for the named projections."""
         return sum(projection.width for projection in self.projections if projection.name in names)
 
+    def widths(self, names: tuple[str, ...], rank: int | None) -> tuple[int, int]:
+        """Return how many numbers per token a module at this site reads, and how many it gives.
+
+        Args:
+            names: The targeted projections.
+            rank: That of the frames between which the module is; None without frames.
+        """
+        return (self.width, self.output_width(names)) if rank is None else (rank * len(names), rank * len(names))
+
 
 @final
 @dataclass(frozen=True, slots=True)

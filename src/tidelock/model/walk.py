@@ -14,7 +14,7 @@ May import errors, `model` and libraries.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, final
 
 import torch
@@ -57,6 +57,7 @@ class Batch:
         training: Whether a backward pass will follow.
         seed: Fixes every random choice of the pass that is not the bank's.
         learns_from: The lowest active block whose module learns; None is the lowest active one. No gradient goes below.
+        rank: That of the frames between which all modules are; None where they read and give whole states.
     """
 
     embeddings_NE: Tensor
@@ -66,6 +67,7 @@ class Batch:
     training: bool
     seed: int = 0
     learns_from: int | None = None
+    rank: int | None = None
 
     @property
     def lowest(self) -> SiteId | None:
@@ -82,7 +84,7 @@ class Batch:
             inside = (self.select_M >= start) & (self.select_M < end)
             embeddings, select = self.embeddings_NE[start:end], self.select_M[inside] - start
             seed = self.seed + number
-            batches.append(Batch(embeddings, rows, select, self.active, self.training, seed, self.learns_from))
+            batches.append(replace(self, embeddings_NE=embeddings, rows=rows, select_M=select, seed=seed))
             start = end
         return batches
 
@@ -93,6 +95,7 @@ class _Cut:
     """Where an active site cuts a segment's graph: what came to it, the leaf in its place, and that of the answer."""
 
     site: SiteId
+    input_BTD: Tensor
     before_BTD: Tensor
     after_BTD: Tensor
     answer_NW: Tensor
@@ -214,13 +217,13 @@ class Walk:
         if segment is None or site not in self._batch.active:
             return x_BTD
         cut = segment.cut_at(site) or self._ask(segment, site, x_BTD)
-        if x_BTD is not cut.before_BTD:
+        if x_BTD is not cut.input_BTD:
             msg = (
                 f"Site {site.name}: expected its projections to read one and the same input, got different ones. This "
                 "attention cannot be a site."
             )
             raise ModelError(msg)
-        return cut.after_BTD
+        return x_BTD if self._batch.rank else cut.after_BTD
 
     def leave_projection(self, site: SiteId, projection: str, y_BTW: Tensor) -> Tensor:
         """Add the device's answer to a projection; see `SiteVisitor`."""
@@ -228,9 +231,14 @@ class Walk:
         targets = self._batch.active.get(site, ())
         if cut is None or projection not in targets:
             return y_BTW
-        widths = {p.name: p.width for p in self._cut.geometry.sites[site].projections}
-        parts = cut.answer_NW.split([widths[name] for name in targets], dim=1)
-        return y_BTW + unpack(parts[targets.index(projection)], self._indices_N, self._shape_BT)
+        index, rank = targets.index(projection), self._batch.rank
+        if rank:
+            (_, b_WR), *_ = self._cut.frames.at(site, (projection,), rank)
+            part_NW = cut.answer_NW.split(rank, dim=1)[index] @ b_WR.T
+        else:
+            widths = {p.name: p.width for p in self._cut.geometry.sites[site].projections}
+            part_NW = cut.answer_NW.split([widths[name] for name in targets], dim=1)[index]
+        return y_BTW + unpack(part_NW, self._indices_N, self._shape_BT)
 
     def leave_output(self, site: SiteId, y_BTD: Tensor) -> Tensor:
         """Add the device's answer to an output; see `SiteVisitor`."""
@@ -243,10 +251,14 @@ class Walk:
 
     def _ask(self, segment: _Segment, site: SiteId, x_BTD: Tensor) -> _Cut:
         """Cut the graph at a site, and have the device answer there."""
+        input_BTD = x_BTD
+        if self._batch.rank:
+            frames = self._cut.frames.at(site, self._batch.active[site], self._batch.rank)
+            x_BTD = torch.cat([x_BTD @ a_RD.T for a_RD, _ in frames], dim=-1)
         after_BTD = x_BTD.detach().requires_grad_(torch.is_grad_enabled() and site != self._lowest)
         answer_NW = self._sites.forward(site, pack(after_BTD.detach(), self._indices_N))
         answer_NW = answer_NW.to(x_BTD).requires_grad_(torch.is_grad_enabled())
-        cut = _Cut(site, x_BTD, after_BTD, answer_NW)
+        cut = _Cut(site, input_BTD, x_BTD, after_BTD, answer_NW)
         segment.cuts.append(cut)
         return cut
 
@@ -278,9 +290,9 @@ class Walk:
             grad_x_ND = self._sites.backward(cut.site, grad_NW, need_input=need_input)
             if not need_input or grad_x_ND is None:
                 return grad_BTD
-            grad_BTD = sums.pop(id(cut.after_BTD)) + unpack(
-                grad_x_ND.to(cut.after_BTD), self._indices_N, self._shape_BT
-            )
+            grad_BTD = unpack(grad_x_ND.to(cut.after_BTD), self._indices_N, self._shape_BT)
+            if id(cut.after_BTD) in sums:  # between frames, what a module reads goes nowhere else
+                grad_BTD = sums.pop(id(cut.after_BTD)) + grad_BTD
             output_BTD = cut.before_BTD
         _add_gradients(sums, output_BTD, [segment.start_BTD], grad_BTD, retain_graph=False)
         return sums.pop(id(segment.start_BTD))

@@ -1,9 +1,16 @@
 """Adapters as files: LoRA in PEFT's own format, serial adapters, which PEFT does not know, in one described here.
 
-    adapter_config.json          LoRA: the `LoraConfig`. Serial: `peft_type` TIDELOCK_SERIAL_ADAPTER, `format_version`,
-                                 `base_model_name_or_path` and the fields of `AdapterConfig`
+    adapter_config.json          LoRA, and core as LoRA: the `LoraConfig`. Serial: `peft_type`
+                                 TIDELOCK_SERIAL_ADAPTER, `format_version`, `base_model_name_or_path` and the fields of
+                                 `AdapterConfig`
     adapter_model.safetensors    LoRA: `base_model.model.<projection>.lora_A.weight` (r x D), `lora_B.weight` (W x r).
                                  Serial: `blocks.<N>.<place>.down.weight` (r x D) and `up.weight` (D x r)
+
+A core is written as the LoRA that it is, for whoever reads PEFT's format, and beside it, to be trained on or asked by
+tidelock, as itself:
+
+    core_config.json             `format_version` and the fields of `CoreConfig`
+    core_model.safetensors       `blocks.<N>.attn.<projection>.weight` (r x r)
 
 Only safetensors are read: PEFT's older `.bin` files run code when they are opened. May import errors, `peft`, `model`
 and libraries.
@@ -17,7 +24,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, final
+from typing import TYPE_CHECKING, Any, TypeVar, cast, final
 
 import torch
 from peft import LoraConfig
@@ -27,7 +34,9 @@ from torch import Tensor
 
 from tidelock.errors import CheckpointError, ConfigError, StorageError
 from tidelock.model.cache_folder import write_atomically
+from tidelock.model.frames import Frames
 from tidelock.peft.adapter import AdapterConfig
+from tidelock.peft.core import CoreConfig, CoreModule
 from tidelock.peft.lora import LoraModule, lora_targets
 
 if TYPE_CHECKING:
@@ -38,9 +47,14 @@ if TYPE_CHECKING:
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 SERIAL_ADAPTER = "TIDELOCK_SERIAL_ADAPTER"
-_SERIAL_FORMAT = 1
+CORE_CONFIG_FILE = "core_config.json"
+CORE_WEIGHTS_FILE = "core_model.safetensors"
+_FORMAT = 1
 # Families whose q, k and v are a Conv1D, stored transposed. `peft` looks at the layer and corrects a wrong entry.
 _CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt"})
+
+
+_OwnConfig = TypeVar("_OwnConfig", AdapterConfig, CoreConfig)
 
 
 @final
@@ -62,7 +76,7 @@ class Adapter:
 def save_adapter(
     modules: Mapping[SiteId, SiteModule], config: MethodConfig, geometry: Geometry, folder: Path, *, base_model: str
 ) -> None:
-    """Write an adapter; each of its two files is whole or as it was before.
+    """Write an adapter; each of its files is whole or as it was before.
 
     Args:
         modules: The trained modules by site, as `config` targets them.
@@ -76,13 +90,18 @@ def save_adapter(
     """
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in _parameters(modules, geometry).items()}
     try:
+        files: dict[str, bytes | dict[str, Tensor]]
         if isinstance(config, LoraConfig):
-            written = _lora_config_file(modules, config, geometry, base_model)
+            targets = {site: cast("LoraModule", module).targets for site, module in sorted(modules.items())}
+            files = {WEIGHTS_FILE: tensors, CONFIG_FILE: _lora_config_file(targets, config, geometry, base_model)}
+        elif isinstance(config, CoreConfig):
+            files = _core_files(modules, config, geometry, base_model, tensors)
         else:
-            written = _serial_config_file(modules, config, base_model)
+            files = {WEIGHTS_FILE: tensors, CONFIG_FILE: _serial_config_file(modules, config, base_model)}
         # Weights first: a folder with a configuration has weights.
-        write_atomically(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-        write_atomically(folder / CONFIG_FILE, written)
+        for name, content in files.items():
+            whole = content if isinstance(content, bytes) else save(content, metadata={"format": "pt"})
+            write_atomically(folder / name, whole)
     except OSError as error:
         msg = (
             f"Writing the adapter: expected the disk to take it, got {error.strerror or error} ({folder}). Free some "
@@ -92,9 +111,8 @@ def save_adapter(
 
 
 def _lora_config_file(
-    modules: Mapping[SiteId, SiteModule], config: LoraConfig, geometry: Geometry, base_model: str
+    targets: Mapping[SiteId, tuple[str, ...]], config: LoraConfig, geometry: Geometry, base_model: str
 ) -> bytes:
-    targets = {site: cast("LoraModule", module).targets for site, module in sorted(modules.items())}
     config = _portable(config, targets, geometry)
     config.base_model_name_or_path = base_model
     config.task_type = "CAUSAL_LM"
@@ -105,10 +123,44 @@ def _lora_config_file(
         return (Path(scratch) / CONFIG_FILE).read_bytes()
 
 
+def _core_files(
+    modules: Mapping[SiteId, SiteModule],
+    config: CoreConfig,
+    geometry: Geometry,
+    base_model: str,
+    tensors: dict[str, Tensor],
+) -> dict[str, bytes | dict[str, Tensor]]:
+    """Return a core's files: as LoRA with the branch's A = A and B = s B R, and as itself."""
+    frames = Frames(geometry, torch.device("cpu"), torch.float32)
+    targets = {site: cast("CoreModule", module).targets for site, module in sorted(modules.items())}
+    lora: dict[str, Tensor] = {}
+    for site, names in targets.items():
+        for name, (a_RD, b_WR) in zip(names, frames.at(site, names, config.rank), strict=True):
+            path = f"base_model.model.{geometry.projection_path(site.block, name)}"
+            lora[f"{path}.lora_A.weight"] = a_RD.contiguous()
+            core = tensors[f"{site.name}.{name}.weight"].float()
+            lora[f"{path}.lora_B.weight"] = (config.scaling * b_WR @ core).contiguous()
+    names = geometry.family.projections
+    # Scaled by alpha / r = 1: s is in B.
+    as_lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank,
+        target_modules=[name for name in names if config.targets is None or name in config.targets],
+        layers_to_transform=sorted({site.block for site in modules}),
+    )
+    own = {"format_version": _FORMAT, **asdict(replace(config, layers=tuple(sorted({site.block for site in modules}))))}
+    return {
+        CORE_WEIGHTS_FILE: tensors,
+        CORE_CONFIG_FILE: (json.dumps(own, indent=2) + "\n").encode(),
+        WEIGHTS_FILE: lora,
+        CONFIG_FILE: _lora_config_file(targets, as_lora, geometry, base_model),
+    }
+
+
 def _serial_config_file(modules: Mapping[SiteId, SiteModule], config: AdapterConfig, base_model: str) -> bytes:
     values = {
         "peft_type": SERIAL_ADAPTER,
-        "format_version": _SERIAL_FORMAT,
+        "format_version": _FORMAT,
         "base_model_name_or_path": base_model,
         # Those that are written: some may have been killed.
         **asdict(replace(config, layers=tuple(sorted({site.block for site in modules})))),
@@ -124,11 +176,11 @@ def load_adapter(folder: Path) -> Adapter:
         ConfigError: It is neither LoRA nor serial, or its settings contradict each other.
     """
     config = _read_config(folder)
-    path = folder / WEIGHTS_FILE
+    path = folder / (CORE_WEIGHTS_FILE if isinstance(config, CoreConfig) else WEIGHTS_FILE)
     if not path.is_file():
         got = "adapter_model.bin" if (folder / "adapter_model.bin").is_file() else "none"
         msg = (
-            f"Adapter: expected its weights in {WEIGHTS_FILE}, got {got} ({folder}). Check the path; with peft, save "
+            f"Adapter: expected its weights in {path.name}, got {got} ({folder}). Check the path; with peft, save "
             "it again by save_pretrained(folder)."
         )
         raise CheckpointError(msg)
@@ -187,16 +239,13 @@ def apply_adapter(adapter: Adapter, modules: Mapping[SiteId, SiteModule], geomet
 
 
 def _read_config(folder: Path) -> MethodConfig:
+    if (folder / CORE_CONFIG_FILE).is_file():
+        return _read_own(folder / CORE_CONFIG_FILE, CoreConfig, "a core")
     path = folder / CONFIG_FILE
-    try:
-        values: Any = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-        msg = f"Adapter: expected a folder with {CONFIG_FILE}, got {reason} ({path}). Check the path."
-        raise CheckpointError(msg) from error
+    values = _read_json(path)
     kind = values.get("peft_type") if isinstance(values, dict) else None
     if kind == SERIAL_ADAPTER:
-        return _read_serial_config(values, path)
+        return _read_own(path, AdapterConfig, "a serial adapter")
     if kind != "LORA":
         msg = (
             f"Adapter: expected one of peft_type LORA or {SERIAL_ADAPTER}, got {kind!r} ({path}). tidelock trains "
@@ -210,22 +259,33 @@ def _read_config(folder: Path) -> MethodConfig:
         raise ConfigError(msg) from error
 
 
-def _read_serial_config(values: dict[str, Any], path: Path) -> AdapterConfig:
-    version = values.get("format_version")
-    settings: dict[str, Any] = {
-        # JSON has no tuples.
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in values.items()
-        if name not in {"peft_type", "format_version", "base_model_name_or_path"}
-    }
+def _read_json(path: Path) -> Any:  # noqa: ANN401  (whatever the file holds)
     try:
-        if version != _SERIAL_FORMAT:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+        msg = f"Adapter: expected a folder with {path.name}, got {reason} ({path}). Check the path."
+        raise CheckpointError(msg) from error
+
+
+def _read_own(path: Path, kind: type[_OwnConfig], what: str) -> _OwnConfig:
+    """Return the configuration in one of our own files."""
+    values = _read_json(path)
+    try:
+        version = values.pop("format_version", None)
+        settings: dict[str, Any] = {
+            # JSON has no tuples.
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+            if name not in {"peft_type", "base_model_name_or_path"}
+        }
+        if version != _FORMAT:
             msg = f"format_version {version!r}"
             raise ValueError(msg)  # noqa: TRY301  (one sentence for all that can be wrong)
-        return AdapterConfig(**settings)
-    except (TypeError, ValueError, ConfigError) as error:
+        return kind(**settings)
+    except (AttributeError, TypeError, ValueError, ConfigError) as error:
         msg = (
-            f"Adapter: expected the configuration of a serial adapter, format {_SERIAL_FORMAT}, got: {error} ({path}). "
+            f"Adapter: expected the configuration of {what}, format {_FORMAT}, got: {error} ({path}). "
             "Save it again with tidelock."
         )
         raise ConfigError(msg) from error
@@ -235,6 +295,9 @@ def _parameters(modules: Mapping[SiteId, SiteModule], geometry: Geometry) -> dic
     """Return every weight of the modules by its name in the files."""
     found: dict[str, Tensor] = {}
     for site, module in sorted(modules.items()):
+        if isinstance(module, CoreModule):
+            found.update({f"{site.name}.{name}.weight": module.core(name).weight for name in module.targets})
+            continue
         if not isinstance(module, LoraModule):
             found[f"{site.name}.down.weight"] = module.down.weight
             found[f"{site.name}.up.weight"] = module.up.weight

@@ -11,13 +11,14 @@ from peft import LoraConfig
 
 from tidelock.errors import ConfigError
 from tidelock.peft.adapter import AdapterConfig, SerialAdapter, adapter_targets
+from tidelock.peft.core import CoreConfig, CoreModule, core_targets
 from tidelock.peft.lora import LoraModule, check_lora_config, lora_targets
 
 if TYPE_CHECKING:
     from tidelock.model.geometry import Geometry, SiteId
 
-MethodConfig: TypeAlias = LoraConfig | AdapterConfig
-SiteModule: TypeAlias = LoraModule | SerialAdapter
+MethodConfig: TypeAlias = LoraConfig | AdapterConfig | CoreConfig
+SiteModule: TypeAlias = LoraModule | SerialAdapter | CoreModule
 
 
 def check_config(config: MethodConfig) -> None:
@@ -28,10 +29,10 @@ def check_config(config: MethodConfig) -> None:
     """
     if isinstance(config, LoraConfig):
         check_lora_config(config)
-    elif not isinstance(config, AdapterConfig):
+    elif not isinstance(config, AdapterConfig | CoreConfig):
         msg = (
-            f"What to train: expected a peft.LoraConfig or a tidelock.AdapterConfig, got {type(config).__name__}. "
-            "Give one of those."
+            "What to train: expected a peft.LoraConfig, a tidelock.AdapterConfig or a tidelock.CoreConfig, got "
+            f"{type(config).__name__}. Give one of those."
         )
         raise ConfigError(msg)
 
@@ -42,7 +43,9 @@ def targets_of(config: MethodConfig, geometry: Geometry) -> dict[SiteId, tuple[s
     Raises:
         ConfigError: Nothing is targeted, or something that is not at a site of this model.
     """
-    return lora_targets(config, geometry) if isinstance(config, LoraConfig) else adapter_targets(config, geometry)
+    if isinstance(config, LoraConfig):
+        return lora_targets(config, geometry)
+    return core_targets(config, geometry) if isinstance(config, CoreConfig) else adapter_targets(config, geometry)
 
 
 def module_at(site: SiteId, targets: tuple[str, ...], config: MethodConfig, geometry: Geometry) -> SiteModule:
@@ -56,4 +59,6 @@ def module_at(site: SiteId, targets: tuple[str, ...], config: MethodConfig, geom
     """
     if isinstance(config, LoraConfig):
         return LoraModule(site, targets, config, geometry)
+    if isinstance(config, CoreConfig):
+        return CoreModule(targets, config)
     return SerialAdapter(geometry.sites[site].width, config)

@@ -16,21 +16,24 @@ if TYPE_CHECKING:
     from tidelock.wire.codec import Codecs
 
 
-def describe_codecs(codecs: Codecs, geometry: Geometry, active: Mapping[SiteId, Sequence[str]]) -> str:
+def describe_codecs(
+    codecs: Codecs, geometry: Geometry, active: Mapping[SiteId, Sequence[str]], rank: int | None = None
+) -> str:
     """Return what crosses for a token in training, against fp32, and how far a token can be off.
 
     Args:
         codecs: Those of the run.
         geometry: The model's, which has the widths.
         active: The linears that are adapted, by site.
+        rank: That of the frames between which the modules are, if there are any.
     """
     activations: list[int] = [geometry.embedding_width]
     gradients: list[int] = []
     for site_id in sorted(active):
-        site = geometry.sites[site_id]
-        activations += [site.width, site.output_width(tuple(active[site_id]))]
+        read, given = geometry.sites[site_id].widths(tuple(active[site_id]), rank)
+        activations += [read, given]
         # Nothing learns below the lowest active site: the gradient of its input is not sent.
-        gradients += [site.output_width(tuple(active[site_id])), *([site.width] if gradients else [])]
+        gradients += [given, *([read] if gradients else [])]
     return (
         f"On the wire: activations in {_describe(codecs.activation, activations, stochastic=False)}; gradients in "
         f"{_describe(codecs.gradient, gradients, stochastic=codecs.stochastic)}"

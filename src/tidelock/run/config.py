@@ -28,16 +28,19 @@ if TYPE_CHECKING:
 # ruff: noqa: RUF009, FBT003  (_knob is dataclasses.field with our metadata)
 
 BACKBONES = ("local", "cloud")
-METHODS = ("lora", "adapter")
+METHODS = ("lora", "adapter", "core")
 PLACES = ("mlp", "attn-out")
 CODECS = ("fp32", "bf16", "int8", "int4")
 LR_SCHEDULES = ("linear", "cosine", "constant")
 
 
-# The knobs that one method reads.
-_METHOD_OF = {
-    **dict.fromkeys(("rank", "alpha", "rslora", "target"), "lora"),
-    **dict.fromkeys(("bottleneck", "place", "activation"), "adapter"),
+# The knobs that not every method reads.
+_METHODS_OF = {
+    **dict.fromkeys(("rank", "alpha", "rslora"), ("lora",)),
+    **dict.fromkeys(("bottleneck", "place", "activation"), ("adapter",)),
+    **dict.fromkeys(("core_rank", "core_scale"), ("core",)),
+    "target": ("lora", "core"),
+    "dropout": ("lora", "adapter"),
 }
 
 
@@ -98,17 +101,21 @@ class RunConfig:
         None, "Micro-batches of a batch on their way at once; 2 with a cloud and 1 locally by default.", _AT_LEAST_1
     )
     patience: float = _knob(120.0, "Seconds to wait for a cloud that went away.", _AT_LEAST_0)
-    method: str = _knob("lora", "What is trained: lora, or adapter (a serial bottleneck).", _one_of(METHODS))
+    method: str = _knob(
+        "lora", "What is trained: lora, adapter (a serial bottleneck), core (few bytes).", _one_of(METHODS)
+    )
     rank: int = _knob(8, "LoRA rank r.", _AT_LEAST_1)
     alpha: float = _knob(16.0, "LoRA alpha; the branch is scaled by alpha / r.", _POSITIVE)
     rslora: bool = _knob(False, "Scale by alpha / sqrt(r) instead.")
-    target: list[str] | None = _knob(None, "LoRA: projections to adapt (repeat); all of q, k and v by default.")
+    target: list[str] | None = _knob(None, "LoRA, core: projections to adapt (repeat); all of q, k and v by default.")
     bottleneck: int = _knob(128, "Adapter: width of its bottleneck.", _AT_LEAST_1)
     place: list[str] | None = _knob(
         None, f"Adapter: after {' or '.join(PLACES)} (repeat for both); mlp by default.", _some_of(PLACES)
     )
     activation: str = _knob("tanh", "Adapter: its non-linearity, by transformers' name.")
-    dropout: float = _knob(0.0, "Dropout on the input of what is trained.", _FRACTION)
+    core_rank: int = _knob(32, "Core: side r of the trained matrices.", _AT_LEAST_1)
+    core_scale: float = _knob(4.0, "Core: the factor of what they add.", _POSITIVE)
+    dropout: float = _knob(0.0, "LoRA, adapter: dropout on what they read.", _FRACTION)
     layer: list[int] | None = _knob(None, "Blocks to adapt (repeat); all by default.")
     adapter: str | None = _knob(None, "Continue the adapter in this folder; it is kept as it was configured.")
     # The rules of these are Schedule's own.
@@ -174,10 +181,11 @@ class RunConfig:
     def _refuse_knobs_of_others(self) -> None:
         """Refuse a knob that the method would not read."""
         for knob in fields(self):
-            method = _METHOD_OF.get(knob.name, self.method)
-            if method != self.method and getattr(self, knob.name) != knob.default:
+            methods = _METHODS_OF.get(knob.name, METHODS)
+            if self.method not in methods and getattr(self, knob.name) != knob.default:
                 msg = (
-                    f"--{knob.name}: expected it with --method {method} only, got --method {self.method}. Leave it out."
+                    f"--{knob.name.replace('_', '-')}: expected it with --method {' or '.join(methods)} only, got "
+                    f"--method {self.method}. Leave it out."
                 )
                 raise ConfigError(msg)
 

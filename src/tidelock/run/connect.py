@@ -67,7 +67,8 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         model: Folder or hub name of the model. This device reads only its embedding, head and small files (with
             `local`, all of it). None fetches those from the cloud.
         peft_config: What to train: a `peft.LoraConfig` (with no target modules named, `peft`'s own choice for the
-            family) or a `tidelock.AdapterConfig`; None is LoRA of rank 8 on all query, key and value projections.
+            family), a `tidelock.AdapterConfig` or a `tidelock.CoreConfig`; None is LoRA of rank 8 on all query, key
+            and value projections.
         credentials: For a cloud; or give `token` and `ca` only.
         token: Bearer token for the cloud.
         ca: PEM file with the authority (or the certificate itself) to trust.

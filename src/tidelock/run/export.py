@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +24,7 @@ from tidelock.errors import ConfigError, ModelError, NonFiniteError, StorageErro
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
+from tidelock.peft.adapter import AdapterConfig
 from tidelock.peft.export import CONFIG_FILE, WEIGHTS_FILE, apply_adapter, load_adapter
 from tidelock.peft.methods import check_config
 from tidelock.run.folder import RunFolder
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from tidelock.peft.export import Adapter
+    from tidelock.peft.adapter import AdapterConfig
+from tidelock.peft.export import Adapter
 
 FORMS = ("peft", "adapter", "merged")
 # Of an earlier export; beside new files they would be loaded instead of them, or on top.
@@ -105,10 +107,10 @@ def export(order: ExportOrder, on_progress: Callable[[str], None]) -> list[Path]
 
 def _require_form(form: str, adapter: Adapter) -> None:
     check_config(adapter.config)
-    is_lora = isinstance(adapter.config, LoraConfig)
-    if is_lora is (form == "adapter"):
+    is_serial = isinstance(adapter.config, AdapterConfig)
+    if is_serial is not (form == "adapter"):
         # What a serial adapter adds is no linear function of its input, so that no weight can take it in.
-        method, known = ("lora", "peft or merged") if is_lora else ("adapter", "adapter")
+        method, known = ("adapter", "adapter") if is_serial else ("lora and core", "peft or merged")
         msg = f"--to: expected {known} for what --method {method} trained, got {form}. Choose that."
         raise ConfigError(msg)
 

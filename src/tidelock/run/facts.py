@@ -45,8 +45,8 @@ def facts_of(
                 SiteFacts(
                     name=site.name,
                     block=site.block,
-                    input_width=geometry.sites[site].width,
-                    output_width=geometry.sites[site].output_width(names),
+                    input_width=geometry.sites[site].widths(names, model.bank.rank)[0],
+                    output_width=geometry.sites[site].widths(names, model.bank.rank)[1],
                 )
                 for site, names in model.bank.targets.items()
             ),

@@ -21,6 +21,7 @@ from tidelock.data.source import read_examples
 from tidelock.device.kill_revive import KillRevive
 from tidelock.errors import ConfigError
 from tidelock.peft.adapter import AdapterConfig
+from tidelock.peft.core import CoreConfig
 from tidelock.peft.export import load_adapter
 from tidelock.peft.lora import ALL_PROJECTIONS
 from tidelock.run.codecs import describe_codecs
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from tidelock.run.config import RunConfig
 
 _FALLBACK_MAX_LENGTH = 2048
+_METHOD_NAMES: dict[type, str] = {AdapterConfig: "adapter", CoreConfig: "core"}
 _ALL_MODULES_LOSS = "eval_all_modules_loss"
 
 
@@ -175,7 +177,7 @@ def open_model(config: RunConfig, ledger: Ledger) -> DeviceModel:
         TidelockError: As `connect`.
     """
     adapter = load_adapter(Path(config.adapter)) if config.adapter is not None else None
-    if adapter is not None and isinstance(adapter.config, AdapterConfig) is not (config.method == "adapter"):
+    if adapter is not None and _METHOD_NAMES.get(type(adapter.config), "lora") != config.method:
         msg = (
             f"--adapter: expected one that --method {config.method} trained, got another ({adapter.folder}). Choose "
             "the other --method, or another adapter."
@@ -227,6 +229,13 @@ def _method_config(config: RunConfig) -> MethodConfig:
             activation=config.activation,
             dropout=config.dropout,
         )
+    if config.method == "core":
+        return CoreConfig(
+            rank=config.core_rank,
+            scaling=config.core_scale,
+            targets=None if config.target is None else tuple(config.target),
+            layers=None if config.layer is None else tuple(config.layer),
+        )
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft's own maths takes any number
@@ -242,7 +251,7 @@ def _say_codecs(config: RunConfig, model: DeviceModel, observer: Observer) -> No
     """Tell what the codecs save and what they may cost, where anything crosses."""
     if config.cloud is not None:
         codecs = Codecs.named(config.codec, config.gradient_codec, stochastic_rounding=config.stochastic_rounding)
-        observer.say(f"{describe_codecs(codecs, model.ends.geometry, model.bank.targets)}.")
+        observer.say(f"{describe_codecs(codecs, model.ends.geometry, model.bank.targets, model.bank.rank)}.")
 
 
 def _record_distortion(folder: RunFolder, ledger: Ledger, step: int) -> dict[str, dict[str, float]]:

@@ -86,6 +86,12 @@ REFUSED = {
     "one projection too many": (an_open(active=[site(0, *PROJECTIONS, "q_proj")]), "in order"),
     "no activation codec": (an_open(activation_codec=0), "Wire codec"),
     "an unknown gradient codec": (an_open(gradient_codec=5), "Wire codec"),
+    "frames of no rank": (an_open(frame_rank=0), "frames of a rank from 1 to 16, at attentions only, got rank 0"),
+    "frames of too large a rank": (an_open(frame_rank=17), "frames of a rank from 1 to 16"),
+    "frames at an output": (
+        an_open(frame_rank=4, active=[pb.ActiveSite(site=2, linears=["down_proj"])]),
+        "at attentions only",
+    ),
     "a seed with exact gradients": (an_open(rounding_seed=0), "a rounding seed with int8 or int4 only, got fp32"),
 }
 
@@ -112,6 +118,7 @@ OPENS = st.builds(
     activation_codec=st.integers(0, 5),
     gradient_codec=st.integers(0, 5),
     rounding_seed=st.none() | st.integers(0, 2**64 - 1),
+    frame_rank=st.none() | UINT32,
 )
 
 

@@ -21,7 +21,7 @@ def cut_model(folder, attention):
     return CutModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention))
 
 
-def really_kept(cut, active, rows, width):
+def really_kept(cut, active, rows, width, rank=None):
     """Return the bytes that a pass of so many full rows keeps, other than weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in cut.parameters()}
     kept = {}
@@ -38,15 +38,26 @@ def really_kept(cut, active, rows, width):
         select_M=torch.arange(rows * width),
         active=active,
         training=True,
+        rank=rank,
     )
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        walk = Walk(cut, batch, _ZeroSites(cut))
+        walk = Walk(cut, batch, _ZeroSites(cut) if rank is None else Handing())
         walk.forward()
     for segment in walk._segments:
         for cut_at in segment.cuts:
             keep(cut_at.before_BTD)
             keep(cut_at.answer_NW)
     return sum(kept.values())
+
+
+class Handing:
+    """Answers with what it is asked, as many numbers as there are."""
+
+    def forward(self, site, x_ND):
+        return x_ND.clone()
+
+    def backward(self, site, grad_NW, *, need_input):
+        return grad_NW.clone() if need_input else None
 
 
 def sites_at(cut, *places):
@@ -70,6 +81,14 @@ def test_the_measured_cost_is_what_a_pass_keeps(tiny_folder, attention, places, 
     else:
         # Nothing of the lowest block is saved below its first site, which is further up.
         assert really <= measured <= really * BLOCKS / (BLOCKS - 1)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (3, 60)])
+def test_so_it_is_through_frames(tiny_folder, rows, width):
+    cut, rank = cut_model(tiny_folder, "sdpa"), 8
+    active = sites_at(cut, Place.ATTN)
+    measured = measure_cost(cut).bytes_for(rows, width, bytes_at_sites(cut, active, rank))
+    assert measured == pytest.approx(really_kept(cut, active, rows, width, rank), rel=0.15)
 
 
 def test_only_attention_that_keeps_its_scores_costs_by_the_square(tiny_folder):

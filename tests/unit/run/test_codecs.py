@@ -37,6 +37,15 @@ def test_every_codec_states_its_ratio_and_its_bound(smollm2: Geometry) -> None:
     )
 
 
+def test_between_frames_only_the_rank_counts(smollm2: Geometry) -> None:
+    said = describe_codecs(Codecs.named("int8"), smollm2, {attn(7): ALL}, rank=32)
+    # The embedding of 576 numbers; 96 into the site and out of it, and of its gradients one.
+    activations = 4 * (576 + 96 + 96) / ((4 + 576) + 2 * (4 + 96))
+    gradients = 4 * 96 / (4 + 96)
+    assert f"activations in int8, {activations:.2f} times" in said
+    assert f"gradients in int8, {gradients:.2f} times" in said
+
+
 def test_the_ratio_counts_what_crosses_and_nothing_else(smollm2: Geometry) -> None:
     said = describe_codecs(Codecs.named("int4", stochastic_rounding=True), smollm2, {attn(7): ALL})
     # Embedding, site input, site output; of the only site's gradients one.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tidelock
 from tidelock.errors import CheckpointError, ConfigError
-from tidelock.run.config import _METHOD_OF, CODECS, LR_SCHEDULES, RunConfig
+from tidelock.run.config import _METHODS_OF, CODECS, LR_SCHEDULES, METHODS, RunConfig
 from tidelock.schedule.schedule import Schedule
 
 WHERE = Path("run") / "run.toml"
@@ -37,6 +37,8 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "warmup_steps": ([0], [-1]),
     "weight_decay": ([0.0], [-0.1, math.inf]),
     "bottleneck": ([1], [0]),
+    "core_rank": ([1], [0]),
+    "core_scale": ([1e-9, 4.0], [0.0, -1.0, math.inf, math.nan]),
     "place": ([["mlp"], ["attn-out", "mlp"]], [[], ["attn"], ["mlp", "head"]]),
     "clip": ([0.0], [-0.1, math.inf]),
     "max_length": ([1], [0]),
@@ -57,7 +59,7 @@ def test_the_edges_of_every_rule_are_listed() -> None:
 @pytest.mark.parametrize("name", EDGES)
 def test_a_knob_keeps_its_rule(name: str) -> None:
     good, bad = EDGES[name]
-    base = replace(PLAIN, method=_METHOD_OF.get(name, "lora"))
+    base = replace(PLAIN, method=_METHODS_OF.get(name, METHODS)[0])
     for value in good:
         assert getattr(replace(base, **{name: value}), name) == value
     for value in bad:
@@ -67,10 +69,19 @@ def test_a_knob_keeps_its_rule(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value", "other"),
-    [("rank", 4, "adapter"), ("rslora", True, "adapter"), ("bottleneck", 8, "lora"), ("place", ["mlp"], "lora")],
+    [
+        ("rank", 4, "adapter"),
+        ("rslora", True, "core"),
+        ("bottleneck", 8, "lora"),
+        ("place", ["mlp"], "core"),
+        ("core_rank", 8, "lora"),
+        ("dropout", 0.1, "core"),
+        ("target", ["q_proj"], "adapter"),
+    ],
 )
 def test_a_knob_that_the_method_would_not_read_is_refused(name: str, value: object, other: str) -> None:
-    with pytest.raises(ConfigError, match=f"^--{name}: expected it with --method {_METHOD_OF[name]} only, got --me"):
+    methods = " or ".join(_METHODS_OF[name])
+    with pytest.raises(ConfigError, match=f"^--{name.replace('_', '-')}: expected it with --method {methods} only, "):
         replace(PLAIN, method=other, **{name: value})  # type: ignore[arg-type]
 
 
