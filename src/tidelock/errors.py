@@ -7,6 +7,7 @@
     ├── CheckpointError             5   a run folder or a checkpoint that cannot be read or resumed
     ├── StorageError                6   the disk refused: full, read-only or gone
     ├── NonFiniteError              7   a loss, a gradient or an activation is not a finite number
+    ├── CacheError                  8   an activation cache that is none, has another key, or has damaged entries
     ├── WireError                   10  a message broke the protocol: length, shape, dtype or order
     ├── CloudUnreachable            11  no cloud answers at that address, or it stayed away too long
     ├── TlsError                    12  the cloud's certificate is not trusted, or ours is refused
@@ -78,6 +79,12 @@ class NonFiniteError(TidelockError):
     """A loss, a gradient or an activation is infinite or not a number; raised before the optimizer moves."""
 
     exit_code = 7
+
+
+class CacheError(TidelockError):
+    """A folder is no activation cache, or one with another key, or entries of it are damaged."""
+
+    exit_code = 8
 
 
 class WireError(TidelockError):

@@ -32,6 +32,7 @@ COMMANDS = {
     "train": "Train an adapter on private examples, which stay on this device.",
     "generate": "Ask a trained model.",
     "export": "Write a run's adapter for use elsewhere, or a merged model.",
+    "cache": "Look at, check or remove an activation cache.",
     "report": "Draw a run: loss, module activity, traffic and time.",
     "doctor": "Say what this machine can do, and what is wrong.",
 }
