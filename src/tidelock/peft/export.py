@@ -4,6 +4,8 @@
                                  `base_model_name_or_path` and the fields of `AdapterConfig`
     adapter_model.safetensors    LoRA: `base_model.model.<projection>.lora_A.weight` (r x D), `lora_B.weight` (W x r).
                                  Serial: `blocks.<N>.<place>.down.weight` (r x D) and `up.weight` (D x r)
+                                 With a head for whole texts: LoRA, as `peft` has it for the task SEQ_CLS,
+                                 `base_model.model.score.weight` (C x D); serial `head.weight` (C x D)
 
 Only safetensors are read: PEFT's older `.bin` files run code when they are opened. May import errors, `peft`, `model`
 and libraries.
@@ -23,7 +25,7 @@ import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from tidelock.errors import CheckpointError, ConfigError, StorageError
 from tidelock.model.cache_folder import write_atomically
@@ -39,6 +41,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 SERIAL_ADAPTER = "TIDELOCK_SERIAL_ADAPTER"
 _SERIAL_FORMAT = 1
+_LORA_SCORE, _SERIAL_SCORE = "base_model.model.score.weight", "head.weight"
+# How transformers' models call the head of whole texts; `peft` names all that it knows.
+_SCORE_MODULES = frozenset({"score", "classifier"})
 # Families whose q, k and v are a Conv1D, stored transposed. `peft` looks at the layer and corrects a wrong entry.
 _CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt"})
 
@@ -58,9 +63,21 @@ class Adapter:
     config: MethodConfig
     tensors: Mapping[str, Tensor]
 
+    @property
+    def num_labels(self) -> int | None:
+        """How many labels its head for whole texts has; None without one."""
+        score = self.tensors.get(_score_name(self.config))
+        return None if score is None else len(score)
+
 
 def save_adapter(
-    modules: Mapping[SiteId, SiteModule], config: MethodConfig, geometry: Geometry, folder: Path, *, base_model: str
+    modules: Mapping[SiteId, SiteModule],
+    config: MethodConfig,
+    geometry: Geometry,
+    folder: Path,
+    *,
+    base_model: str,
+    score: nn.Linear | None = None,
 ) -> None:
     """Write an adapter; each of its two files is whole or as it was before.
 
@@ -70,14 +87,16 @@ def save_adapter(
         geometry: The model's.
         folder: Made when it is not there; other files in it are left alone.
         base_model: Folder or hub name of the model, for whoever loads the adapter.
+        score: The trained head of whole texts, if there is one.
 
     Raises:
         StorageError: The file system refused.
     """
-    tensors = {name: weight.detach().cpu().contiguous() for name, weight in _parameters(modules, geometry).items()}
+    parameters = _parameters(modules, config, geometry, score)
+    tensors = {name: weight.detach().cpu().contiguous() for name, weight in parameters.items()}
     try:
         if isinstance(config, LoraConfig):
-            written = _lora_config_file(modules, config, geometry, base_model)
+            written = _lora_config_file(modules, config, geometry, base_model, with_score=score is not None)
         else:
             written = _serial_config_file(modules, config, base_model)
         # Weights first: a folder with a configuration has weights.
@@ -92,12 +111,13 @@ def save_adapter(
 
 
 def _lora_config_file(
-    modules: Mapping[SiteId, SiteModule], config: LoraConfig, geometry: Geometry, base_model: str
+    modules: Mapping[SiteId, SiteModule], config: LoraConfig, geometry: Geometry, base_model: str, *, with_score: bool
 ) -> bytes:
     targets = {site: cast("LoraModule", module).targets for site, module in sorted(modules.items())}
     config = _portable(config, targets, geometry)
     config.base_model_name_or_path = base_model
-    config.task_type = "CAUSAL_LM"
+    config.task_type = "SEQ_CLS" if with_score else "CAUSAL_LM"
+    config.modules_to_save = ["score"] if with_score else None
     config.inference_mode = True  # as peft itself saves; who trains on says so when loading
     config.fan_in_fan_out = geometry.family.name in _CONV1D_FAMILIES
     with tempfile.TemporaryDirectory() as scratch:
@@ -142,18 +162,21 @@ def load_adapter(folder: Path) -> Adapter:
     return Adapter(folder, config, tensors)
 
 
-def apply_adapter(adapter: Adapter, modules: Mapping[SiteId, SiteModule], geometry: Geometry) -> None:
+def apply_adapter(
+    adapter: Adapter, modules: Mapping[SiteId, SiteModule], geometry: Geometry, score: nn.Linear | None = None
+) -> None:
     """Copy an adapter's weights into modules that were made from its configuration; all of them, or none.
 
     Args:
         adapter: As read from its folder.
         modules: By site.
         geometry: The model's.
+        score: The head of whole texts; None where there is none.
 
     Raises:
         CheckpointError: Names or shapes are not those of the modules, or a weight is not a finite number.
     """
-    parameters = _parameters(modules, geometry)
+    parameters = _parameters(modules, adapter.config, geometry, score)
     missing, unexpected = sorted(parameters.keys() - adapter.tensors), sorted(adapter.tensors.keys() - parameters)
     if missing or unexpected:
         found = [
@@ -204,10 +227,13 @@ def _read_config(folder: Path) -> MethodConfig:
         )
         raise ConfigError(msg)
     try:
-        return cast("LoraConfig", LoraConfig.from_pretrained(str(folder)))
+        config = cast("LoraConfig", LoraConfig.from_pretrained(str(folder)))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         msg = f"Adapter: expected a LoraConfig that peft understands, got {error} ({path}). Save it again with peft."
         raise ConfigError(msg) from error
+    if config.task_type == "SEQ_CLS" and set(config.modules_to_save or ()) <= _SCORE_MODULES:
+        config.modules_to_save = None  # the head, which is no module of LoRA's here
+    return config
 
 
 def _read_serial_config(values: dict[str, Any], path: Path) -> AdapterConfig:
@@ -231,9 +257,16 @@ def _read_serial_config(values: dict[str, Any], path: Path) -> AdapterConfig:
         raise ConfigError(msg) from error
 
 
-def _parameters(modules: Mapping[SiteId, SiteModule], geometry: Geometry) -> dict[str, Tensor]:
-    """Return every weight of the modules by its name in the files."""
-    found: dict[str, Tensor] = {}
+def _score_name(config: MethodConfig) -> str:
+    """Return the name of the head's weight in the files."""
+    return _LORA_SCORE if isinstance(config, LoraConfig) else _SERIAL_SCORE
+
+
+def _parameters(
+    modules: Mapping[SiteId, SiteModule], config: MethodConfig, geometry: Geometry, score: nn.Linear | None
+) -> dict[str, Tensor]:
+    """Return every weight of the modules, and the head's, by its name in the files."""
+    found: dict[str, Tensor] = {} if score is None else {_score_name(config): score.weight}
     for site, module in sorted(modules.items()):
         if not isinstance(module, LoraModule):
             found[f"{site.name}.down.weight"] = module.down.weight

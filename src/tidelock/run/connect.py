@@ -24,6 +24,7 @@ from tidelock.model.ends import Ends, read_config
 from tidelock.model.load import ModelChoice, load_cut_model
 from tidelock.peft.lora import ALL_PROJECTIONS
 from tidelock.peft.methods import check_config
+from tidelock.run.config import TASKS
 from tidelock.wire.address import parse_url
 from tidelock.wire.channel import Credentials
 from tidelock.wire.codec import Codecs
@@ -48,6 +49,8 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
     where: str,
     *,
     model: str | os.PathLike[str] | None = None,
+    task: str = "causal-lm",
+    num_labels: int | None = None,
     peft_config: MethodConfig | None = None,
     credentials: Credentials | None = None,
     token: str | None = None,
@@ -59,13 +62,16 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
     patience_seconds: float = 120.0,
     ledger: Ledger | None = None,
 ) -> DeviceModel:
-    """Return a causal language model to train here, whose frozen blocks run wherever `where` says.
+    """Return a language model or classifier to train here, whose frozen blocks run wherever `where` says.
 
     Args:
         where: `grpcs://HOST:PORT` for a cloud, `grpc://127.0.0.1:PORT` for one on this machine without TLS, or
             `local` for this process.
         model: Folder or hub name of the model. This device reads only its embedding, head and small files (with
             `local`, all of it). None fetches those from the cloud.
+        task: `causal-lm`; or with a new head for whole texts, trained with the rest, `classification` or `regression`
+            (of one number).
+        num_labels: How many classes there are, for `classification`.
         peft_config: What to train: a `peft.LoraConfig` (with no target modules named, `peft`'s own choice for the
             family) or a `tidelock.AdapterConfig`; None is LoRA of rank 8 on all query, key and value projections.
         credentials: For a cloud; or give `token` and `ca` only.
@@ -91,6 +97,7 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
     """
     config = copy.copy(peft_config) if peft_config is not None else LoraConfig(target_modules=[ALL_PROJECTIONS])
     check_config(config)
+    num_outputs = _num_outputs(task, num_labels)
     codecs = Codecs.named(codec, gradient_codec, stochastic_rounding=stochastic_rounding)
     if where == "local":
         ends, backbone = _local(model)
@@ -100,7 +107,24 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         address = parse_url(where)
         connection = Connection(address, credentials, egress, codecs=codecs, patience_seconds=patience_seconds)
         ends, backbone = _remote(connection, None if model is None else str(model))
-    return DeviceModel(ends, backbone, config, in_flight=in_flight or (1 if where == "local" else 2))
+    in_flight = in_flight or (1 if where == "local" else 2)
+    return DeviceModel(ends, backbone, config, in_flight=in_flight, num_labels=num_outputs)
+
+
+def _num_outputs(task: str, num_labels: int | None) -> int | None:
+    """Return how many outputs the head for whole texts has; None is none."""
+    fits = {
+        "causal-lm": num_labels is None,
+        "classification": num_labels is not None and num_labels >= 2,
+        "regression": num_labels in {None, 1},
+    }
+    if task not in TASKS or not fits[task]:
+        msg = (
+            f"Task: expected one of {', '.join(TASKS)}, and num_labels of 2 or more for classification only, got "
+            f"task={task!r} with num_labels={num_labels!r}. Change one of them."
+        )
+        raise ConfigError(msg)
+    return 1 if task == "regression" else num_labels
 
 
 def _remote(connection: Connection, model: str | None) -> tuple[Ends, Backbone]:
