@@ -65,20 +65,17 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
     """Return a language model or classifier to train here, whose frozen blocks run wherever `where` says.
 
     Args:
-        where: `grpcs://HOST:PORT` for a cloud, `grpc://127.0.0.1:PORT` for one on this machine without TLS, or
-            `local` for this process.
+        where: `local`, `grpcs://HOST:PORT` for a cloud, or `grpc://127.0.0.1:PORT` for one here without TLS.
         model: Folder or hub name of the model. This device reads only its embedding, head and small files (with
             `local`, all of it). None fetches those from the cloud.
-        task: `causal-lm`; or with a new head for whole texts, trained with the rest, `classification` or `regression`
-            (of one number).
-        num_labels: How many classes there are, for `classification`.
+        task: `causal-lm`; or with a new, trained head for whole texts, `classification` or `regression` (of a number).
+        num_labels: How many classes there are.
         peft_config: What to train: a `peft.LoraConfig` (with no target modules named, `peft`'s own choice for the
             family) or a `tidelock.AdapterConfig`; None is LoRA of rank 8 on all query, key and value projections.
-        credentials: For a cloud; or give `token` and `ca` only.
-        token: Bearer token for the cloud.
-        ca: PEM file with the authority (or the certificate itself) to trust.
+        credentials: For a cloud; or give only `token`, its bearer token, and `ca`, a PEM file with the authority (or the
+            certificate itself) to trust.
         codec: How activations and gradients cross: `fp32`, `bf16` (half the bytes), `int8` (a quarter), `int4`.
-        gradient_codec: Another one for gradients.
+        gradient_codec: Another for gradients.
         stochastic_rounding: Round `int8` or `int4` gradients up or down at random, right on average.
         in_flight: Micro-batches of a batch on their way at once; None is 2 with a cloud and 1 with `local`.
         patience_seconds: How long a step waits for a cloud that went away.
@@ -95,7 +92,7 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         model = tidelock.connect("local", model="HuggingFaceTB/SmolLM2-135M-Instruct")
         transformers.Trainer(model, args, train_dataset=rows).train()
     """
-    config = copy.copy(peft_config) if peft_config is not None else LoraConfig(target_modules=[ALL_PROJECTIONS])
+    config = copy.copy(peft_config or LoraConfig(target_modules=[ALL_PROJECTIONS]))
     check_config(config)
     num_outputs = _num_outputs(task, num_labels)
     codecs = Codecs.named(codec, gradient_codec, stochastic_rounding=stochastic_rounding)
@@ -103,10 +100,9 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         ends, backbone = _local(model)
     else:
         credentials = credentials or Credentials(token or "", Path(ca) if ca is not None else None)
-        egress = Egress(ledger or Ledger())
-        address = parse_url(where)
+        egress, address = Egress(ledger or Ledger()), parse_url(where)
         connection = Connection(address, credentials, egress, codecs=codecs, patience_seconds=patience_seconds)
-        ends, backbone = _remote(connection, None if model is None else str(model))
+        ends, backbone = _remote(connection, model)
     in_flight = in_flight or (1 if where == "local" else 2)
     return DeviceModel(ends, backbone, config, in_flight=in_flight, num_labels=num_outputs)
 
@@ -127,9 +123,9 @@ def _num_outputs(task: str, num_labels: int | None) -> int | None:
     return 1 if task == "regression" else num_labels
 
 
-def _remote(connection: Connection, model: str | None) -> tuple[Ends, Backbone]:
+def _remote(connection: Connection, model: str | os.PathLike[str] | None) -> tuple[Ends, Backbone]:
     try:
-        ends = _ends_for(connection, model)
+        ends = _ends_for(connection, None if model is None else str(model))
     except BaseException:
         connection.close()
         raise
