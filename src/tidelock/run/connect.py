@@ -72,8 +72,8 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         num_labels: How many classes there are.
         peft_config: What to train: a `peft.LoraConfig` (with no target modules named, `peft`'s own choice for the
             family) or a `tidelock.AdapterConfig`; None is LoRA of rank 8 on all query, key and value projections.
-        credentials: For a cloud; or give only `token`, its bearer token, and `ca`, a PEM file with the authority (or the
-            certificate itself) to trust.
+        credentials: For a cloud; or give only `token`, its bearer token, and `ca`, a PEM file with the authority or the
+            certificate to trust.
         codec: How activations and gradients cross: `fp32`, `bf16` (half the bytes), `int8` (a quarter), `int4`.
         gradient_codec: Another for gradients.
         stochastic_rounding: Round `int8` or `int4` gradients up or down at random, right on average.
