@@ -153,8 +153,8 @@ def test_a_killed_module_stays_and_the_head_learns(join: Connect, tmp_path: Path
     assert any(report.decision.killed for report, _ in seen)
     for (report, before), (_, after) in itertools.pairwise(seen):
         moved = {name for name in before if not torch.equal(before[name], after[name])}
-        assert "score.weight" in moved
-        blocks = {int(name.split(".")[2]) for name in moved - {"score.weight"}}
+        assert "head.weight" in moved
+        blocks = {int(name.split(".")[2]) for name in moved - {"head.weight"}}
         assert blocks == set(report.decision.active)
     # What a schedule scores and counts is the modules only.
     assert [module.block for module in seen[0][0].table.modules] == [0, 1, 2, 3]
@@ -167,8 +167,8 @@ def test_resumed_within_a_schedule_bit_for_bit(join: Connect, tmp_path: Path, me
     whole, resumed = joined(join, METHODS[method]), joined(join, METHODS[method])
     trainer(whole, tmp_path, KillRevive(schedule), save_steps=2).train()
     with torch.no_grad():
-        assert resumed.score is not None
-        resumed.score.weight.zero_()
+        assert resumed.head is not None
+        resumed.head.weight.zero_()
     trainer(resumed, tmp_path, KillRevive(schedule), save_steps=2).train(
         resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}")
     )
@@ -182,4 +182,4 @@ def test_the_head_alone_can_learn(join: Connect, tmp_path: Path) -> None:
     before = state(model)
     trainer(model, tmp_path).train()
     after = state(model)
-    assert {name for name in before if not torch.equal(before[name], after[name])} == {"score.weight"}
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"head.weight"}

@@ -19,7 +19,7 @@ from tidelock.peft.lora import LoraModule
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 IGNORED = -100
-_SCORE = "base_model.model.score.modules_to_save.default.weight"
+_HEAD = "base_model.model.score.modules_to_save.default.weight"
 
 
 @final
@@ -102,8 +102,8 @@ def randomise_adapter(model: DeviceModel, seed: int = 1, *, size: float = 0.5) -
 def named_lora(model: DeviceModel) -> dict[str, nn.Parameter]:
     """Return the device's parameters, a head included, under the names that `peft` gives them."""
     geometry = model.ends.geometry
-    score = {} if model.score is None else {_SCORE: model.score.weight}
-    return score | {
+    head: dict[str, nn.Parameter] = {} if model.head is None else {_HEAD: cast("nn.Parameter", model.head.weight)}
+    return head | {
         f"base_model.model.{geometry.projection_path(site.block, name)}.lora_{half}.default.weight": getattr(
             cast("LoraModule", model.bank.at(site)).branches[name], f"lora_{half}"
         ).weight
@@ -131,7 +131,7 @@ def copy_adapter(source: DeviceModel, target: PeftModel) -> None:
 def joined_oracle(device: DeviceModel, folder: Path, config: LoraConfig, *, size: float = 0.5) -> PeftModel:
     """Return the oracle for a device's model, after giving both one random adapter, and one head if there is one."""
     randomise_adapter(device, size=size)
-    oracle = plain_peft(folder, config, None if device.score is None else device.score.out_features)
+    oracle = plain_peft(folder, config, None if device.head is None else device.head.out_features)
     copy_adapter(device, oracle)
     return oracle
 

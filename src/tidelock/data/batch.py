@@ -1,8 +1,7 @@
 """Makes a batch of encoded rows, for ``transformers.Trainer``, whether each token has a label or each row one.
 
 Transformers' own ``DataCollatorForSeq2Seq`` pads on the side and with the token that the tokenizer happens to be set
-to, and cannot pad with one that has no padding token; the split needs rows that begin at position 0. Imports `encode`
-and `encode_sequence`.
+to, and cannot pad with one that has no padding token; the split needs rows that begin at position 0. Imports `encode`.
 """
 
 from __future__ import annotations
@@ -16,10 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tidelock.data.encode import NO_LOSS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tidelock.data.encode import TokenRow
-    from tidelock.data.encode_sequence import SequenceRow
+    from collections.abc import Mapping, Sequence
 
 
 @final
@@ -33,11 +29,12 @@ class Collator:
 
     pad_token_id: int
 
-    def __call__(self, rows: Sequence[TokenRow] | Sequence[SequenceRow]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, object]]) -> dict[str, torch.Tensor]:
         """Return ``input_ids``, ``attention_mask`` (1 real, 0 padding) and ``labels``.
 
         Args:
-            rows: At least one, all with ``labels`` as long as their ``input_ids``, or all with one ``label``.
+            rows: At least one; all with ``labels`` as long as their ``input_ids`` (`TokenRow`), or all with one
+                ``label`` (`SequenceRow`).
 
         Returns:
             Three tensors of shape (rows, longest row), int64; labels are -100 at padding. With one label a row, they
@@ -51,9 +48,9 @@ class Collator:
         }
 
 
-def _labels(rows: Sequence[TokenRow] | Sequence[SequenceRow]) -> torch.Tensor:
-    single = [row["label"] for row in rows if "label" in row]
-    if single:
-        return torch.tensor(single, dtype=torch.int64 if isinstance(single[0], int) else torch.float32)
-    labels = [torch.tensor(row["labels"], dtype=torch.int64) for row in rows if "labels" in row]
+def _labels(rows: Sequence[Mapping[str, object]]) -> torch.Tensor:
+    if "label" in rows[0]:
+        dtype = torch.int64 if isinstance(rows[0]["label"], int) else torch.float32
+        return torch.tensor([row["label"] for row in rows], dtype=dtype)
+    labels = [torch.tensor(row["labels"], dtype=torch.int64) for row in rows]
     return pad_sequence(labels, batch_first=True, padding_value=NO_LOSS)

@@ -96,8 +96,8 @@ class DeviceModel(nn.Module):
         generation_config: How the model's makers would have it generate.
         peft_config: As given.
         bank: The PEFT modules, by block.
-        score: The head of whole texts, as `transformers` has it for decoders (`LlamaForSequenceClassification`): a
-            linear without bias, trained whatever a schedule does. None without `num_labels`.
+        head: The trained head of whole texts, a linear without bias as in `LlamaForSequenceClassification`; it learns
+            whatever a schedule does. None without `num_labels`.
     """
 
     # Read by `transformers.Trainer`: our loss divides by `num_items_in_batch`, as its own models' do.
@@ -118,7 +118,7 @@ class DeviceModel(nn.Module):
         self.generation_config = GenerationConfig.from_model_config(ends.config)
         self.peft_config = peft_config
         self.bank = Bank(peft_config, ends.geometry)
-        self.score = None if num_labels is None else fresh_score(ends.config, ends.geometry, num_labels)
+        self.head = None if num_labels is None else fresh_head(ends.config, ends.geometry, num_labels)
         self.ends = ends
         self.backbone = backbone
         self.in_flight = in_flight
@@ -164,8 +164,8 @@ class DeviceModel(nn.Module):
             WireError, CloudUnreachable, ...: The backbone cannot be reached or does not answer as it should.
         """
         ids_BT, rows = self._read_batch(input_ids, attention_mask, kwargs)
-        if self.score is not None:
-            return self._score(self.score, ids_BT, rows, labels, num_items_in_batch)
+        if self.head is not None:
+            return self._forward_texts(self.head, ids_BT, rows, labels, num_items_in_batch)
         if labels is None:
             select_N = torch.arange(rows.num_tokens)
             final_MD = self._through_backbone(ids_BT, rows, select_N)
@@ -176,16 +176,16 @@ class DeviceModel(nn.Module):
         loss = causal_loss(logits_MV, targets_M, num_items_in_batch)
         return CausalLMOutput(loss=loss, logits=self._spread(logits_MV, rows, select_M, ids_BT.shape[1]))
 
-    def _score(
+    def _forward_texts(
         self,
-        score: nn.Linear,
+        head: nn.Linear,
         ids_BT: Tensor,
         rows: Rows,
         labels_B: Tensor | None,
         num_items_in_batch: Tensor | int | None,
     ) -> SequenceClassifierOutput:
         final_BD = self._through_backbone(ids_BT, rows, last_tokens(rows))
-        logits_BC = score(final_BD.to(score.weight)).float()
+        logits_BC = head(final_BD.to(head.weight)).float()
         loss = None if labels_B is None else sequence_loss(logits_BC, labels_B, num_items_in_batch)
         return SequenceClassifierOutput(loss=loss, logits=logits_BC)
 
@@ -239,7 +239,7 @@ class DeviceModel(nn.Module):
         """
         base_model = base_model or str(self.ends.folder)
         modules = {site: self.bank.at(site) for site in (self.bank.targets if killed else self.bank.active)}
-        save_adapter(modules, self.peft_config, self.ends.geometry, folder, base_model=base_model, score=self.score)
+        save_adapter(modules, self.peft_config, self.ends.geometry, folder, base_model=base_model, head=self.head)
 
     def load_adapter(self, adapter: Adapter) -> None:
         """Copy an adapter's weights into the modules, which were made from its configuration.
@@ -248,7 +248,7 @@ class DeviceModel(nn.Module):
             CheckpointError: Its tensors are not those of the modules.
         """
         modules = {site: self.bank.at(site) for site in self.bank.targets}
-        apply_adapter(adapter, modules, self.ends.geometry, self.score)
+        apply_adapter(adapter, modules, self.ends.geometry, self.head)
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         """Take the tags that TRL gives to models for their model cards; a device model has none, so they are let go."""
@@ -331,11 +331,11 @@ class DeviceModel(nn.Module):
         return _zeros(x_MD, count * width).index_copy_(0, places_M, x_MD).view(count, width, -1)
 
 
-def fresh_score(config: PretrainedConfig, geometry: Geometry, num_labels: int) -> nn.Linear:
+def fresh_head(config: PretrainedConfig, geometry: Geometry, num_labels: int) -> nn.Linear:
     """Return a new head for whole texts: a linear without bias, weight (C, D), begun as `transformers` begins it."""
-    score = nn.Linear(geometry.final_width, num_labels, bias=False)
-    nn.init.normal_(score.weight, std=getattr(config, "initializer_range", _INIT_STD))
-    return score
+    head = nn.Linear(geometry.final_width, num_labels, bias=False)
+    nn.init.normal_(head.weight, std=getattr(config, "initializer_range", _INIT_STD))
+    return head
 
 
 def _zeros(like_MD: Tensor, count: int) -> Tensor:

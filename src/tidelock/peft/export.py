@@ -41,9 +41,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 SERIAL_ADAPTER = "TIDELOCK_SERIAL_ADAPTER"
 _SERIAL_FORMAT = 1
-_LORA_SCORE, _SERIAL_SCORE = "base_model.model.score.weight", "head.weight"
+_LORA_HEAD, _SERIAL_HEAD = "base_model.model.score.weight", "head.weight"
 # How transformers' models call the head of whole texts; `peft` names all that it knows.
-_SCORE_MODULES = frozenset({"score", "classifier"})
+_HEAD_MODULES = frozenset({"score", "classifier"})
 # Families whose q, k and v are a Conv1D, stored transposed. `peft` looks at the layer and corrects a wrong entry.
 _CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt"})
 
@@ -66,8 +66,8 @@ class Adapter:
     @property
     def num_labels(self) -> int | None:
         """How many labels its head for whole texts has; None without one."""
-        score = self.tensors.get(_score_name(self.config))
-        return None if score is None else len(score)
+        head = self.tensors.get(_head_name(self.config))
+        return None if head is None else len(head)
 
 
 def save_adapter(
@@ -77,7 +77,7 @@ def save_adapter(
     folder: Path,
     *,
     base_model: str,
-    score: nn.Linear | None = None,
+    head: nn.Linear | None = None,
 ) -> None:
     """Write an adapter; each of its two files is whole or as it was before.
 
@@ -87,16 +87,16 @@ def save_adapter(
         geometry: The model's.
         folder: Made when it is not there; other files in it are left alone.
         base_model: Folder or hub name of the model, for whoever loads the adapter.
-        score: The trained head of whole texts, if there is one.
+        head: The trained head of whole texts, if there is one.
 
     Raises:
         StorageError: The file system refused.
     """
-    parameters = _parameters(modules, config, geometry, score)
+    parameters = _parameters(modules, config, geometry, head)
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in parameters.items()}
     try:
         if isinstance(config, LoraConfig):
-            written = _lora_config_file(modules, config, geometry, base_model, with_score=score is not None)
+            written = _lora_config_file(modules, config, geometry, base_model, with_head=head is not None)
         else:
             written = _serial_config_file(modules, config, base_model)
         # Weights first: a folder with a configuration has weights.
@@ -111,13 +111,13 @@ def save_adapter(
 
 
 def _lora_config_file(
-    modules: Mapping[SiteId, SiteModule], config: LoraConfig, geometry: Geometry, base_model: str, *, with_score: bool
+    modules: Mapping[SiteId, SiteModule], config: LoraConfig, geometry: Geometry, base_model: str, *, with_head: bool
 ) -> bytes:
     targets = {site: cast("LoraModule", module).targets for site, module in sorted(modules.items())}
     config = _portable(config, targets, geometry)
     config.base_model_name_or_path = base_model
-    config.task_type = "SEQ_CLS" if with_score else "CAUSAL_LM"
-    config.modules_to_save = ["score"] if with_score else None
+    config.task_type = "SEQ_CLS" if with_head else "CAUSAL_LM"
+    config.modules_to_save = ["score"] if with_head else None
     config.inference_mode = True  # as peft itself saves; who trains on says so when loading
     config.fan_in_fan_out = geometry.family.name in _CONV1D_FAMILIES
     with tempfile.TemporaryDirectory() as scratch:
@@ -163,7 +163,7 @@ def load_adapter(folder: Path) -> Adapter:
 
 
 def apply_adapter(
-    adapter: Adapter, modules: Mapping[SiteId, SiteModule], geometry: Geometry, score: nn.Linear | None = None
+    adapter: Adapter, modules: Mapping[SiteId, SiteModule], geometry: Geometry, head: nn.Linear | None = None
 ) -> None:
     """Copy an adapter's weights into modules that were made from its configuration; all of them, or none.
 
@@ -171,12 +171,12 @@ def apply_adapter(
         adapter: As read from its folder.
         modules: By site.
         geometry: The model's.
-        score: The head of whole texts; None where there is none.
+        head: The head of whole texts; None where there is none.
 
     Raises:
         CheckpointError: Names or shapes are not those of the modules, or a weight is not a finite number.
     """
-    parameters = _parameters(modules, adapter.config, geometry, score)
+    parameters = _parameters(modules, adapter.config, geometry, head)
     missing, unexpected = sorted(parameters.keys() - adapter.tensors), sorted(adapter.tensors.keys() - parameters)
     if missing or unexpected:
         found = [
@@ -231,7 +231,7 @@ def _read_config(folder: Path) -> MethodConfig:
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         msg = f"Adapter: expected a LoraConfig that peft understands, got {error} ({path}). Save it again with peft."
         raise ConfigError(msg) from error
-    if config.task_type == "SEQ_CLS" and set(config.modules_to_save or ()) <= _SCORE_MODULES:
+    if config.task_type == "SEQ_CLS" and set(config.modules_to_save or ()) <= _HEAD_MODULES:
         config.modules_to_save = None  # the head, which is no module of LoRA's here
     return config
 
@@ -257,16 +257,16 @@ def _read_serial_config(values: dict[str, Any], path: Path) -> AdapterConfig:
         raise ConfigError(msg) from error
 
 
-def _score_name(config: MethodConfig) -> str:
+def _head_name(config: MethodConfig) -> str:
     """Return the name of the head's weight in the files."""
-    return _LORA_SCORE if isinstance(config, LoraConfig) else _SERIAL_SCORE
+    return _LORA_HEAD if isinstance(config, LoraConfig) else _SERIAL_HEAD
 
 
 def _parameters(
-    modules: Mapping[SiteId, SiteModule], config: MethodConfig, geometry: Geometry, score: nn.Linear | None
+    modules: Mapping[SiteId, SiteModule], config: MethodConfig, geometry: Geometry, head: nn.Linear | None
 ) -> dict[str, Tensor]:
     """Return every weight of the modules, and the head's, by its name in the files."""
-    found: dict[str, Tensor] = {} if score is None else {_score_name(config): score.weight}
+    found: dict[str, Tensor] = {} if head is None else {_head_name(config): head.weight}
     for site, module in sorted(modules.items()):
         if not isinstance(module, LoraModule):
             found[f"{site.name}.down.weight"] = module.down.weight

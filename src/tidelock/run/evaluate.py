@@ -97,14 +97,14 @@ def measure(model: DeviceModel, rows: EncodedRows, batch_size: int, track: Track
             output = model(**batch, num_items_in_batch=1)
             total += float(output.loss)
             # The first token of a row is predicted by none.
-            targets = batch["labels"] if model.score is not None else batch["labels"][:, 1:]
+            targets = batch["labels"] if model.head is not None else batch["labels"][:, 1:]
             count += int((targets != NO_LOSS).sum())
-            if model.score is not None:
+            if model.head is not None:
                 outputs.append(output.logits.cpu())
                 labels.append(targets)
             tracker.advance(len(targets))
     metrics = {"loss": total / count}
-    if model.score is None:
+    if model.head is None:
         metrics["perplexity"] = float(torch.tensor(metrics["loss"], dtype=torch.float64).exp())
     else:
         metrics |= sequence_metrics(torch.cat(outputs).numpy(), torch.cat(labels).numpy())

@@ -59,9 +59,9 @@ def encode_examples(
     """
     limit = model.ends.geometry.max_positions
     max_length = min(config.max_length or limit or _FALLBACK_MAX_LENGTH, limit or config.max_length or 1 << 30)
-    if model.score is None:
+    if model.head is None:
         return list(encode_all(Encoder(tokenizer, max_length=max_length, truncate=config.truncate), examples))
     encoder = SequenceEncoder(
-        tokenizer, max_length=max_length, truncate=config.truncate, num_labels=model.score.out_features
+        tokenizer, max_length=max_length, truncate=config.truncate, num_labels=model.head.out_features
     )
     return list(encoder.encode_all(examples))

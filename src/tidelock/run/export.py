@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils import logging
 
 from tidelock.device.bank import Bank
-from tidelock.device.model import fresh_score
+from tidelock.device.model import fresh_head
 from tidelock.errors import ConfigError, ModelError, NonFiniteError, StorageError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import empty_model, read_config
@@ -164,8 +164,8 @@ def _require_fit(adapter: Adapter, checkpoint: Checkpoint) -> None:
     config = read_config(checkpoint.folder)
     geometry = geometry_of(empty_model(config))
     bank = Bank(adapter.config, geometry)
-    score = None if adapter.num_labels is None else fresh_score(config, geometry, adapter.num_labels)
-    apply_adapter(adapter, {site: bank.at(site) for site in bank.targets}, geometry, score)
+    head = None if adapter.num_labels is None else fresh_head(config, geometry, adapter.num_labels)
+    apply_adapter(adapter, {site: bank.at(site) for site in bank.targets}, geometry, head)
 
 
 def _merge(source: Path, adapter: Adapter) -> PreTrainedModel:

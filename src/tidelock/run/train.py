@@ -125,7 +125,7 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
             train_dataset=rows,
             eval_dataset=eval_rows or None,
             data_collator=Collator(0),
-            compute_metrics=None if model.score is None else _sequence_metrics,
+            compute_metrics=None if model.head is None else _sequence_metrics,
         )
         with stop.on_interrupt():
             trainer.train_or_save(checkpoint)
@@ -315,7 +315,7 @@ def _training_arguments(config: RunConfig, folder: RunFolder, num_rows: int, *, 
 def _describe(model: DeviceModel) -> str:
     geometry = model.ends.geometry
     trained = sum(parameter.numel() for parameter in model.parameters())
-    head = "" if model.score is None else f" and a head of {model.score.out_features}"
+    head = "" if model.head is None else f" and a head of {model.head.out_features}"
     verified = "" if geometry.family.verified else " (unverified: cut by structure)"
     return (
         f"{geometry.family.name}{verified}, {geometry.num_blocks} blocks, {trained:,} trained parameters in "

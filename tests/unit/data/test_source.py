@@ -2,6 +2,7 @@ import gzip
 import json
 import subprocess
 import sys
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -77,7 +78,10 @@ def test_csv_can_hold_text_or_conversations(write):
 
 
 def test_labelled_texts_are_read_from_every_kind_of_file(write, tmp_path):
-    rows = [{"text_a": "one", "text_b": "two", "label": 1}, {"text_a": "three", "text_b": None, "label": 0.5}]
+    rows: list[dict[str, Any]] = [
+        {"text_a": "one", "text_b": "two", "label": 1},
+        {"text_a": "three", "text_b": None, "label": 0.5},
+    ]
     expected = [LabelledText("one", "two", 1), LabelledText("three", None, 0.5)]
     lines = "".join(f"{json.dumps(row)}\n" for row in rows)
     table = "text_a,text_b,label,idx\none,two,1,7\nthree,,0.5,8\n"

@@ -22,11 +22,11 @@ def gradients(model):
 def test_a_head_is_one_parameter_more_and_no_part_of_the_bank(make_model):
     plain, model = make_model(), make_model(num_labels=3)
     names = {name for name, _ in plain.named_parameters()}
-    assert {name for name, _ in model.named_parameters()} == set(model.state_dict()) == names | {"score.weight"}
+    assert {name for name, _ in model.named_parameters()} == set(model.state_dict()) == names | {"head.weight"}
     assert {f"bank.{name}" for name, _ in model.bank.named_parameters()} == names
-    assert model.score.weight.shape == (3, WIDTH)
+    assert model.head.weight.shape == (3, WIDTH)
     # As transformers begins it, from the configuration's initializer_range.
-    assert 0.2 < model.score.weight.std() < 0.4
+    assert 0.2 < model.head.weight.std() < 0.4
 
 
 def test_a_classifier_gives_one_row_of_logits_for_each_text(make_model):
