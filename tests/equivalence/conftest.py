@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,15 +88,18 @@ def cloud(
 
 @pytest.fixture(params=["local", "cloud"])
 def join(request: pytest.FixtureRequest, tiny_models: Path) -> Iterator[Connect]:
-    """Return `join(name, config)`, the device's model of a tiny model, with blocks here and then in the cloud."""
+    """Return `join(name, config)`, the device's model of a tiny model, with blocks here and then in the cloud.
+
+    What else `connect` is to be given can follow.
+    """
     opened: list[DeviceModel] = []
 
-    def join(name: str, config: MethodConfig) -> DeviceModel:
+    def join(name: str, config: MethodConfig, **settings: Any) -> DeviceModel:
         if request.param == "local":
-            model = connect("local", model=tiny_models / name, peft_config=config)
+            model = connect("local", model=tiny_models / name, peft_config=config, **settings)
         else:
             cloud: CloudProcess = request.getfixturevalue("cloud")
-            model = connect(cloud.url(name), model=tiny_models / name, peft_config=config, token=TOKEN)
+            model = connect(cloud.url(name), model=tiny_models / name, peft_config=config, token=TOKEN, **settings)
         opened.append(model)
         return model
 

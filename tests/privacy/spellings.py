@@ -42,6 +42,14 @@ def spellings_of_ids(ids: Sequence[int]) -> dict[str, bytes]:
     }
 
 
+def spellings_of_numbers(numbers: Sequence[float]) -> dict[str, bytes]:
+    """Return a run of numbers in every floating-point type of 4 and 8 bytes, and each alone as text."""
+    packed = {
+        f"{order}{code}": struct.pack(f"{order}{len(numbers)}{code}", *numbers) for order in "<>" for code in "fd"
+    }
+    return {**packed, **{f"text {number}": str(number).encode() for number in numbers}}
+
+
 def spellings_of_weights(tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
     """Return every row of every matrix, as fp32 and as bf16; rows of zeros left out."""
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.privacy.spellings import found, spellings_of_ids, spellings_of_text, spellings_of_weights, windows
+from tests.privacy.spellings import (
+    found,
+    spellings_of_ids,
+    spellings_of_numbers,
+    spellings_of_text,
+    spellings_of_weights,
+    windows,
+)
 from tests.support.chat_model import make_chat_tokenizer, save_chat_model
 from tests.support.proxy import CuttingProxy
 from tests.support.tidelock_process import TidelockProcess
@@ -27,21 +35,26 @@ CANARIES = {
     "completion": "marmot-gannet-vole-58",
     "evaluation": "puffin-weasel-hare-66",
     "question": "tapir-gibbon-kudu-17",
+    "text_a": "lemur-osprey-bison-34",
+    "text_b": "ferret-curlew-moose-85",
 }
+# Of every row, so that a batch of two has it twice, in whatever order.
+CLASS, NUMBER = 311, 73912.625
+TASKS = {"classification": ("classes.jsonl", CLASS), "regression": ("numbers.jsonl", NUMBER)}
 WINDOW = 8
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Everything that a run, an evaluation and an answer left anywhere but in the data and on the person's screen.
+    """Everything that runs, evaluations and an answer left anywhere but in the data and on the person's screen.
 
     Attributes:
         sent: All bytes from the device to the cloud, as they are inside TLS.
         received: All bytes the other way.
         logs: What both processes have printed, all loggers at their most talkative.
-        files: What is in the run folder, the caches and the temporary folder.
+        files: What is in the run folders, the caches and the temporary folder.
         model: Folder of the model.
-        out: The run folder.
+        out: The run folder of the language model; those of the tasks with labels are beside it, by their names.
         fingerprint: What the cloud's model is known by.
     """
 
@@ -97,15 +110,39 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
             ask = ["--prompt", CANARIES["question"], "--max-new-tokens", 4]
             generate = start("generate", out, *ask, *access, folder=folder / "generate")
             assert generate.wait() == 0, generate.stderr
+            tasks = _train_and_measure_tasks(start, folder, access)
             sent, received = proxy.sent, proxy.received
         cloud.kill()
         logs = {f"log of the cloud {name}": text.encode() for name, text in (("", cloud.stderr), ("out", cloud.stdout))}
         logs |= {"train out": train.stdout.encode(), "train err": train.stderr.encode()}
-        logs |= {"generate err": generate.stderr.encode()}
+        logs |= {"generate err": generate.stderr.encode(), **tasks}
         fingerprint = cloud.events()[0]["fingerprint"]
-    kept = [path for top in (out, scratch) for path in top.rglob("*") if path.is_file()]
+    kept = [
+        path for top in (out, scratch, *(folder / task for task in TASKS)) for path in top.rglob("*") if path.is_file()
+    ]
     files = {str(path.relative_to(folder)): path.read_bytes() for path in kept}
     return Recorded(sent, received, logs, files, model, out, fingerprint)
+
+
+def _train_and_measure_tasks(
+    start: Callable[..., TidelockProcess], folder: Path, access: list[object]
+) -> dict[str, bytes]:
+    """Train on labelled texts and measure what came of it; return what was printed."""
+    printed: dict[str, bytes] = {}
+    size = ["--max-steps", 2, "--batch-size", 2, "--threads", 1, "--json"]
+    for task, (name, label) in TASKS.items():
+        row = {"text_a": CANARIES["text_a"], "text_b": CANARIES["text_b"], "label": label}
+        (folder / name).write_text((json.dumps(row) + "\n") * 4)
+        classes = ["--num-labels", CLASS + 1] if task == "classification" else []
+        learn = [folder / name, "--eval-data", folder / name, "--task", task, *classes, "--out", folder / task]
+        for step, args in (
+            ("train", [*learn, "--backbone", "cloud", *access, *size]),
+            ("eval", [folder / task, "--data", folder / name, *access, "--json"]),
+        ):
+            process = start(step, *args, folder=folder / f"{task} {step}")
+            assert process.wait() == 0, process.stderr
+            printed |= {f"{task} {step} out": process.stdout.encode(), f"{task} {step} err": process.stderr.encode()}
+    return printed
 
 
 def test_the_recording_is_of_the_real_thing(recorded: Recorded) -> None:
@@ -143,12 +180,22 @@ def test_no_weight_of_the_adapter_leaves_the_device(recorded: Recorded) -> None:
         weights = load_file(recorded.out / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
         assert any("lora_A" in name for name in weights)
         assert found(spellings_of_weights(weights), crossed) == []
-    trained = load_file(recorded.out / "adapter" / "adapter_model.safetensors")
-    assert found(spellings_of_weights(trained), crossed) == []
+    for out in (recorded.out, *(recorded.out.parent / task for task in TASKS)):
+        trained = load_file(out / "adapter" / "adapter_model.safetensors")
+        assert ("base_model.model.score.weight" in trained) is (out.name in TASKS)
+        assert found(spellings_of_weights(trained), crossed) == []
+
+
+def test_no_class_and_no_number_is_anywhere(recorded: Recorded) -> None:
+    assert found(spellings_of_ids([CLASS] * 2), recorded.places) == []
+    assert found(spellings_of_numbers([NUMBER] * 2), recorded.places) == []
+    for task in TASKS:
+        assert b'"event": "evaluated"' in recorded.logs[f"{task} eval out"]
 
 
 def test_the_search_finds_every_spelling() -> None:
     text, ids = CANARIES["label"], list(range(100, 300, 7))
-    for spellings in (spellings_of_text(text), spellings_of_ids(ids), spellings_of_weights({"w": torch.randn(2, 4)})):
+    weights = spellings_of_weights({"w": torch.randn(2, 4)})
+    for spellings in (spellings_of_text(text), spellings_of_ids(ids), weights, spellings_of_numbers([0.5, -2e5])):
         for name, spelling in spellings.items():
             assert f"{name} in x" in found(spellings, {"x": b"before" + spelling + b"after"})

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, final
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from tests.support.tiny_models import VOCAB
 from tidelock.device.model import DeviceModel
@@ -19,6 +19,7 @@ from tidelock.peft.lora import LoraModule
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 IGNORED = -100
+_HEAD = "base_model.model.score.modules_to_save.default.weight"
 
 
 @final
@@ -57,15 +58,34 @@ def token_batch(
     return TokenBatch(ids * mask, mask, labels)
 
 
-def plain_model(folder: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def sequence_batch(padding: str, num_labels: int, *, seed: int = 0, vocab: int = VOCAB) -> TokenBatch:
+    """Return a batch as `token_batch` does, with one class a row, or one number when there is one label."""
+    batch = token_batch(padding, seed=seed, lengths=(11, 7, 9, 5), vocab=vocab)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randn(4, generator=generator) if num_labels == 1 else torch.arange(4).add(seed) % num_labels
+    return replace(batch, labels=labels)
+
+
+def plain_model(folder: Path, num_labels: int | None = None) -> PreTrainedModel:
+    """Return the causal model, or with a number of labels the one with a head for whole texts."""
+    model: PreTrainedModel
+    if num_labels is None:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        # It finds the last real token by the padding's id.
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, num_labels=num_labels, pad_token_id=0
+        )
     model.eval()
     return model
 
 
-def plain_peft(folder: Path, config: LoraConfig) -> PeftModel:
+def plain_peft(folder: Path, config: LoraConfig, num_labels: int | None = None) -> PeftModel:
     """Return the oracle, in training mode, with its own random adapter."""
-    model = get_peft_model(plain_model(folder), copy.deepcopy(config))
+    config = copy.deepcopy(config)
+    if num_labels is not None:
+        config.task_type = "SEQ_CLS"
+    model = get_peft_model(plain_model(folder, num_labels), config)
     assert isinstance(model, PeftModel)
     return model.train()
 
@@ -80,9 +100,10 @@ def randomise_adapter(model: DeviceModel, seed: int = 1, *, size: float = 0.5) -
 
 
 def named_lora(model: DeviceModel) -> dict[str, nn.Parameter]:
-    """Return the device's parameters under the names that `peft` gives them."""
+    """Return the device's parameters, a head included, under the names that `peft` gives them."""
     geometry = model.ends.geometry
-    return {
+    head: dict[str, nn.Parameter] = {} if model.head is None else {_HEAD: cast("nn.Parameter", model.head.weight)}
+    return head | {
         f"base_model.model.{geometry.projection_path(site.block, name)}.lora_{half}.default.weight": getattr(
             cast("LoraModule", model.bank.at(site)).branches[name], f"lora_{half}"
         ).weight
@@ -108,9 +129,9 @@ def copy_adapter(source: DeviceModel, target: PeftModel) -> None:
 
 
 def joined_oracle(device: DeviceModel, folder: Path, config: LoraConfig, *, size: float = 0.5) -> PeftModel:
-    """Return the oracle for a device's model, after giving both one random adapter."""
+    """Return the oracle for a device's model, after giving both one random adapter, and one head if there is one."""
     randomise_adapter(device, size=size)
-    oracle = plain_peft(folder, config)
+    oracle = plain_peft(folder, config, None if device.head is None else device.head.out_features)
     copy_adapter(device, oracle)
     return oracle
 
@@ -133,6 +154,19 @@ def assert_same_pass(device: DeviceModel, oracle: PeftModel, batch: TokenBatch) 
     predicts[:, :-1] = batch.labels[:, 1:] != IGNORED
     assert ours.logits.shape == theirs.logits.shape
     assert relative_error(ours.logits[predicts], theirs.logits[predicts]) <= LOSS_TOLERANCE
+    assert_same_gradients(device, oracle)
+
+
+def assert_same_sequence_pass(device: DeviceModel, oracle: PeftModel, batch: TokenBatch) -> None:
+    """Compare loss, logits and every gradient, the head's included, of one forward and backward pass."""
+    device.zero_grad()
+    oracle.zero_grad()
+    ours, theirs = device(**batch.arguments()), oracle(**batch.arguments())
+    ours.loss.backward()
+    theirs.loss.backward()
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=LOSS_TOLERANCE, atol=0)
+    assert ours.logits.shape == theirs.logits.shape
+    assert relative_error(ours.logits, theirs.logits) <= LOSS_TOLERANCE
     assert_same_gradients(device, oracle)
 
 

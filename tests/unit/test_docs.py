@@ -28,7 +28,7 @@ from tidelock.errors import INTERRUPTED_EXIT_CODE, TidelockError
 from tidelock.model.ends import empty_model
 from tidelock.model.families import FAMILIES
 from tidelock.model.geometry import Place, geometry_of
-from tidelock.run.config import BACKBONES, CODECS, METHODS
+from tidelock.run.config import BACKBONES, CODECS, METHODS, TASKS
 from tidelock.run.folder import RunFolder
 from tidelock.wire import limits
 from tidelock.wire import tidelock_pb2 as pb
@@ -202,10 +202,11 @@ def test_what_works_today_is_what_there_is():
     rows = {row[0]: row[1] for row in table(section(ROOT / "README.md", "What works today"))}
 
     def named(title: str) -> set[str]:
-        return set(re.findall(r"`(\w+)`", rows[title]))
+        return set(re.findall(r"`([\w-]+)`", rows[title]))
 
     assert named("Where the frozen blocks run") == set(BACKBONES)
     assert named("What is trained") == set(METHODS)
+    assert named("What is learned") == set(TASKS)
     assert named("Numbers on the wire") == set(CODECS)
     assert named("Commands") == set(COMMANDS)
     assert named("Model families, compared with `peft` by tests") == set(FAMILIES)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tidelock.cli.output import Output
+from tidelock.run.folder import RunFolder
 from tidelock.units import format_bytes
 
+if TYPE_CHECKING:
+    from tidelock.run.config import RunConfig
+
 _HOW_TO_LOAD = {
-    "peft": 'peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL), "{folder}")',
-    "adapter": 'tidelock.attach_adapter(AutoModelForCausalLM.from_pretrained(MODEL), "{folder}")',
-    "merged": 'transformers.AutoModelForCausalLM.from_pretrained("{folder}")',
+    "peft": 'peft.PeftModel.from_pretrained({model}.from_pretrained(MODEL{labels}), "{folder}")',
+    "adapter": 'tidelock.attach_adapter({model}.from_pretrained(MODEL{labels}), "{folder}")',
+    "merged": 'transformers.{model}.from_pretrained("{folder}")',
 }
 
 
@@ -50,5 +54,12 @@ def command(
     output.result(
         {"event": "exported", "form": to, "folder": str(out), "files": [str(path) for path in files], "bytes": size},
         f"Wrote {len(files)} files, {format_bytes(size)}, to {out}. Load it with:\n"
-        f"  {_HOW_TO_LOAD[to].format(folder=out)}",
+        f"  {_how_to_load(to, out, RunFolder.open(run).config())}",
     )
+
+
+def _how_to_load(form: str, folder: Path, config: RunConfig) -> str:
+    if config.task == "causal-lm":
+        return _HOW_TO_LOAD[form].format(folder=folder, model="AutoModelForCausalLM", labels="")
+    labels = f", num_labels={config.num_labels or 1}"
+    return _HOW_TO_LOAD[form].format(folder=folder, model="AutoModelForSequenceClassification", labels=labels)

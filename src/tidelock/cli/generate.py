@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from tidelock.cli.output import Output
+from tidelock.errors import ConfigError
 from tidelock.run.folder import RunFolder
-
-if TYPE_CHECKING:
-    from tidelock.run.config import RunConfig
 
 
 def command(
@@ -36,7 +33,13 @@ def command(
     """Ask a trained model; it answers piece by piece."""
     output = Output(json=json)
     folder = RunFolder.open(run)
-    config = _elsewhere(folder.config(), cloud, token_file, ca)
+    config = folder.config().elsewhere(cloud, token_file, ca)
+    if config.task != "causal-lm":
+        msg = (
+            f"Generating: expected a run with --task causal-lm, got {config.task} ({run}). Measure it with "
+            "tidelock eval."
+        )
+        raise ConfigError(msg)
     # These load torch, which --help must not wait for.
     torch = import_module("torch")
     module = import_module("tidelock.run.generate")
@@ -57,14 +60,3 @@ def command(
     finally:
         model.close()
     output.result({"prompt": prompt, "answer": "".join(pieces)}, "")
-
-
-def _elsewhere(config: RunConfig, cloud: str | None, token_file: Path | None, ca: Path | None) -> RunConfig:
-    """Return the run's configuration with what is given in place of its own."""
-    given = {
-        "cloud": cloud,
-        "backbone": None if cloud is None else "cloud",
-        "token_file": None if token_file is None else str(token_file),
-        "ca": None if ca is None else str(ca),
-    }
-    return replace(config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]

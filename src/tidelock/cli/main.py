@@ -31,6 +31,7 @@ COMMANDS = {
     "cloud": "Serve the frozen blocks of a model to devices.",
     "train": "Train an adapter on private examples, which stay on this device.",
     "generate": "Ask a trained model.",
+    "eval": "Measure a trained model on labelled data.",
     "export": "Write a run's adapter for use elsewhere, or a merged model.",
     "cache": "Look at, check or remove an activation cache.",
     "report": "Draw a run: loss, module activity, traffic and time.",

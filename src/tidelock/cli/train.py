@@ -74,7 +74,7 @@ def _report(result: TrainResult, out: Path, output: Output) -> None:
         f"Stopped after step {result.steps}; all up to it is saved. Go on with: tidelock train --resume --out {out}"
         if result.interrupted
         else f"Done: {result.steps} steps in {format_seconds(result.seconds)}.",
-        f"Loss {_shown(result.loss)}; on the evaluation data {_shown(result.eval_loss)}.",
+        f"Loss {_shown(result.loss)}; on the evaluation data {_shown(result.eval_loss)}{_measured(result)}.",
         f"Crossed the wire: {format_bytes(sent)} sent, {format_bytes(received)} received ({out / 'ledger.json'}).",
         *([f"{describe_distortion(result.codec_error)}."] if result.codec_error else []),
         *([_all_modules_line(result)] if result.adapter_all is not None else []),
@@ -85,6 +85,7 @@ def _report(result: TrainResult, out: Path, output: Output) -> None:
         "steps": result.steps,
         "loss": result.loss,
         "eval_loss": result.eval_loss,
+        "eval_metrics": result.eval_metrics,
         "eval_loss_all_modules": result.eval_loss_all_modules,
         "active": list(result.active),
         "seconds": round(result.seconds, 3),
@@ -101,6 +102,10 @@ def _all_modules_line(result: TrainResult) -> str:
         f"Active at the end: the modules of blocks {blocks}. With the killed ones too, on the evaluation data "
         f"{_shown(result.eval_loss_all_modules)}: {result.adapter_all}"
     )
+
+
+def _measured(result: TrainResult) -> str:
+    return "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in result.eval_metrics.items())
 
 
 def _shown(loss: float | None) -> str:

@@ -1,18 +1,19 @@
-"""Turns examples into token ids and labels, once, before training.
+"""Turns examples into token ids and labels, once, before training: for language modelling, a label for each token.
 
-Not a collator (`batch`) and not a choice of tokenizer: the caller loads it. Token ids are private text in another
-spelling, so no `repr` or error shows them. Imports `errors` and `example`.
+Not for texts with one label each (`encode_sequence`), not a collator (`batch`) and not a choice of tokenizer: the
+caller loads it. Token ids are private text in another spelling, so no `repr` or error shows them. Imports `errors` and
+`example`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, TypedDict, final
 
 from jinja2 import TemplateError
 
-from tidelock.data.example import Conversation, PlainText
+from tidelock.data.example import Conversation, LabelledText, PlainText
 from tidelock.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -45,6 +46,14 @@ class Encoded:
 
 
 @final
+class TokenRow(TypedDict):
+    """What ``transformers.Trainer`` takes of one example; see `Encoded`."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@final
 class Encoder:
     """Encodes examples with one tokenizer.
 
@@ -63,13 +72,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, truncate: bool) -> None:
-        if max_length < 2:
-            msg = f"Maximum length: expected at least 2 tokens, got {max_length}. Raise --max-length."
-            raise ConfigError(msg)
-        if not tokenizer.is_fast:
-            kind = type(tokenizer).__name__
-            msg = f"Tokenizer: expected a fast one, got {kind}. Use a model folder that holds a tokenizer.json."
-            raise ModelError(msg)
+        require_usable(tokenizer, max_length)
         # Its type declares neither what a call returns nor the special tokens.
         self._tokenizer: Any = tokenizer
         self._max_length = max_length
@@ -80,7 +83,8 @@ class Encoder:
 
         Raises:
             ConfigError: The example is a conversation and the tokenizer has no chat template.
-            DataError: The example is too long, carries no loss, or the chat template refuses it.
+            DataError: The example is too long, carries no loss, has a label of its own, or the chat template refuses
+                it.
             ModelError: The tokenizer has no end-of-sequence token, or its chat template rewrites or omits turns.
         """
         content = example.content
@@ -88,6 +92,10 @@ class Encoder:
             encoded = self._encode_conversation(content, example.where)
         elif isinstance(content, PlainText):
             encoded = self._encode_text(None, content.text)
+        elif isinstance(content, LabelledText):
+            advice = "Choose --task classification or regression, or another form."
+            msg = f"Example: expected text to be continued, got {{text_a, label}} ({example.where}). {advice}"
+            raise DataError(msg)
         else:
             encoded = self._encode_text(content.prompt, content.completion)
         return self._fit(encoded, example.where)
@@ -174,10 +182,8 @@ class Encoder:
 
     def _fit(self, encoded: Encoded, where: str) -> Encoded:
         length, limit = len(encoded.input_ids), self._max_length
-        if length > limit and not self._truncate:
-            advice = "Raise --max-length, shorten the row, or cut such rows at the right with --truncate."
-            msg = f"Example: expected at most {limit} tokens, got {length} ({where}). {advice}"
-            raise DataError(msg)
+        if not self._truncate:
+            require_length(length, limit, where)
         fitted = Encoded(encoded.input_ids[:limit], encoded.labels[:limit])
         # The label of the first token is never used: nothing comes before it to predict it from.
         if all(label == NO_LOSS for label in fitted.labels[1:]):
@@ -188,11 +194,38 @@ class Encoder:
         return fitted
 
 
-def encode_all(encoder: Encoder, examples: Iterable[Example]) -> Iterator[dict[str, list[int]]]:
+def require_usable(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Refuse a tokenizer or a limit with which nothing can be encoded.
+
+    Raises:
+        ConfigError: `max_length` is below 2.
+        ModelError: The tokenizer is not a fast one.
+    """
+    if max_length < 2:
+        msg = f"Maximum length: expected at least 2 tokens, got {max_length}. Raise --max-length."
+        raise ConfigError(msg)
+    if not tokenizer.is_fast:
+        kind = type(tokenizer).__name__
+        msg = f"Tokenizer: expected a fast one, got {kind}. Use a model folder that holds a tokenizer.json."
+        raise ModelError(msg)
+
+
+def require_length(length: int, limit: int, where: str) -> None:
+    """Refuse an example that is longer than the limit.
+
+    Raises:
+        DataError: It is.
+    """
+    if length > limit:
+        advice = "Raise --max-length, shorten the row, or cut such rows at the right with --truncate."
+        msg = f"Example: expected at most {limit} tokens, got {length} ({where}). {advice}"
+        raise DataError(msg)
+
+
+def encode_all(encoder: Encoder, examples: Iterable[Example]) -> Iterator[TokenRow]:
     """Yield one row for each example; a list of them is what ``transformers.Trainer`` takes as `train_dataset`.
 
-    Returns:
-        Rows with ``input_ids`` and ``labels`` (see `Encoded`), one at a time, so that a caller can show progress.
+    They come one at a time, so that a caller can show progress.
 
     Raises:
         TidelockError: As `Encoder.encode` does.

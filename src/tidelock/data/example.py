@@ -1,4 +1,4 @@
-"""One training example, in one of three forms; the only type that holds private text as text.
+"""One training example, in one of four forms; the only type that holds private text as text.
 
 Not a reader of files (`source`) and not a tokenizer (`encode`). No value here shows its text in its `repr`, and no
 error names it: they name the file and the line. Imports only `errors`.
@@ -6,18 +6,21 @@ error names it: they name the file and the line. Imports only `errors`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn, final
+from typing import TYPE_CHECKING, NoReturn, TypeAlias, final
 
 from tidelock.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-FORM_KEYS = ("messages", "prompt", "completion", "text")
+# The keys that decide a row's form, and with them all that are read. Rows of other forms may have a label too.
+FORM_KEYS = ("messages", "prompt", "completion", "text", "text_a")
+KEYS = (*FORM_KEYS, "text_b", "label")
 ROLES = ("system", "developer", "user", "assistant")
-_FORMS = "{messages}, {prompt, completion} or {text}"
+_FORMS = "{messages}, {prompt, completion}, {text} or {text_a, text_b, label}"
 
 
 @final
@@ -56,6 +59,24 @@ class PlainText:
 
 @final
 @dataclass(frozen=True, slots=True, repr=False)
+class LabelledText:
+    """The form ``{"text_a", "text_b"?, "label"}``; the label of the text, or of the two, is what is learned.
+
+    Args:
+        text_b: None where there is only one text.
+        label: A class, whole and from 0, or any finite number, as the task has it.
+    """
+
+    text_a: str
+    text_b: str | None
+    label: float
+
+
+Content: TypeAlias = Conversation | PromptCompletion | PlainText | LabelledText
+
+
+@final
+@dataclass(frozen=True, slots=True, repr=False)
 class Example:
     """One row of a data set, and where it came from.
 
@@ -66,7 +87,7 @@ class Example:
 
     source: str
     line: int
-    content: Conversation | PromptCompletion | PlainText
+    content: Content
 
     @property
     def where(self) -> str:
@@ -78,7 +99,7 @@ class Example:
 
 
 def parse_row(row: object, *, source: str, line: int) -> Example:
-    """Return the example that a row holds. Keys other than those of the three forms are ignored, as are null values.
+    """Return the example that a row holds. Keys other than those of the forms are ignored, as are null values.
 
     >>> parse_row({"prompt": "2 + 2 =", "completion": " 4"}, source="sums.jsonl", line=12)
     <Example sums.jsonl:12>
@@ -131,12 +152,26 @@ def _plain_text(row: Mapping[str, object], where: str) -> PlainText:
     return PlainText(_text(row["text"], "'text'", where, may_be_empty=False))
 
 
-_PARSERS: dict[frozenset[str], Callable[[Mapping[str, object], str], Conversation | PromptCompletion | PlainText]] = {
+def _labelled_text(row: Mapping[str, object], where: str) -> LabelledText:
+    text_a = _text(row["text_a"], "'text_a'", where, may_be_empty=False)
+    text_b, label = row.get("text_b"), row.get("label")
+    if text_b is not None:
+        # A table has a cell for it in every row.
+        text_b = _text(text_b, "'text_b'", where, may_be_empty=True) or None
+    if isinstance(label, bool) or not isinstance(label, int | float):
+        _refuse("'label'", "a number", _kind(label), where, "Number classes from 0.")
+    if isinstance(label, float) and not math.isfinite(label):
+        _refuse("'label'", "a finite number", "an infinite or undefined one", where, "Mend or remove the row.")
+    return LabelledText(text_a, text_b, label)
+
+
+_PARSERS: dict[frozenset[str], Callable[[Mapping[str, object], str], Content]] = {
     frozenset({"messages"}): _conversation,
     # Some hub data sets repeat the first question beside the conversation.
     frozenset({"messages", "prompt"}): _conversation,
     frozenset({"prompt", "completion"}): _prompt_completion,
     frozenset({"text"}): _plain_text,
+    frozenset({"text_a"}): _labelled_text,
 }
 
 

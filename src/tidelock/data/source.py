@@ -6,6 +6,7 @@ a library's own error could quote the text it is dropped, so that no traceback s
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import json
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tidelock.data.example import FORM_KEYS, Example, parse_row
+from tidelock.data.example import KEYS, Example, parse_row
 from tidelock.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 # What looks like a file's name is never asked of the hub: `letters.jsonl` is private, and a typing error is likelier.
 _FILE_ENDING = re.compile(r"\.(?:[A-Za-z]{2,8}|json5|bz2|7z)$")
 _HUB_TIMEOUT_S = 10
-_COLUMNS = frozenset({*FORM_KEYS, "split"})
+_COLUMNS = frozenset({*KEYS, "split"})
 
 
 def read_examples(data: str, *, split: str | None = None) -> list[Example]:
@@ -145,7 +146,18 @@ def _csv_rows(path: Path) -> Rows:
         row: dict[str, object] = dict(zip(names, cells, strict=True))
         if "messages" in row:
             row["messages"] = _parse_json(str(row["messages"]), f"{where}, column 'messages'")
+        if "text_a" in row and "label" in row:
+            row["label"] = _number(str(row["label"]))
         yield number, row
+
+
+def _number(text: str) -> float | str | None:
+    """Return the number that a cell spells, nothing for an empty one; other text stays, so that it is refused."""
+    with contextlib.suppress(ValueError):
+        return int(text)
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return text or None
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -190,7 +202,7 @@ def _read_hub(name: str, split: str) -> list[Example]:
         # `load_dataset` alone repeats for half a minute when there is no network; this fails on the first try.
         snapshot_download(name, repo_type="dataset", allow_patterns="README.md", etag_timeout=_HUB_TIMEOUT_S)
         table = datasets.load_dataset(name, split=split)
-        table = table.select_columns([column for column in table.column_names if column in FORM_KEYS])
+        table = table.select_columns([column for column in table.column_names if column in KEYS])
         rows = list(enumerate(table, 1))
     except errors.LocalEntryNotFoundError:
         reason = "no answer from the hub, and no copy here of what it would send"

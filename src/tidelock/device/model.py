@@ -1,10 +1,11 @@
-"""The device's model: an ordinary `nn.Module` that any training loop for causal language models can train.
+"""The device's model: an ordinary `nn.Module` that any training loop for language models or classifiers can train.
 
-Its parameters are the PEFT modules. Embedding, head and loss are computed here, so neither text nor labels leave; the
-frozen blocks run wherever the backbone is. To autograd the whole way through the blocks is one function, whose
-backward asks the backbone to walk back.
+Its parameters are the PEFT modules, and for whole texts a head. Embedding, head and loss are computed here, so neither
+text nor labels leave; the frozen blocks run wherever the backbone is. To autograd the whole way through the blocks is
+one function, whose backward asks the backbone to walk back.
 
-Shapes: B rows, T positions, N real tokens, M tokens whose final state is wanted, D hidden width, V vocabulary.
+Shapes: B rows, T positions, N real tokens, M tokens whose final state is wanted, D hidden width, V vocabulary, C
+classes.
 May import `backbone`, `peft`, `model`, `device` and libraries.
 """
 
@@ -19,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import GenerationConfig
-from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
 
 from tidelock.device.bank import Bank, BankPass
 from tidelock.device.generate import GenerationSettings, generate
 from tidelock.device.in_flight import BatchPass
-from tidelock.errors import ConfigError, NonFiniteError, WireError
+from tidelock.device.loss import causal_loss, labelled_tokens, last_tokens, sequence_loss
+from tidelock.errors import ConfigError, WireError
 from tidelock.model.rows import Rows
 from tidelock.model.walk import Batch
 from tidelock.peft.export import apply_adapter, save_adapter
@@ -38,12 +39,15 @@ if TYPE_CHECKING:
 
     from tidelock.backbone.protocol import Backbone
     from tidelock.model.ends import Ends
+    from tidelock.model.geometry import Geometry
     from tidelock.peft.export import Adapter
     from tidelock.peft.methods import MethodConfig
 
 logger = logging.getLogger(__name__)
 
-_IGNORED = -100
+# Of a head, where the configuration has no `initializer_range` (OPT: `init_std`, the same).
+_INIT_STD = 0.02
+
 # Arguments of Hugging Face models that change nothing here, or ask for what is so anyway.
 _HARMLESS = frozenset({"use_cache", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep"})
 
@@ -78,31 +82,43 @@ class _ThroughBackbone(torch.autograd.Function):
 
 @final
 class DeviceModel(nn.Module):
-    """A causal language model whose frozen blocks are elsewhere; made by `tidelock.connect`.
+    """A language model or classifier whose frozen blocks are elsewhere; made by `tidelock.connect`.
 
     Args:
         ends: The model's embedding and head.
         backbone: Runs the frozen blocks.
         peft_config: What to train: the checked configuration of a method.
         in_flight: Micro-batches on their way through the blocks at once; a batch is split into so many.
+        num_labels: How many classes a whole text may have, or 1 where a number is predicted; None models language.
 
     Attributes:
         config: The model's Hugging Face configuration.
         generation_config: How the model's makers would have it generate.
         peft_config: As given.
         bank: The PEFT modules, by block.
+        head: The trained head of whole texts, a linear without bias as in `LlamaForSequenceClassification`; it learns
+            whatever a schedule does. None without `num_labels`.
     """
 
     # Read by `transformers.Trainer`: our loss divides by `num_items_in_batch`, as its own models' do.
     accepts_loss_kwargs = True
     base_model_prefix = "base_model"
 
-    def __init__(self, ends: Ends, backbone: Backbone, peft_config: MethodConfig, *, in_flight: int = 1) -> None:
+    def __init__(
+        self,
+        ends: Ends,
+        backbone: Backbone,
+        peft_config: MethodConfig,
+        *,
+        in_flight: int = 1,
+        num_labels: int | None = None,
+    ) -> None:
         super().__init__()
         self.config: PretrainedConfig = ends.config
         self.generation_config = GenerationConfig.from_model_config(ends.config)
         self.peft_config = peft_config
         self.bank = Bank(peft_config, ends.geometry)
+        self.head = None if num_labels is None else fresh_head(ends.config, ends.geometry, num_labels)
         self.ends = ends
         self.backbone = backbone
         self.in_flight = in_flight
@@ -125,47 +141,53 @@ class DeviceModel(nn.Module):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutput:
+    ) -> CausalLMOutput | SequenceClassifierOutput:
         """Return the loss, if there are labels, and the logits.
 
         Args:
             input_ids: Token ids, int64 of shape (B, T).
             attention_mask: 1 at real tokens, shape (B, T); None means that all are real.
-            labels: Target ids of shape (B, T), not shifted, -100 where there is no loss.
-            num_items_in_batch: What the summed loss is divided by; None means the number of labelled tokens.
+            labels: Target ids of shape (B, T), not shifted, -100 where there is no loss. With a head for whole texts
+                one class or number a row, shape (B,).
+            num_items_in_batch: What the summed loss is divided by; None means the number of labels.
             **kwargs: Arguments of Hugging Face models that change nothing here (`use_cache=False`, ...).
 
         Returns:
             `logits` of shape (B, T, V), fp32. With labels they are computed only where there is one, and are zero
-            elsewhere; without labels, at every real token.
+            elsewhere; without labels, at every real token. With a head for whole texts, of shape (B, C): from the
+            state of each row's last real token, the only one that crosses.
 
         Raises:
-            ConfigError: The batch has padding in the middle of a row or labels at padding, or an argument is unknown.
+            ConfigError: The batch has padding in the middle of a row, labels at padding or of a wrong shape, or an
+                argument is unknown.
             NonFiniteError: The loss is infinite or not a number.
             WireError, CloudUnreachable, ...: The backbone cannot be reached or does not answer as it should.
         """
         ids_BT, rows = self._read_batch(input_ids, attention_mask, kwargs)
+        if self.head is not None:
+            return self._forward_texts(self.head, ids_BT, rows, labels, num_items_in_batch)
         if labels is None:
             select_N = torch.arange(rows.num_tokens)
             final_MD = self._through_backbone(ids_BT, rows, select_N)
             return CausalLMOutput(logits=self._spread(self.ends.logits(final_MD), rows, select_N, ids_BT.shape[1]))
         _check_shapes(ids_BT, labels=labels)
-        select_M, targets_M = _labelled(labels, rows)
+        select_M, targets_M = labelled_tokens(labels, rows)
         logits_MV = self.ends.logits(self._through_backbone(ids_BT, rows, select_M))
-        loss = ForCausalLMLoss(
-            logits_MV,
-            None,
-            self.ends.geometry.vocab_size,
-            num_items_in_batch=_as_tensor(num_items_in_batch, logits_MV),
-            shift_labels=targets_M.to(logits_MV.device),
-        )
-        if not torch.isfinite(loss):
-            msg = (
-                f"Loss: expected a finite number, got {loss.item()}. The optimizer was not moved. Lower the learning "
-                "rate, clip gradients, or look for damaged examples."
-            )
-            raise NonFiniteError(msg)
+        loss = causal_loss(logits_MV, targets_M, num_items_in_batch)
         return CausalLMOutput(loss=loss, logits=self._spread(logits_MV, rows, select_M, ids_BT.shape[1]))
+
+    def _forward_texts(
+        self,
+        head: nn.Linear,
+        ids_BT: Tensor,
+        rows: Rows,
+        labels_B: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> SequenceClassifierOutput:
+        final_BD = self._through_backbone(ids_BT, rows, last_tokens(rows))
+        logits_BC = head(final_BD.to(head.weight)).float()
+        loss = None if labels_B is None else sequence_loss(logits_BC, labels_B, num_items_in_batch)
+        return SequenceClassifierOutput(loss=loss, logits=logits_BC)
 
     def base_model(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
@@ -204,7 +226,7 @@ class DeviceModel(nn.Module):
         return generate(self, ids_BT, rows, settings or GenerationSettings())
 
     def save_adapter(self, folder: Path, base_model: str | None = None, *, killed: bool = False) -> None:
-        """Write the modules that this model computes with as an adapter; see `peft.export`.
+        """Write the modules that this model computes with, and its head, as an adapter; see `peft.export`.
 
         Args:
             folder: Made when it is not there.
@@ -217,7 +239,7 @@ class DeviceModel(nn.Module):
         """
         base_model = base_model or str(self.ends.folder)
         modules = {site: self.bank.at(site) for site in (self.bank.targets if killed else self.bank.active)}
-        save_adapter(modules, self.peft_config, self.ends.geometry, folder, base_model=base_model)
+        save_adapter(modules, self.peft_config, self.ends.geometry, folder, base_model=base_model, head=self.head)
 
     def load_adapter(self, adapter: Adapter) -> None:
         """Copy an adapter's weights into the modules, which were made from its configuration.
@@ -226,7 +248,7 @@ class DeviceModel(nn.Module):
             CheckpointError: Its tensors are not those of the modules.
         """
         modules = {site: self.bank.at(site) for site in self.bank.targets}
-        apply_adapter(adapter, modules, self.ends.geometry)
+        apply_adapter(adapter, modules, self.ends.geometry, self.head)
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         """Take the tags that TRL gives to models for their model cards; a device model has none, so they are let go."""
@@ -310,6 +332,13 @@ class DeviceModel(nn.Module):
         return _zeros(x_MD, count * width).index_copy_(0, places_M, x_MD).view(count, width, -1)
 
 
+def fresh_head(config: PretrainedConfig, geometry: Geometry, num_labels: int) -> nn.Linear:
+    """Return a new head for whole texts: a linear without bias, weight (C, D), begun as `transformers` begins it."""
+    head = nn.Linear(geometry.final_width, num_labels, bias=False)
+    nn.init.normal_(head.weight, std=getattr(config, "initializer_range", _INIT_STD))
+    return head
+
+
 def _zeros(like_MD: Tensor, count: int) -> Tensor:
     """Return `count` fresh rows of zeros; on the CPU those that nothing is copied to take no memory and no time."""
     if like_MD.device.type != "cpu" or like_MD.dtype != torch.float32:
@@ -327,35 +356,3 @@ def _check_shapes(ids_BT: Tensor, **others: Tensor | None) -> None:
                 f"{tuple(ids_BT.shape)}, got {tuple(other.shape)}. Give one value a token."
             )
             raise ConfigError(msg)
-
-
-def _labelled(labels_BT: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Return which of the packed tokens predict a label, shape (M,), and those labels."""
-    labels_BT = labels_BT.cpu()
-    mask_BT = rows.mask().bool()
-    if bool((labels_BT[:, : rows.width][~mask_BT] != _IGNORED).any()) or bool(
-        (labels_BT[:, rows.width :] != _IGNORED).any()
-    ):
-        msg = (
-            f"Labels: expected {_IGNORED} at padding, got other values there. Set labels to {_IGNORED} where "
-            "attention_mask is 0, or the loss would count padding."
-        )
-        raise ConfigError(msg)
-    shifted_BT = torch.full_like(labels_BT[:, : rows.width], _IGNORED)
-    shifted_BT[:, :-1] = labels_BT[:, 1 : rows.width]
-    # A token before a row padded at the left cannot predict that row's first label: it is not there.
-    shifted_N = shifted_BT[mask_BT]
-    select_M = (shifted_N != _IGNORED).nonzero().squeeze(1)
-    if not len(select_M):
-        msg = (
-            "Labels: expected at least one token with a loss in a batch, got none. Leave examples without a "
-            "completion out."
-        )
-        raise ConfigError(msg)
-    return select_M, shifted_N[select_M]
-
-
-def _as_tensor(count: Tensor | int | None, like: Tensor) -> Tensor | None:
-    if count is None or isinstance(count, Tensor):
-        return count
-    return torch.tensor(count, device=like.device)

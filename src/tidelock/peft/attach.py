@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from tidelock.errors import ConfigError
+from tidelock.model.ends import empty_model
 from tidelock.model.geometry import geometry_of
 from tidelock.peft.adapter import AdapterConfig, SerialAdapter, adapter_targets
 from tidelock.peft.export import apply_adapter, load_adapter
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
 
 
 def attach_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> nn.ModuleDict:
-    """Put a serial adapter on an ordinary causal model, which computes and generates with it from then on.
+    """Put a serial adapter on an ordinary model, which computes with it from then on.
 
     Args:
-        model: The whole model that the adapter was trained on; its forward is not replaced, it gets hooks.
+        model: The whole model that the adapter was trained on; its forward is not replaced, it gets hooks. For an
+            adapter with a head for whole texts, an `AutoModelForSequenceClassification` with as many labels, whose
+            `score` becomes that head; else an `AutoModelForCausalLM`.
         folder: The adapter's, as `DeviceModel.save_adapter` or `tidelock export --to adapter` wrote it.
 
     Returns:
@@ -49,10 +52,12 @@ def attach_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> nn
             "PeftModel.from_pretrained(model, folder)."
         )
         raise ConfigError(msg)
-    geometry = geometry_of(model)
+    # The places of blocks and linears are the causal model's, whatever head this one has.
+    geometry = geometry_of(empty_model(model.config))
+    score = getattr(model, "score", None)
     sites = adapter_targets(adapter.config, geometry)
     modules = {site: SerialAdapter(geometry.sites[site].width, adapter.config) for site in sites}
-    apply_adapter(adapter, modules, geometry)
+    apply_adapter(adapter, modules, geometry, score if isinstance(score, nn.Linear) else None)
     for site, module in modules.items():
         linear = model.get_submodule(geometry.output_path(site))
         module.to(next(linear.parameters()))

@@ -5,12 +5,14 @@
                                  `AdapterConfig`
     adapter_model.safetensors    LoRA: `base_model.model.<projection>.lora_A.weight` (r x D), `lora_B.weight` (W x r).
                                  Serial: `blocks.<N>.<place>.down.weight` (r x D) and `up.weight` (D x r)
+                                 With a head for whole texts: LoRA, as `peft` has it for the task SEQ_CLS,
+                                 `base_model.model.score.weight` (C x D); serial `head.weight` (C x D)
 
 A core is written as the LoRA that it is, for whoever reads PEFT's format, and beside it, to be trained on or asked by
 tidelock, as itself:
 
     core_config.json             `format_version` and the fields of `CoreConfig`
-    core_model.safetensors       `blocks.<N>.attn.<projection>.weight` (r x r)
+    core_model.safetensors       `blocks.<N>.attn.<projection>.weight` (r x r), and with a head `head.weight` (C x D)
 
 Only safetensors are read: PEFT's older `.bin` files run code when they are opened. May import errors, `peft`, `model`
 and libraries.
@@ -30,7 +32,7 @@ import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from tidelock.errors import CheckpointError, ConfigError, StorageError
 from tidelock.model.cache_folder import write_atomically
@@ -50,6 +52,9 @@ SERIAL_ADAPTER = "TIDELOCK_SERIAL_ADAPTER"
 CORE_CONFIG_FILE = "core_config.json"
 CORE_WEIGHTS_FILE = "core_model.safetensors"
 _FORMAT = 1
+_LORA_HEAD, _OWN_HEAD = "base_model.model.score.weight", "head.weight"
+# How transformers' models call the head of whole texts; `peft` names all that it knows.
+_HEAD_MODULES = frozenset({"score", "classifier"})
 # Families whose q, k and v are a Conv1D, stored transposed. `peft` looks at the layer and corrects a wrong entry.
 _CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt"})
 
@@ -72,9 +77,21 @@ class Adapter:
     config: MethodConfig
     tensors: Mapping[str, Tensor]
 
+    @property
+    def num_labels(self) -> int | None:
+        """How many labels its head for whole texts has; None without one."""
+        head = self.tensors.get(_head_name(self.config))
+        return None if head is None else len(head)
+
 
 def save_adapter(
-    modules: Mapping[SiteId, SiteModule], config: MethodConfig, geometry: Geometry, folder: Path, *, base_model: str
+    modules: Mapping[SiteId, SiteModule],
+    config: MethodConfig,
+    geometry: Geometry,
+    folder: Path,
+    *,
+    base_model: str,
+    head: nn.Linear | None = None,
 ) -> None:
     """Write an adapter; each of its files is whole or as it was before.
 
@@ -84,16 +101,19 @@ def save_adapter(
         geometry: The model's.
         folder: Made when it is not there; other files in it are left alone.
         base_model: Folder or hub name of the model, for whoever loads the adapter.
+        head: The trained head of whole texts, if there is one.
 
     Raises:
         StorageError: The file system refused.
     """
-    tensors = {name: weight.detach().cpu().contiguous() for name, weight in _parameters(modules, geometry).items()}
+    parameters = _parameters(modules, config, geometry, head)
+    tensors = {name: weight.detach().cpu().contiguous() for name, weight in parameters.items()}
     try:
         files: dict[str, bytes | dict[str, Tensor]]
         if isinstance(config, LoraConfig):
             targets = {site: cast("LoraModule", module).targets for site, module in sorted(modules.items())}
-            files = {WEIGHTS_FILE: tensors, CONFIG_FILE: _lora_config_file(targets, config, geometry, base_model)}
+            written = _lora_config_file(targets, config, geometry, base_model, with_head=head is not None)
+            files = {WEIGHTS_FILE: tensors, CONFIG_FILE: written}
         elif isinstance(config, CoreConfig):
             files = _core_files(modules, config, geometry, base_model, tensors)
         else:
@@ -111,11 +131,17 @@ def save_adapter(
 
 
 def _lora_config_file(
-    targets: Mapping[SiteId, tuple[str, ...]], config: LoraConfig, geometry: Geometry, base_model: str
+    targets: Mapping[SiteId, tuple[str, ...]],
+    config: LoraConfig,
+    geometry: Geometry,
+    base_model: str,
+    *,
+    with_head: bool,
 ) -> bytes:
     config = _portable(config, targets, geometry)
     config.base_model_name_or_path = base_model
-    config.task_type = "CAUSAL_LM"
+    config.task_type = "SEQ_CLS" if with_head else "CAUSAL_LM"
+    config.modules_to_save = ["score"] if with_head else None
     config.inference_mode = True  # as peft itself saves; who trains on says so when loading
     config.fan_in_fan_out = geometry.family.name in _CONV1D_FAMILIES
     with tempfile.TemporaryDirectory() as scratch:
@@ -140,6 +166,8 @@ def _core_files(
             lora[f"{path}.lora_A.weight"] = a_RD.contiguous()
             core = tensors[f"{site.name}.{name}.weight"].float()
             lora[f"{path}.lora_B.weight"] = (config.scaling * b_WR @ core).contiguous()
+    if _OWN_HEAD in tensors:
+        lora[_LORA_HEAD] = tensors[_OWN_HEAD]
     names = geometry.family.projections
     # Scaled by alpha / r = 1: s is in B.
     as_lora = LoraConfig(
@@ -153,7 +181,7 @@ def _core_files(
         CORE_WEIGHTS_FILE: tensors,
         CORE_CONFIG_FILE: (json.dumps(own, indent=2) + "\n").encode(),
         WEIGHTS_FILE: lora,
-        CONFIG_FILE: _lora_config_file(targets, as_lora, geometry, base_model),
+        CONFIG_FILE: _lora_config_file(targets, as_lora, geometry, base_model, with_head=_OWN_HEAD in tensors),
     }
 
 
@@ -194,18 +222,21 @@ def load_adapter(folder: Path) -> Adapter:
     return Adapter(folder, config, tensors)
 
 
-def apply_adapter(adapter: Adapter, modules: Mapping[SiteId, SiteModule], geometry: Geometry) -> None:
+def apply_adapter(
+    adapter: Adapter, modules: Mapping[SiteId, SiteModule], geometry: Geometry, head: nn.Linear | None = None
+) -> None:
     """Copy an adapter's weights into modules that were made from its configuration; all of them, or none.
 
     Args:
         adapter: As read from its folder.
         modules: By site.
         geometry: The model's.
+        head: The head of whole texts; None where there is none.
 
     Raises:
         CheckpointError: Names or shapes are not those of the modules, or a weight is not a finite number.
     """
-    parameters = _parameters(modules, geometry)
+    parameters = _parameters(modules, adapter.config, geometry, head)
     missing, unexpected = sorted(parameters.keys() - adapter.tensors), sorted(adapter.tensors.keys() - parameters)
     if missing or unexpected:
         found = [
@@ -253,10 +284,13 @@ def _read_config(folder: Path) -> MethodConfig:
         )
         raise ConfigError(msg)
     try:
-        return cast("LoraConfig", LoraConfig.from_pretrained(str(folder)))
+        config = cast("LoraConfig", LoraConfig.from_pretrained(str(folder)))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         msg = f"Adapter: expected a LoraConfig that peft understands, got {error} ({path}). Save it again with peft."
         raise ConfigError(msg) from error
+    if config.task_type == "SEQ_CLS" and set(config.modules_to_save or ()) <= _HEAD_MODULES:
+        config.modules_to_save = None  # the head, which is no module of LoRA's here
+    return config
 
 
 def _read_json(path: Path) -> Any:  # noqa: ANN401  (whatever the file holds)
@@ -291,9 +325,16 @@ def _read_own(path: Path, kind: type[_OwnConfig], what: str) -> _OwnConfig:
         raise ConfigError(msg) from error
 
 
-def _parameters(modules: Mapping[SiteId, SiteModule], geometry: Geometry) -> dict[str, Tensor]:
-    """Return every weight of the modules by its name in the files."""
-    found: dict[str, Tensor] = {}
+def _head_name(config: MethodConfig) -> str:
+    """Return the name of the head's weight in the files."""
+    return _LORA_HEAD if isinstance(config, LoraConfig) else _OWN_HEAD
+
+
+def _parameters(
+    modules: Mapping[SiteId, SiteModule], config: MethodConfig, geometry: Geometry, head: nn.Linear | None
+) -> dict[str, Tensor]:
+    """Return every weight of the modules, and the head's, by its name in the files."""
+    found: dict[str, Tensor] = {} if head is None else {_head_name(config): head.weight}
     for site, module in sorted(modules.items()):
         if isinstance(module, CoreModule):
             found.update({f"{site.name}.{name}.weight": module.core(name).weight for name in module.targets})

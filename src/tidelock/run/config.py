@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, final
 
 import tomli_w
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # ruff: noqa: RUF009, FBT003  (_knob is dataclasses.field with our metadata)
 
 BACKBONES = ("local", "cloud")
+TASKS = ("causal-lm", "classification", "regression")
 METHODS = ("lora", "adapter", "core")
 PLACES = ("mlp", "attn-out")
 CODECS = ("fp32", "bf16", "int8", "int4")
@@ -55,6 +56,7 @@ class Rule:
 
 _AT_LEAST_0 = Rule("0 or more, and finite", lambda value: 0 <= value < math.inf)
 _AT_LEAST_1 = Rule("1 or more", lambda value: value >= 1)
+_AT_LEAST_2 = Rule("2 or more", lambda value: value >= 2)
 _POSITIVE = Rule("more than 0, and finite", lambda value: 0 < value < math.inf)
 _SEED = Rule("from 0 to 4294967295", lambda value: 0 <= value < 1 << 32)  # what NumPy takes
 _FRACTION = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
@@ -86,6 +88,8 @@ class RunConfig:
     split: str | None = _knob(None, "Only rows whose 'split' is this (of a hub data set: its split).")
     eval_data: str | None = _knob(None, "Examples to measure the loss on, not learned from.")
     eval_split: str | None = _knob(None, "Likewise: only rows of this split (of --eval-data, or else of DATA).")
+    task: str = _knob("causal-lm", "What is learned: to go on with a text, or a label of it.", _one_of(TASKS))
+    num_labels: int | None = _knob(None, "Classes there are; by default as the data has.", _AT_LEAST_2)
     model: str | None = _knob(None, "Model folder or hub name; left out, a cloud's own model is used.")
     backbone: str = _knob("local", "Where the frozen blocks run: local or cloud.", _one_of(BACKBONES))
     cloud: str | None = _knob(None, "The cloud's address, grpcs://HOST:PORT.")
@@ -179,7 +183,10 @@ class RunConfig:
         self.to_schedule()
 
     def _refuse_knobs_of_others(self) -> None:
-        """Refuse a knob that the method would not read."""
+        """Refuse a knob that the method or the task would not read."""
+        if self.num_labels is not None and self.task != "classification":
+            msg = f"--num-labels: expected it with --task classification only, got --task {self.task}. Leave it out."
+            raise ConfigError(msg)
         for knob in fields(self):
             methods = _METHODS_OF.get(knob.name, METHODS)
             if self.method not in methods and getattr(self, knob.name) != knob.default:
@@ -206,6 +213,20 @@ class RunConfig:
             moments=self.moments,
             seed=self.seed,
         )
+
+    def elsewhere(self, cloud: str | None, token_file: Path | None, ca: Path | None) -> RunConfig:
+        """Return this configuration with what is given in place of its own.
+
+        Raises:
+            ConfigError: They contradict the rest.
+        """
+        given = {
+            "cloud": cloud,
+            "backbone": None if cloud is None else "cloud",
+            "token_file": None if token_file is None else str(token_file),
+            "ca": None if ca is None else str(ca),
+        }
+        return replace(self, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
     def to_toml(self) -> str:
         """Return every knob that has a value, as TOML."""

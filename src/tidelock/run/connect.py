@@ -24,6 +24,7 @@ from tidelock.model.ends import Ends, read_config
 from tidelock.model.load import ModelChoice, load_cut_model
 from tidelock.peft.lora import ALL_PROJECTIONS
 from tidelock.peft.methods import check_config
+from tidelock.run.config import TASKS
 from tidelock.wire.address import parse_url
 from tidelock.wire.channel import Credentials
 from tidelock.wire.codec import Codecs
@@ -48,6 +49,8 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
     where: str,
     *,
     model: str | os.PathLike[str] | None = None,
+    task: str = "causal-lm",
+    num_labels: int | None = None,
     peft_config: MethodConfig | None = None,
     credentials: Credentials | None = None,
     token: str | None = None,
@@ -59,21 +62,21 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
     patience_seconds: float = 120.0,
     ledger: Ledger | None = None,
 ) -> DeviceModel:
-    """Return a causal language model to train here, whose frozen blocks run wherever `where` says.
+    """Return a language model or classifier to train here, whose frozen blocks run wherever `where` says.
 
     Args:
-        where: `grpcs://HOST:PORT` for a cloud, `grpc://127.0.0.1:PORT` for one on this machine without TLS, or
-            `local` for this process.
+        where: `local`, `grpcs://HOST:PORT` for a cloud, or `grpc://127.0.0.1:PORT` for one here without TLS.
         model: Folder or hub name of the model. This device reads only its embedding, head and small files (with
             `local`, all of it). None fetches those from the cloud.
+        task: `causal-lm`; or with a new, trained head for whole texts, `classification` or `regression` (of a number).
+        num_labels: How many classes there are.
         peft_config: What to train: a `peft.LoraConfig` (with no target modules named, `peft`'s own choice for the
             family), a `tidelock.AdapterConfig` or a `tidelock.CoreConfig`; None is LoRA of rank 8 on all query, key
             and value projections.
-        credentials: For a cloud; or give `token` and `ca` only.
-        token: Bearer token for the cloud.
-        ca: PEM file with the authority (or the certificate itself) to trust.
+        credentials: For a cloud; or give only `token`, its bearer token, and `ca`, a PEM file with the authority or the
+            certificate to trust.
         codec: How activations and gradients cross: `fp32`, `bf16` (half the bytes), `int8` (a quarter), `int4`.
-        gradient_codec: Another one for gradients.
+        gradient_codec: Another for gradients.
         stochastic_rounding: Round `int8` or `int4` gradients up or down at random, right on average.
         in_flight: Micro-batches of a batch on their way at once; None is 2 with a cloud and 1 with `local`.
         patience_seconds: How long a step waits for a cloud that went away.
@@ -90,23 +93,40 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         model = tidelock.connect("local", model="HuggingFaceTB/SmolLM2-135M-Instruct")
         transformers.Trainer(model, args, train_dataset=rows).train()
     """
-    config = copy.copy(peft_config) if peft_config is not None else LoraConfig(target_modules=[ALL_PROJECTIONS])
+    config = copy.copy(peft_config or LoraConfig(target_modules=[ALL_PROJECTIONS]))
     check_config(config)
+    num_outputs = _num_outputs(task, num_labels)
     codecs = Codecs.named(codec, gradient_codec, stochastic_rounding=stochastic_rounding)
     if where == "local":
         ends, backbone = _local(model)
     else:
         credentials = credentials or Credentials(token or "", Path(ca) if ca is not None else None)
-        egress = Egress(ledger or Ledger())
-        address = parse_url(where)
+        egress, address = Egress(ledger or Ledger()), parse_url(where)
         connection = Connection(address, credentials, egress, codecs=codecs, patience_seconds=patience_seconds)
-        ends, backbone = _remote(connection, None if model is None else str(model))
-    return DeviceModel(ends, backbone, config, in_flight=in_flight or (1 if where == "local" else 2))
+        ends, backbone = _remote(connection, model)
+    in_flight = in_flight or (1 if where == "local" else 2)
+    return DeviceModel(ends, backbone, config, in_flight=in_flight, num_labels=num_outputs)
 
 
-def _remote(connection: Connection, model: str | None) -> tuple[Ends, Backbone]:
+def _num_outputs(task: str, num_labels: int | None) -> int | None:
+    """Return how many outputs the head for whole texts has; None is none."""
+    fits = {
+        "causal-lm": num_labels is None,
+        "classification": num_labels is not None and num_labels >= 2,
+        "regression": num_labels in {None, 1},
+    }
+    if task not in TASKS or not fits[task]:
+        msg = (
+            f"Task: expected one of {', '.join(TASKS)}, and num_labels of 2 or more for classification only, got "
+            f"task={task!r} with num_labels={num_labels!r}. Change one of them."
+        )
+        raise ConfigError(msg)
+    return 1 if task == "regression" else num_labels
+
+
+def _remote(connection: Connection, model: str | os.PathLike[str] | None) -> tuple[Ends, Backbone]:
     try:
-        ends = _ends_for(connection, model)
+        ends = _ends_for(connection, None if model is None else str(model))
     except BaseException:
         connection.close()
         raise

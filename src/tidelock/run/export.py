@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, cast, final
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging
 
 from tidelock.device.bank import Bank
+from tidelock.device.model import fresh_head
 from tidelock.errors import ConfigError, ModelError, NonFiniteError, StorageError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import empty_model, read_config
@@ -161,26 +163,44 @@ def _export_merged(
 
 def _require_fit(adapter: Adapter, checkpoint: Checkpoint) -> None:
     """Refuse an adapter of another model; `peft` would leave out, or make up, what does not fit."""
-    geometry = geometry_of(empty_model(read_config(checkpoint.folder)))
+    config = read_config(checkpoint.folder)
+    geometry = geometry_of(empty_model(config))
     bank = Bank(adapter.config, geometry)
-    apply_adapter(adapter, {site: bank.at(site) for site in bank.targets}, geometry)
+    head = None if adapter.num_labels is None else fresh_head(config, geometry, adapter.num_labels)
+    apply_adapter(adapter, {site: bank.at(site) for site in bank.targets}, geometry, head)
 
 
 def _merge(source: Path, adapter: Adapter) -> PreTrainedModel:
     """Return the model with the adapter's products added to its weights, in fp32 so that nothing is rounded away."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        msg = f"Loading the model: expected one that transformers knows, got {error} ({source}). Check the folder."
-        raise ModelError(msg) from error
+    model = _load_whole(source, adapter.num_labels)
     try:
         joined: Any = PeftModel.from_pretrained(model, str(adapter.folder))
         return cast("PreTrainedModel", joined.merge_and_unload(safe_merge=True))
     except ValueError as error:
         msg = f"Merging: expected finite weights, got: {error} ({adapter.folder}). Use another checkpoint of the run."
         raise NonFiniteError(msg) from error
+
+
+def _load_whole(source: Path, num_labels: int | None) -> PreTrainedModel:
+    """Return the causal model of a folder, or with a number of labels the one with a head for whole texts."""
+    settings: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
+    loader: Any = AutoModelForCausalLM
+    if num_labels is not None:
+        loader, settings["num_labels"] = AutoModelForSequenceClassification, num_labels
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would say of a head that it is missing; the adapter brings it
+    try:
+        model, loading = loader.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **settings)
+    except (OSError, ValueError, KeyError) as error:
+        msg = f"Loading the model: expected one that transformers knows, got {error} ({source}). Check the folder."
+        raise ModelError(msg) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    absent = sorted(set(loading["missing_keys"]) - {"score.weight"})
+    if absent:
+        msg = f"Loading the model: expected all its weights, got no {absent[0]} ({source}). Is the checkpoint complete?"
+        raise ModelError(msg)
+    return cast("PreTrainedModel", model)
 
 
 @contextmanager

@@ -13,17 +13,14 @@ from typing import TYPE_CHECKING
 from tidelock.report.facts import DataFacts, ModelFacts, RunFacts, SiteFacts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from tidelock.device.model import DeviceModel
+    from tidelock.run.examples import EncodedRows
 
 _LIBRARIES = ("tidelock", "torch", "transformers", "peft", "grpcio", "protobuf", "safetensors")
 _IGNORED = -100
 
 
-def facts_of(
-    model: DeviceModel, rows: Sequence[dict[str, list[int]]], eval_rows: Sequence[dict[str, list[int]]]
-) -> RunFacts:
+def facts_of(model: DeviceModel, rows: EncodedRows, eval_rows: EncodedRows) -> RunFacts:
     """Return the facts of a run.
 
     Args:
@@ -40,7 +37,7 @@ def facts_of(
             num_blocks=geometry.num_blocks,
             embedding_width=geometry.embedding_width,
             final_width=geometry.final_width,
-            trained_parameters=sum(parameter.numel() for parameter in model.bank.parameters()),
+            trained_parameters=sum(parameter.numel() for parameter in model.parameters()),
             sites=tuple(
                 SiteFacts(
                     name=site.name,
@@ -56,10 +53,10 @@ def facts_of(
     )
 
 
-def _size_of(rows: Sequence[dict[str, list[int]]]) -> DataFacts:
+def _size_of(rows: EncodedRows) -> DataFacts:
     return DataFacts(
         examples=len(rows),
         tokens=sum(len(row["input_ids"]) for row in rows),
         # No token of its row comes before the first, to predict it.
-        labelled=sum(label != _IGNORED for row in rows for label in row["labels"][1:]),
+        labelled=sum(sum(label != _IGNORED for label in row["labels"][1:]) if "labels" in row else 1 for row in rows),
     )

@@ -9,15 +9,13 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, cast, final
 
 import torch
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainingArguments, set_seed
 
 from tidelock.data.batch import Collator
-from tidelock.data.encode import Encoder, encode_all
-from tidelock.data.source import read_examples
 from tidelock.device.kill_revive import KillRevive
 from tidelock.errors import ConfigError
 from tidelock.peft.adapter import AdapterConfig
@@ -26,8 +24,10 @@ from tidelock.peft.export import load_adapter
 from tidelock.peft.lora import ALL_PROJECTIONS
 from tidelock.run.codecs import describe_codecs
 from tidelock.run.connect import connect
+from tidelock.run.examples import encode_examples, read_run_examples, with_classes_counted
 from tidelock.run.facts import facts_of
 from tidelock.run.folder import RunFolder
+from tidelock.run.metrics import sequence_metrics
 from tidelock.run.trackers import check_trackers, keep_events_in
 from tidelock.run.trainer import Journal, Observer, RunTrainer, StopFlag
 from tidelock.wire.channel import Credentials
@@ -35,13 +35,14 @@ from tidelock.wire.codec import Codecs
 from tidelock.wire.ledger import Ledger
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import numpy as np
+    from numpy.typing import NDArray
+    from transformers import EvalPrediction, PreTrainedTokenizerBase
 
     from tidelock.device.model import DeviceModel
     from tidelock.peft.methods import MethodConfig
     from tidelock.run.config import RunConfig
 
-_FALLBACK_MAX_LENGTH = 2048
 _METHOD_NAMES: dict[type, str] = {AdapterConfig: "adapter", CoreConfig: "core"}
 _ALL_MODULES_LOSS = "eval_all_modules_loss"
 
@@ -57,6 +58,7 @@ class TrainResult:
         steps: Optimizer steps done in all.
         loss: The last logged training loss, or None when none was logged.
         eval_loss: The last evaluation's loss, or None.
+        eval_metrics: What else it measured; see `sequence_metrics`.
         eval_loss_all_modules: Likewise, with killed modules too; None without any.
         active: Blocks whose modules are in the adapter.
         seconds: How long this part of the run took.
@@ -70,6 +72,7 @@ class TrainResult:
     steps: int
     loss: float | None
     eval_loss: float | None
+    eval_metrics: dict[str, float]
     eval_loss_all_modules: float | None
     active: tuple[int, ...]
     seconds: float
@@ -97,11 +100,14 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
         torch.set_num_threads(config.threads)
     set_seed(config.seed)
     ledger = Ledger()
+    examples, eval_examples = read_run_examples(config)
+    config = with_classes_counted(config, [*examples, *eval_examples])
     model = open_model(config, ledger)
     try:
         observer.say(f"Model: {_describe(model)}.")
         _say_codecs(config, model, observer)
-        rows, eval_rows = _encode(config, model)
+        tokenizer = load_tokenizer(model)
+        rows, eval_rows = (encode_examples(config, model, tokenizer, found) for found in (examples, eval_examples))
         observer.say(f"Data: {len(rows)} examples to learn from, {len(eval_rows)} to measure on.")
         if resume:
             ledger.add(folder.read_ledger().epochs())
@@ -123,6 +129,7 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
             train_dataset=rows,
             eval_dataset=eval_rows or None,
             data_collator=Collator(0),
+            compute_metrics=None if model.head is None else _sequence_metrics,
         )
         keep_events_in(folder.tensorboard, trainer)
         with stop.on_interrupt():
@@ -161,6 +168,7 @@ def _finish(  # noqa: PLR0913  (what a run is made of)
         steps=step,
         loss=_last(history, "loss"),
         eval_loss=_last(history, "eval_loss"),
+        eval_metrics=_last_metrics(history),
         eval_loss_all_modules=folder.metric(step, _ALL_MODULES_LOSS),
         active=active,
         seconds=time.monotonic() - began,
@@ -192,6 +200,8 @@ def open_model(config: RunConfig, ledger: Ledger) -> DeviceModel:
         gradient_codec=config.gradient_codec,
         stochastic_rounding=config.stochastic_rounding,
         in_flight=config.in_flight,
+        task=config.task,
+        num_labels=config.num_labels,
         patience_seconds=config.patience,
         ledger=ledger,
     )
@@ -278,17 +288,9 @@ def _credentials(config: RunConfig) -> Credentials | None:
     return Credentials(token, ca, client_cert, client_key, config.insecure)
 
 
-def _encode(config: RunConfig, model: DeviceModel) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
-    """Return the encoded examples to learn from and to measure on."""
-    limit = model.ends.geometry.max_positions
-    max_length = min(config.max_length or limit or _FALLBACK_MAX_LENGTH, limit or config.max_length or 1 << 30)
-    encoder = Encoder(load_tokenizer(model), max_length=max_length, truncate=config.truncate)
-    rows = list(encode_all(encoder, read_examples(config.data, split=config.split)))
-    eval_rows: list[dict[str, list[int]]] = []
-    if config.eval_data is not None or config.eval_split is not None:
-        eval_examples = read_examples(config.eval_data or config.data, split=config.eval_split)
-        eval_rows = list(encode_all(encoder, eval_examples))
-    return rows, eval_rows
+def _sequence_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    outputs_NC, labels_N = prediction.predictions, prediction.label_ids
+    return sequence_metrics(cast("NDArray[np.float32]", outputs_NC), cast("NDArray[np.float32]", labels_N))
 
 
 def _training_arguments(config: RunConfig, folder: RunFolder, num_rows: int, *, evaluates: bool) -> TrainingArguments:
@@ -312,7 +314,7 @@ def _training_arguments(config: RunConfig, folder: RunFolder, num_rows: int, *, 
         # In steps, even once an epoch: what belongs to a step is then done before that step's checkpoint.
         eval_strategy="steps" if evaluates else "no",
         eval_steps=config.eval_every or math.ceil(math.ceil(num_rows / config.batch_size) / config.accumulate),
-        prediction_loss_only=True,
+        prediction_loss_only=config.task == "causal-lm",
         optim="adamw_torch",
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -325,12 +327,21 @@ def _training_arguments(config: RunConfig, folder: RunFolder, num_rows: int, *, 
 def _describe(model: DeviceModel) -> str:
     geometry = model.ends.geometry
     trained = sum(parameter.numel() for parameter in model.parameters())
+    head = "" if model.head is None else f" and a head of {model.head.out_features}"
     verified = "" if geometry.family.verified else " (unverified: cut by structure)"
     return (
         f"{geometry.family.name}{verified}, {geometry.num_blocks} blocks, {trained:,} trained parameters in "
-        f"{len(model.bank.numbers)} PEFT modules on this device"
+        f"{len(model.bank.numbers)} PEFT modules{head} on this device"
     )
 
 
 def _last(history: list[dict[str, float]], name: str) -> float | None:
     return next((row[name] for row in reversed(history) if name in row), None)
+
+
+def _last_metrics(history: list[dict[str, float]]) -> dict[str, float]:
+    """Return what the last evaluation measured beside the loss, without Trainer's own figures."""
+    row: dict[str, float] = next((row for row in reversed(history) if "eval_loss" in row), {})
+    own = {"loss", "runtime", "samples_per_second", "steps_per_second"}
+    measured = {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
+    return {name: value for name, value in measured.items() if name not in own}

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidelock.data.example import Conversation, Message, PlainText, PromptCompletion, parse_row
+from tidelock.data.example import KEYS, Conversation, LabelledText, Message, PlainText, PromptCompletion, parse_row
 from tidelock.errors import DataError
 
 SECRET = "Marlowe"
@@ -24,6 +24,11 @@ def turns(*pairs):
         ({"prompt": "", "completion": "x"}, PromptCompletion("", "x")),
         ({"text": "once"}, PlainText("once")),
         ({"text": "once", "id": 7, "messages": None, "split": "train"}, PlainText("once")),
+        ({"text": "once", "label": 1, "text_b": "no"}, PlainText("once")),
+        ({"text_a": "good", "label": 1}, LabelledText("good", None, 1)),
+        ({"text_a": "good", "text_b": None, "label": -2.5}, LabelledText("good", None, -2.5)),
+        ({"text_a": "one", "text_b": "two", "label": 0, "id": 3}, LabelledText("one", "two", 0)),
+        ({"text_a": "one", "text_b": "", "label": 0}, LabelledText("one", None, 0)),
         ({**turns(("user", ""), ("assistant", "Yo")), "prompt": "Hi"}, None),
     ],
 )
@@ -69,6 +74,13 @@ def test_each_form_is_read(row, content):
         ({"prompt": SECRET, "completion": [SECRET]}, r"'completion': expected text, got a value of type list"),
         ({"prompt": SECRET, "completion": ""}, r"'completion': expected text that can be learned, got an empty string"),
         ({"text": ""}, r"'text': expected text that can be learned"),
+        ({"text_a": "", "label": 1}, r"'text_a': expected text that can be learned, got an empty string"),
+        ({"text_a": SECRET, "text_b": 3, "label": 1}, r"'text_b': expected text, got a value of type int"),
+        ({"text_a": SECRET}, r"'label': expected a number, got nothing \("),
+        ({"text_a": SECRET, "label": SECRET}, r"'label': expected a number, got a value of type str \("),
+        ({"text_a": SECRET, "label": True}, r"'label': expected a number, got a value of type bool"),
+        ({"text_a": SECRET, "label": float("nan")}, r"'label': expected a finite number, got an infinite or undef"),
+        ({"text_a": SECRET, "label": 1, "text": SECRET}, r"got text and text_a \("),
         ({"text": f"{SECRET} \ud83d"}, r"'text': expected Unicode text, got half of a surrogate pair"),
     ],
 )
@@ -106,7 +118,7 @@ _values = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from(["messages", "prompt", "completion", "text", "id"]), _values))
+@given(st.dictionaries(st.sampled_from([*KEYS, "id"]), _values))
 def test_any_row_is_read_or_refused_with_its_place(row):
     try:
         said = repr(parse(row))

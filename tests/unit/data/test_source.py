@@ -2,6 +2,7 @@ import gzip
 import json
 import subprocess
 import sys
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from tidelock.data.example import Conversation, PlainText, PromptCompletion
+from tidelock.data.example import Conversation, LabelledText, PlainText, PromptCompletion
 from tidelock.data.source import read_examples
 from tidelock.errors import DataError
 
@@ -76,6 +77,30 @@ def test_csv_can_hold_text_or_conversations(write):
     assert example.content.messages[1].content == SECRET
 
 
+def test_labelled_texts_are_read_from_every_kind_of_file(write, tmp_path):
+    rows: list[dict[str, Any]] = [
+        {"text_a": "one", "text_b": "two", "label": 1},
+        {"text_a": "three", "text_b": None, "label": 0.5},
+    ]
+    expected = [LabelledText("one", "two", 1), LabelledText("three", None, 0.5)]
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    table = "text_a,text_b,label,idx\none,two,1,7\nthree,,0.5,8\n"
+    for name, content in (("a.jsonl.gz", lines), ("a.csv", table)):
+        assert [example.content for example in read_examples(write(name, content))] == expected
+    parquet.write_table(pa.Table.from_pylist([{**row, "idx": 3} for row in rows]), tmp_path / "a.parquet")
+    read = [example.content for example in read_examples(str(tmp_path / "a.parquet"))]
+    # A column has one type.
+    assert read == [LabelledText("one", "two", 1.0), LabelledText("three", None, 0.5)]
+
+
+def test_a_tables_whole_labels_stay_whole(write, tmp_path):
+    parquet.write_table(pa.table({"text_a": ["x"], "label": [1]}), tmp_path / "a.parquet")
+    for path in (str(tmp_path / "a.parquet"), write("a.csv", "text_a,label\nx,1\n")):
+        [example] = read_examples(path)
+        assert isinstance(example.content, LabelledText)
+        assert (example.content.label, type(example.content.label)) == (1, int)
+
+
 def test_parquet_rows_are_counted_over_its_batches(tmp_path):
     rows_in_a_batch = 65_536  # pyarrow's own default
     parquet.write_table(pa.table({"text": ["x"] * (rows_in_a_batch + 2)}), tmp_path / "a.parquet")
@@ -137,6 +162,8 @@ def test_a_row_that_is_no_object_is_refused_under_a_split_too(write):
         ("a.csv", "text\nx\nMarlowe,x\n", r"expected 1 fields as in the header, got 2 \(a\.csv:3\)"),
         ("a.csv", "text, text\nMarlowe,x\n", r"column names that differ, got one twice \(a\.csv:1\)"),
         ("a.csv", "messages\nMarlowe\n", r"JSON: .* at column 1 \(a\.csv:2, column 'messages'\)"),
+        ("a.csv", "text_a,label\nx,Marlowe\n", r"'label': expected a number, got a value of type str \(a\.csv:2\)"),
+        ("a.csv", "text_a,label\nMarlowe,\n", r"'label': expected a number, got nothing \(a\.csv:2\)"),
         ("a.csv", "Marlowe\nx\n", r"got none of these keys \(a\.csv:2\)"),
         ("a.parquet", SECRET, r"expected a whole Parquet file, got ArrowInvalid after row 0\."),
     ],
@@ -207,6 +234,13 @@ def test_a_hub_data_set_is_read_with_its_split_in_its_name(monkeypatch):
     assert examples[1].content.messages[0].role == "assistant"
     read_examples("talk", split="test[:10]")
     assert hub.asked == [("org/talk.v2", "train"), ("talk", "test[:10]")]
+
+
+def test_a_hub_data_sets_classes_are_numbers(monkeypatch):
+    rows = {"text_a": ["one"], "text_b": ["two"], "label": [1], "idx": [0]}
+    classes = datasets.ClassLabel(names=["bad", "good"])
+    FakeHub(monkeypatch, datasets.Dataset.from_dict(rows).cast_column("label", classes))
+    assert read_examples("org/reviews")[0].content == LabelledText("one", "two", 1)
 
 
 @pytest.mark.parametrize(

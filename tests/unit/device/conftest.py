@@ -29,11 +29,11 @@ def blocks(tiny_folder):
 def make_model(tiny_folder, blocks):
     """Return a function that makes a device's model, with branches that already do something."""
 
-    def make(*, moved=True, **settings):
+    def make(*, moved=True, num_labels=None, **settings):
         settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], **settings}
         torch.manual_seed(1)
         ends = Ends(read_config(tiny_folder), Checkpoint.open(str(tiny_folder)))
-        model = DeviceModel(ends, blocks, LoraConfig(**settings))
+        model = DeviceModel(ends, blocks, LoraConfig(**settings), num_labels=num_labels)
         if moved:
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tidelock
 from tidelock.errors import CheckpointError, ConfigError
-from tidelock.run.config import _METHODS_OF, CODECS, LR_SCHEDULES, METHODS, RunConfig
+from tidelock.run.config import _METHODS_OF, CODECS, LR_SCHEDULES, METHODS, TASKS, RunConfig
 from tidelock.schedule.schedule import Schedule
 
 WHERE = Path("run") / "run.toml"
@@ -22,6 +22,8 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "backbone": (["local"], ["pool", ""]),
     "codec": (list(CODECS), ["int3"]),
     "gradient_codec": ([None, *CODECS], ["fp16"]),
+    "task": (list(TASKS), ["ranking"]),
+    "num_labels": ([2], [1, 0]),
     "method": (["lora"], ["side"]),
     "lr_schedule": (list(LR_SCHEDULES), ["step"]),
     "in_flight": ([None, 1], [0]),
@@ -59,7 +61,8 @@ def test_the_edges_of_every_rule_are_listed() -> None:
 @pytest.mark.parametrize("name", EDGES)
 def test_a_knob_keeps_its_rule(name: str) -> None:
     good, bad = EDGES[name]
-    base = replace(PLAIN, method=_METHODS_OF.get(name, METHODS)[0])
+    task = "classification" if name == "num_labels" else "causal-lm"
+    base = replace(PLAIN, method=_METHODS_OF.get(name, METHODS)[0], task=task)
     for value in good:
         assert getattr(replace(base, **{name: value}), name) == value
     for value in bad:
@@ -93,6 +96,8 @@ def test_a_knob_that_the_method_would_not_read_is_refused(name: str, value: obje
         ({"stochastic_rounding": True, "codec": "int8", "gradient_codec": "bf16"}, "in int8 or int4, got bf16"),
         ({"stochastic_rounding": True}, "in int8 or int4, got fp32"),
         ({"model": None}, "expected --model with --backbone local, got none"),
+        ({"num_labels": 2}, "--num-labels: expected it with --task classification only, got --task causal-lm"),
+        ({"num_labels": 2, "task": "regression"}, "only, got --task regression"),
         ({"schedule": "sleep"}, "Schedule's name: expected one of full, early-kill"),
         ({"budget": 4}, "Schedule's budget: expected none with the schedule full, got 4"),
         ({"schedule": "kill-revive", "exchange": 0.0}, "Schedule's exchange: expected more than 0 and at most 1"),
@@ -105,6 +110,13 @@ def test_knobs_that_contradict_each_other_are_refused(changes: dict[str, Any], g
 
 def test_a_cloud_may_bring_the_model() -> None:
     assert replace(PLAIN, backbone="cloud", cloud="grpcs://c:1", model=None).model is None
+
+
+def test_a_cloud_may_be_elsewhere() -> None:
+    there = PLAIN.elsewhere("grpcs://c:1", Path("token"), Path("ca.pem"))
+    assert there == replace(PLAIN, backbone="cloud", cloud="grpcs://c:1", token_file="token", ca="ca.pem")
+    assert PLAIN.elsewhere(None, None, None) == PLAIN
+    assert there.elsewhere("grpcs://d:1", None, None) == replace(there, cloud="grpcs://d:1")
 
 
 def test_every_knob_has_a_help_line_and_a_default_unless_it_must_be_given() -> None:

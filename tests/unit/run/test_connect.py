@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import LlamaConfig
 
-from tidelock.errors import ModelMismatch, WireError
-from tidelock.run.connect import _check_same_config
+from tidelock.errors import ConfigError, ModelMismatch, WireError
+from tidelock.run.connect import _check_same_config, connect
 
 
 def check(config_json, **device):
@@ -48,3 +48,12 @@ def test_another_rope_base_is_refused():
 def test_what_is_no_configuration_is_refused(text):
     with pytest.raises(WireError, match="no JSON object"):
         check(text)
+
+
+@pytest.mark.parametrize(
+    ("task", "num_labels"),
+    [("causal-lm", 2), ("classification", None), ("classification", 1), ("regression", 2), ("ranking", None)],
+)
+def test_a_task_and_a_number_of_labels_that_contradict_each_other_are_refused_at_once(task, num_labels):
+    with pytest.raises(ConfigError, match=f"^Task: expected one of causal-lm, .* got task='{task}' with num_labels="):
+        connect("grpcs://nobody:1", task=task, num_labels=num_labels)

@@ -80,7 +80,7 @@ def test_the_whole_story_with_a_tiny_model(
 def test_ctrl_c_in_training_ends_the_story(tmp_path: Path, notes: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
     cloud = LoopbackCloud("grpcs://127.0.0.1:7", tmp_path / "token", tmp_path / "cert", 0)
     asked: list[object] = []
-    interrupted = TrainResult(tmp_path, None, 1, None, None, None, (), 0.0, {}, {}, interrupted=True)
+    interrupted = TrainResult(tmp_path, None, 1, None, None, {}, None, (), 0.0, {}, {}, interrupted=True)
     for name, value in {
         "fetch_smollm2": lambda on_progress: tmp_path,
         "loopback_cloud": lambda _model: contextlib.nullcontext(cloud),

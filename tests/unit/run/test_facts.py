@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
+from tidelock.data.encode import TokenRow
 from tidelock.report.facts import DataFacts, SiteFacts
 from tidelock.run.facts import facts_of
 from tidelock.run.train import open_model
@@ -10,7 +11,7 @@ from tidelock.wire.ledger import Ledger
 
 def test_facts_are_those_of_the_model_and_the_data(make_config) -> None:
     model = open_model(make_config(layer=[0, 2], target=["q_proj", "v_proj"], rank=2), Ledger())
-    row = {"input_ids": [1, 2, 3, 4], "labels": [1, -100, 3, 4]}
+    row: TokenRow = {"input_ids": [1, 2, 3, 4], "labels": [1, -100, 3, 4]}
     facts = facts_of(model, [row, row], [])
     # 32 numbers of query heads and 16 of value heads.
     sites = tuple(SiteFacts(name=f"blocks.{n}.attn", block=n, input_width=32, output_width=48) for n in (0, 2))

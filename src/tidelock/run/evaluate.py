@@ -1,0 +1,111 @@
+"""Measures a run's model on labelled examples.
+
+May import everything below `run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias, final
+
+import torch
+
+from tidelock.data.batch import Collator
+from tidelock.data.encode import NO_LOSS
+from tidelock.data.source import read_examples
+from tidelock.run.examples import encode_examples
+from tidelock.run.generate import open_trained
+from tidelock.run.metrics import sequence_metrics
+from tidelock.run.train import load_tokenizer
+
+if TYPE_CHECKING:
+    from tidelock.device.model import DeviceModel
+    from tidelock.run.config import RunConfig
+    from tidelock.run.examples import EncodedRows
+    from tidelock.run.folder import RunFolder
+
+
+class Tracker(Protocol):
+    """Shows how far the work is."""
+
+    def advance(self, n: int = 1) -> None:
+        """Say that `n` more examples are done."""
+        ...
+
+
+# Given how many examples there are, lasts as long as the work.
+Track: TypeAlias = Callable[[int], AbstractContextManager[Tracker]]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a model was measured to be.
+
+    Attributes:
+        examples: How many it was measured on.
+        labels: How many labels: tokens with a loss, or one an example.
+        metrics: `loss`, the mean over labels, and by the task `perplexity`, or what `sequence_metrics` gives.
+    """
+
+    examples: int
+    labels: int
+    metrics: dict[str, float]
+
+
+def evaluate(folder: RunFolder, config: RunConfig, data: str, split: str | None, track: Track) -> Evaluation:
+    """Return how well a run's model does on a data set.
+
+    Args:
+        folder: The run.
+        config: Its configuration, with another cloud perhaps.
+        data: A file or hub data set, as for training.
+        split: Only rows of this split.
+        track: Shows how far it is.
+
+    Raises:
+        DataError: The data cannot be read, or is not that of the run's task.
+        CheckpointError: The run has no adapter yet.
+        TidelockError: As `connect`.
+    """
+    examples = read_examples(data, split=split)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    model = open_trained(folder, config)
+    try:
+        rows = encode_examples(config, model, load_tokenizer(model), examples)
+        return measure(model, rows, config.batch_size, track)
+    finally:
+        model.close()
+
+
+@torch.no_grad()
+def measure(model: DeviceModel, rows: EncodedRows, batch_size: int, track: Track) -> Evaluation:
+    """Return how well a model does on encoded rows, with dropout off.
+
+    Raises:
+        TidelockError: As the model's forward.
+    """
+    model.eval()
+    total, count, outputs, labels = 0.0, 0, [], []
+    with track(len(rows)) as tracker:
+        for start in range(0, len(rows), batch_size):
+            batch = Collator(0)(rows[start : start + batch_size])
+            # Summed, so that every label counts alike, whatever batch it is in.
+            output = model(**batch, num_items_in_batch=1)
+            total += float(output.loss)
+            # The first token of a row is predicted by none.
+            targets = batch["labels"] if model.head is not None else batch["labels"][:, 1:]
+            count += int((targets != NO_LOSS).sum())
+            if model.head is not None:
+                outputs.append(output.logits.cpu())
+                labels.append(targets)
+            tracker.advance(len(targets))
+    metrics = {"loss": total / count}
+    if model.head is None:
+        metrics["perplexity"] = float(torch.tensor(metrics["loss"], dtype=torch.float64).exp())
+    else:
+        metrics |= sequence_metrics(torch.cat(outputs).numpy(), torch.cat(labels).numpy())
+    return Evaluation(len(rows), count, metrics)
