@@ -31,15 +31,17 @@ from transformers import DynamicCache
 from tidelock.errors import ConfigError
 from tidelock.model.call import call_decoder
 from tidelock.model.reduced import reduced_config, reduced_decoder
+from tidelock.peft.prune import Stack, copy_pruned, fisher_scores, magnitude_scores
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from transformers import Cache, PretrainedConfig
+    from transformers import Cache, PretrainedConfig, PreTrainedModel
 
     from tidelock.model.geometry import Geometry
     from tidelock.model.rows import Layout
     from tidelock.model.taps import Taps
+    from tidelock.peft.prune import Scores
 
 SideInit = Literal["fisher", "magnitude", "random"]
 SideOutput = Literal["add", "alone"]
@@ -139,6 +141,14 @@ class SideStack(nn.Module):
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(_mix_before(index), with_kwargs=True)
 
+    @torch.no_grad()
+    def read_channels(self, residual_S: Tensor) -> None:
+        """Begin with linears that pick these channels of what they read, where that is of the residual's width."""
+        for linear in (self.start, *self.taps):
+            if linear.in_features == self.taps[0].in_features:
+                linear.weight.copy_(nn.functional.one_hot(residual_S, linear.in_features))
+                nn.init.zeros_(linear.bias)
+
     def forward(
         self,
         embeddings_NE: Tensor,
@@ -198,6 +208,8 @@ class SideNetwork(nn.Module):
         text_config = model_config.get_text_config()
         self.config = config
         self.blocks = config.blocks(geometry.num_blocks)
+        self._family = geometry.family
+        self._backbone_config = text_config
         small = reduced_config(text_config, config.reduction, self.blocks)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -210,6 +222,40 @@ class SideNetwork(nn.Module):
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
         self.gate = nn.Parameter(torch.zeros(())) if config.output == "add" else None
+
+    def start(self, model: PreTrainedModel, examples: Iterable[Mapping[str, Tensor]] | None = None) -> None:
+        """Begin as `config.init` says.
+
+        Args:
+            model: The whole causal model, with its weights, in eval mode; for Fisher scores in fp32.
+            examples: For Fisher scores: what the model is called with, labels among it; one example each.
+
+        Raises:
+            ConfigError: Fisher scores without examples.
+            ModelError: The family's blocks are not understood.
+        """
+        path = self._family.decoder
+        decoder = model.get_submodule(path)
+        if self.config.init == "magnitude":
+            self.start_from(decoder, magnitude_scores(decoder))
+        elif self.config.init == "fisher":
+            self.start_from(decoder, fisher_scores(model, path, examples or ()))
+
+    @torch.no_grad()
+    def start_from(self, decoder: nn.Module, scores: Scores) -> None:
+        """Copy the highest-scoring channels of the backbone into the side blocks, and begin by reading just these.
+
+        Args:
+            decoder: The backbone's own, with its weights.
+            scores: Of each of them; see `peft.prune`.
+
+        Raises:
+            ModelError: The family's blocks are not understood.
+        """
+        blocks = self._family.blocks
+        small = Stack(self.side.stack, blocks, cast("Any", self.side.stack).config)
+        residual_S = copy_pruned(Stack(decoder, blocks, self._backbone_config), small, self.blocks, scores)
+        self.side.read_channels(residual_S)
 
     def new_cache(self) -> Cache:
         """Return an empty cache for the side blocks' keys and values."""
