@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, final
 from transformers import DynamicCache
 
 from tidelock.backbone.pass_times import TimeSplit
+from tidelock.model.taps import TapPass
 from tidelock.model.walk import Walk
 from tidelock.schedule.decide import decide
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from tidelock.backbone.protocol import AttemptSites
     from tidelock.model.cut import CutModel
     from tidelock.model.geometry import Geometry
+    from tidelock.model.taps import Taps
     from tidelock.model.walk import Batch
     from tidelock.schedule.schedule import Decision, Schedule, ScoreTable
 
@@ -62,6 +66,25 @@ class LocalGeneration:
 
 
 @final
+class LocalTapGeneration:
+    """A growing batch whose taps are read, in this process; see `backbone.protocol.TapGeneration`."""
+
+    def __init__(self, cut: CutModel, batch: Batch, blocks: Sequence[int]) -> None:
+        self._cache = DynamicCache(config=cut.config)
+        self._pass = TapPass(cut, batch, blocks)
+        self.taps = self._pass.forward(self._cache)
+
+    def extend(self, embeddings_BE: Tensor) -> Taps:
+        """Return the taps of one more token in each row."""
+        self.taps = self._pass.extend(embeddings_BE, self._cache)
+        return self.taps
+
+    def close(self) -> None:
+        """Free the keys and values."""
+        self._cache = DynamicCache()
+
+
+@final
 class LocalBackbone:
     """Runs the frozen blocks in this process; see `backbone.protocol.Backbone`."""
 
@@ -93,6 +116,14 @@ class LocalBackbone:
     def generate(self, batch: Batch, sites: AttemptSites) -> LocalGeneration:
         """Run the prompts of a batch and keep keys and values for more tokens."""
         return LocalGeneration(self._cut, batch, sites)
+
+    def read_taps(self, batch: Batch, blocks: Sequence[int]) -> Taps:
+        """Run a batch through the blocks and return what the tapped ones gave."""
+        return TapPass(self._cut, batch, blocks).forward()
+
+    def generate_taps(self, batch: Batch, blocks: Sequence[int]) -> LocalTapGeneration:
+        """Run the prompts of a batch, read the taps, and keep keys and values for more tokens."""
+        return LocalTapGeneration(self._cut, batch, blocks)
 
     def close(self) -> None:
         """Nothing to let go of: the model goes with the last reference to it."""

@@ -8,10 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from tidelock.backbone.pass_times import TimeSplit
     from tidelock.model.geometry import Geometry
+    from tidelock.model.taps import Taps
     from tidelock.model.walk import Batch, Sites
     from tidelock.schedule.schedule import Decision, Schedule, ScoreTable
 
@@ -87,6 +90,45 @@ class Backbone(Protocol):
 
     def generate(self, batch: Batch, sites: AttemptSites) -> Generation:
         """Run the prompts of a batch, padded at the left, and keep keys and values for more tokens."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the model or of the connection."""
+        ...
+
+
+class TapGeneration(Protocol):
+    """As `Generation`, for a side network: the taps of every token come, and nothing is asked.
+
+    Attributes:
+        taps: Those of the tokens that came last.
+    """
+
+    taps: Taps
+
+    def extend(self, embeddings_BE: Tensor) -> Taps:
+        """Return the taps, N = M = B, of one more token in each row."""
+        ...
+
+    def close(self) -> None:
+        """Free the keys and values."""
+        ...
+
+
+class TappedBackbone(Protocol):
+    """The frozen blocks of one model, for a side network: run forward only, without active sites."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """The shape of the model."""
+        ...
+
+    def read_taps(self, batch: Batch, blocks: Sequence[int]) -> Taps:
+        """Run a batch through the blocks and return what the tapped ones gave."""
+        ...
+
+    def generate_taps(self, batch: Batch, blocks: Sequence[int]) -> TapGeneration:
+        """Run the prompts of a batch, padded at the left, read the taps, and keep keys and values for more tokens."""
         ...
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from tidelock.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tidelock.device.model import DeviceModel
+    from tidelock.device.causal_lm import DeviceCausalLM
     from tidelock.model.rows import Rows
 
 
@@ -49,7 +49,7 @@ class GenerationSettings:
 
 
 @torch.no_grad()
-def generate(model: DeviceModel, ids_BT: Tensor, rows: Rows, settings: GenerationSettings) -> Iterator[Tensor]:
+def generate(model: DeviceCausalLM, ids_BT: Tensor, rows: Rows, settings: GenerationSettings) -> Iterator[Tensor]:
     """Yield one token id for each row, int64 of shape (B,), until all rows are finished.
 
     A finished row repeats its stop id.
@@ -71,7 +71,7 @@ def generate(model: DeviceModel, ids_BT: Tensor, rows: Rows, settings: Generatio
     last_N = torch.tensor(rows.lengths).cumsum(0) - 1
     stop_ids = torch.tensor(sorted(_stop_ids(model, settings)), dtype=torch.long, device=model.device)
     choose = _Chooser(settings)
-    run = model.backbone.generate(model.open_batch(ids_BT, rows, last_N), model.open_sites())
+    run = model.open_generation(ids_BT, rows, last_N)
     try:
         final_BD = run.final_BD
         finished_B = torch.zeros(len(rows.lengths), dtype=torch.bool, device=model.device)
@@ -88,7 +88,7 @@ def generate(model: DeviceModel, ids_BT: Tensor, rows: Rows, settings: Generatio
         run.close()
 
 
-def _stop_ids(model: DeviceModel, settings: GenerationSettings) -> frozenset[int]:
+def _stop_ids(model: DeviceCausalLM, settings: GenerationSettings) -> frozenset[int]:
     if settings.stop_ids is not None:
         return settings.stop_ids
     ids = model.generation_config.eos_token_id

@@ -11,7 +11,6 @@ It decides nothing about gradients; `model.walk` does. May import errors, `model
 from __future__ import annotations
 
 import copy
-import inspect
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast, final
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tidelock.errors import ModelError
+from tidelock.model.call import call_decoder
 from tidelock.model.frames import Frames
 from tidelock.model.geometry import Place, SiteId, geometry_of
 
@@ -128,10 +128,6 @@ class CutModel:
         family = self.geometry.family
         self._decoder = model.get_submodule(family.decoder)
         self._blocks = list(cast("nn.ModuleList", self._decoder.get_submodule(family.blocks)))
-        parameters = inspect.signature(self._decoder.forward).parameters
-        self._takes_positions = "position_ids" in parameters
-        # Transformers 5.24 renamed it.
-        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self.frames = Frames(self.geometry, self.device, self.dtype)
         self._hook_sites()
         self._skeleton = self._make_skeleton(returns_tuple=self._blocks_return_tuples())
@@ -169,15 +165,11 @@ class CutModel:
             positions_BT: Position of each token, int64; None leaves it to the decoder.
             cache: Keys and values of earlier tokens, extended in place.
         """
-        kwargs: dict[str, Any] = {self._cache_argument: cache, "use_cache": cache is not None}
-        if positions_BT is not None and self._takes_positions:
-            kwargs["position_ids"] = positions_BT
         token = _TRACE.set(_Trace(run_blocks, []))
         try:
-            output = self._skeleton(inputs_embeds=embeddings_BTE, attention_mask=mask_BT, return_dict=True, **kwargs)
+            return call_decoder(self._skeleton, embeddings_BTE, mask_BT, positions_BT=positions_BT, cache=cache)
         finally:
             _TRACE.reset(token)
-        return cast("Tensor", output.last_hidden_state)
 
     def _make_skeleton(self, *, returns_tuple: bool) -> nn.Module:
         """Return a copy of the decoder that shares everything with it but has stubs for blocks."""

@@ -82,9 +82,56 @@ class Rows:
         """Return where each real token is in the flattened batch, int64 of shape (N,)."""
         return self.mask().flatten().nonzero().squeeze(1)
 
+    def layout(self, device: torch.device, *, counted: bool = False) -> Layout:
+        """Return how these rows are laid out for a decoder.
+
+        Args:
+            device: Where the decoder computes.
+            counted: Count each row's positions from its first real token; else that is left to the decoder.
+        """
+        mask_BT = self.mask().to(device)
+        return Layout(
+            mask_BT=mask_BT,
+            positions_BT=(mask_BT.cumsum(1) - 1).clamp(min=0) if counted else None,
+            indices_N=None if self.is_dense else self.indices().to(device),
+            shape_BT=(len(self.lengths), self.width),
+        )
+
+    def next_layout(self, past: int, device: torch.device) -> Layout:
+        """Return the layout of one more token in every row, after the `past` positions of a cache."""
+        count = len(self.lengths)
+        mask_BT = torch.cat([self.mask(), torch.ones(count, past + 1 - self.width, dtype=torch.long)], 1).to(device)
+        return Layout(mask_BT, mask_BT.sum(1, keepdim=True) - 1, None, (count, 1))
+
     def _take(self, first: int, end: int) -> Rows:
         starts, lengths = self.starts[first:end], self.lengths[first:end]
         return Rows(starts, lengths, max(start + length for start, length in zip(starts, lengths, strict=True)))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How packed tokens lie in the padded tensors that a decoder is called with.
+
+    Attributes:
+        mask_BT: Attention mask, int64, over the positions that a cache holds too.
+        positions_BT: Position of each token in its row, int64; None leaves it to the decoder.
+        indices_N: Where each token is in the flattened batch, int64; None when there is no padding.
+        shape_BT: Rows, and positions that a row has.
+    """
+
+    mask_BT: Tensor
+    positions_BT: Tensor | None
+    indices_N: Tensor | None
+    shape_BT: tuple[int, int]
+
+    def pack(self, x_BTD: Tensor) -> Tensor:
+        """Return the real tokens of a padded tensor, shape (N, D)."""
+        return pack(x_BTD, self.indices_N)
+
+    def unpack(self, x_ND: Tensor) -> Tensor:
+        """Return packed tokens as a padded tensor of shape (B, T, D), zero at padding; differentiable."""
+        return unpack(x_ND, self.indices_N, self.shape_BT)
 
 
 def pack(x_BTD: Tensor, indices_N: Tensor | None) -> Tensor:

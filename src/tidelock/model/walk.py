@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import Cache
 
     from tidelock.model.geometry import SiteId
+    from tidelock.model.rows import Layout
 
 
 class Sites(Protocol):
@@ -133,7 +134,7 @@ class Walk:
         self._sites = sites
         self._between_segments = between_segments
         self._shape_BT = (len(batch.rows.lengths), batch.rows.width)
-        self._indices_N = None if batch.rows.is_dense else batch.rows.indices().to(cut.device)
+        self._indices_N: Tensor | None = None
         self._lowest = batch.lowest
         self._segments: list[_Segment] = []
         self._current: _Segment | None = None
@@ -142,38 +143,23 @@ class Walk:
 
     def forward(self, cache: Cache | None = None) -> Tensor:
         """Return the decoder's final states at the selected tokens, shape (M, D), detached."""
-        rows = self._batch.rows
-        mask_BT = rows.mask().to(self._cut.device)
-        embeddings_BTE = unpack(
-            self._batch.embeddings_NE.to(self._cut.device, self._cut.dtype), self._indices_N, self._shape_BT
-        )
         # When it generates, a row padded at the left counts its positions from its first real token.
-        positions_BT = None if cache is None else (mask_BT.cumsum(1) - 1).clamp(min=0)
-        return self._run(embeddings_BTE, mask_BT, positions_BT, cache)
+        layout = self._batch.rows.layout(self._cut.device, counted=cache is not None)
+        return self._run(self._batch.embeddings_NE, layout, cache)
 
     def extend(self, embeddings_BE: Tensor, cache: Cache) -> Tensor:
         """Return the final states of one more token in every row, shape (B, D), after a `forward` with this cache."""
-        rows = self._batch.rows
-        past = cache.get_seq_length()
-        mask_BT = torch.cat([rows.mask(), torch.ones(self._shape_BT[0], past + 1 - rows.width, dtype=torch.long)], 1)
-        positions_BT = (mask_BT.sum(1, keepdim=True) - 1).to(self._cut.device)
-        self._indices_N = None
-        self._shape_BT = (self._shape_BT[0], 1)
-        embeddings_BTE = embeddings_BE.to(self._cut.device, self._cut.dtype)[:, None]
-        return self._run(embeddings_BTE, mask_BT.to(self._cut.device), positions_BT, cache, select_all=True)
+        layout = self._batch.rows.next_layout(cache.get_seq_length(), self._cut.device)
+        return self._run(embeddings_BE, layout, cache, select_all=True)
 
-    def _run(
-        self,
-        embeddings_BTE: Tensor,
-        mask_BT: Tensor,
-        positions_BT: Tensor | None,
-        cache: Cache | None,
-        *,
-        select_all: bool = False,
-    ) -> Tensor:
+    def _run(self, embeddings_NE: Tensor, layout: Layout, cache: Cache | None, *, select_all: bool = False) -> Tensor:
+        self._indices_N, self._shape_BT = layout.indices_N, layout.shape_BT
+        embeddings_BTE = layout.unpack(embeddings_NE.to(self._cut.device, self._cut.dtype))
         with torch.set_grad_enabled(self._batch.training):
-            final_BTD = self._cut.run(embeddings_BTE, mask_BT, self._run_blocks, positions_BT=positions_BT, cache=cache)
-            final_ND = pack(final_BTD, self._indices_N)
+            final_BTD = self._cut.run(
+                embeddings_BTE, layout.mask_BT, self._run_blocks, positions_BT=layout.positions_BT, cache=cache
+            )
+            final_ND = layout.pack(final_BTD)
             final_MD = final_ND if select_all else final_ND.index_select(0, self._batch.select_M.to(final_ND.device))
         if self._batch.training:
             self._final_MD = final_MD

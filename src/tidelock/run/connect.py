@@ -70,9 +70,8 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
             `local`, all of it). None fetches those from the cloud.
         task: `causal-lm`; or with a new, trained head for whole texts, `classification` or `regression` (of a number).
         num_labels: How many classes there are.
-        peft_config: What to train: a `peft.LoraConfig` (with no target modules named, `peft`'s own choice for the
-            family), a `tidelock.AdapterConfig` or a `tidelock.CoreConfig`; None is LoRA of rank 8 on all query, key
-            and value projections.
+        peft_config: A `peft.LoraConfig` (with no target modules named, `peft`'s own choice for the family), a
+            `tidelock.AdapterConfig` or a `tidelock.CoreConfig`; None is LoRA of rank 8 on all of query, key and value.
         credentials: For a cloud; or give only `token`, its bearer token, and `ca`, a PEM file with the authority or the
             certificate to trust.
         codec: How activations and gradients cross: `fp32`, `bf16` (half the bytes), `int8` (a quarter), `int4`.

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils import logging
 
 from tidelock.device.bank import Bank
-from tidelock.device.model import fresh_head
+from tidelock.device.causal_lm import fresh_head
 from tidelock.errors import ConfigError, ModelError, NonFiniteError, StorageError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import empty_model, read_config

@@ -72,3 +72,26 @@ def test_unpacking_is_differentiated():
     (unpack(packed, rows.indices(), (2, 2)) * weights).sum().backward()
     assert packed.grad is not None
     assert torch.equal(packed.grad, weights.view(4, 4)[rows.indices()])
+
+
+def test_a_layout_says_where_tokens_are_and_takes_them_there_and_back():
+    layout = Rows((1, 0), (2, 3), 3).layout(torch.device("cpu"), counted=True)
+    assert layout.mask_BT.tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert layout.positions_BT is not None
+    assert layout.positions_BT.tolist() == [[0, 0, 1], [0, 1, 2]]
+    x_ND = torch.arange(10.0).view(5, 2)
+    padded = layout.unpack(x_ND)
+    assert padded[0, 0].tolist() == [0.0, 0.0]
+    assert torch.equal(layout.pack(padded), x_ND)
+
+
+def test_positions_are_left_to_the_decoder_unless_they_are_counted():
+    assert Rows((0,), (2,), 2).layout(torch.device("cpu")).positions_BT is None
+
+
+def test_the_next_layout_is_one_token_after_all_that_came():
+    layout = Rows((1, 0), (2, 3), 3).next_layout(4, torch.device("cpu"))
+    assert layout.mask_BT.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
+    assert layout.positions_BT is not None
+    assert layout.positions_BT.tolist() == [[3], [4]]
+    assert layout.unpack(torch.ones(2, 7)).shape == (2, 1, 7)

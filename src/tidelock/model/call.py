@@ -1,0 +1,41 @@
+"""Calls a decoder with word embeddings, whatever its version of `transformers` calls the arguments.
+
+May import libraries.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import Cache
+
+
+def call_decoder(
+    decoder: nn.Module,
+    embeddings_BTE: Tensor,
+    mask_BT: Tensor,
+    *,
+    positions_BT: Tensor | None = None,
+    cache: Cache | None = None,
+    **more: Tensor,
+) -> Tensor:
+    """Return the decoder's final state, shape (B, T, D).
+
+    Args:
+        decoder: The module whose `forward` loops over the blocks.
+        embeddings_BTE: Word embeddings, as the model's own embedding module gives them.
+        mask_BT: Attention mask, int64, over the cached positions too when there is a cache.
+        positions_BT: Position of each token, int64; None leaves it to the decoder, as do families that take none.
+        cache: Keys and values of earlier tokens, extended in place.
+        **more: What else this decoder takes, such as an encoder's states.
+    """
+    names = inspect.signature(decoder.forward).parameters
+    # Transformers 5.24 renamed it.
+    kwargs: dict[str, Any] = {"cache" if "cache" in names else "past_key_values": cache, "use_cache": cache is not None}
+    if positions_BT is not None and "position_ids" in names:
+        kwargs["position_ids"] = positions_BT
+    output = decoder(inputs_embeds=embeddings_BTE, attention_mask=mask_BT, return_dict=True, **kwargs, **more)
+    return cast("Tensor", output.last_hidden_state)

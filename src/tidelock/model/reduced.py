@@ -1,0 +1,145 @@
+"""A model's own architecture at a fraction of its width: the configuration, and the decoder made from it.
+
+The number of heads stays (PAC's side blocks keep them too); hidden, feed-forward and head widths shrink. A family's
+own class does the rest: it makes masks, positions and rotary embeddings for the widths that it is given.
+
+May import errors, `model` and libraries.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from tidelock.errors import ModelError
+from tidelock.model.call import call_decoder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from tidelock.model.families import Family
+
+# What configurations call their widths, besides hidden_size, which every family answers to. A family has some of them;
+# one that keeps a width under a name of its own is found out when its blocks do not fit.
+_FEED_FORWARD = ("intermediate_size", "ffn_dim", "n_inner")
+_HEAD = "head_dim"  # families without it share the hidden width among their heads
+_SAME_AS_HIDDEN = ("word_embed_proj_dim",)
+_LIKE_HEAD = ("query_pre_attn_scalar",)  # Gemma divides attention scores by the root of this, not of head_dim
+_PER_BLOCK = ("layer_types", "no_rope_layers")
+_ROPE_FACTORS = ("short_factor", "long_factor")  # LongRoPE: one for each pair of a head's rotary channels
+
+
+def reduced_config(config: PretrainedConfig, reduction: int, blocks: Sequence[int]) -> PretrainedConfig:
+    """Return a copy of a decoder's configuration with every width divided by `reduction`.
+
+    Widths are rounded up: a head's to an even number of rotary channels, the hidden one to a multiple of the heads.
+
+    Args:
+        config: The model's text configuration.
+        reduction: k of the papers.
+        blocks: The blocks that the copy has; what a family states for each block follows them.
+
+    Raises:
+        ModelError: The family's configuration does not take the widths.
+    """
+    facts = config.to_dict()
+    heads, head = config.num_attention_heads, facts.get(_HEAD)
+    # In families that share the hidden width among their heads the head decides, else both are free.
+    full_head = head or config.hidden_size // heads
+    small_head = _even_head(full_head, reduction, _rotary_shares(facts))
+    hidden = heads * (math.ceil(math.ceil(config.hidden_size / reduction) / heads) if head else small_head)
+    changes: dict[str, Any] = {
+        "hidden_size": hidden,
+        "num_hidden_layers": len(blocks),
+        "vocab_size": 1,
+        "tie_word_embeddings": False,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
+        **({_HEAD: small_head} if head else {}),
+    }
+    for name, value in facts.items():
+        if name in _FEED_FORWARD and value is not None:
+            changes[name] = math.ceil(value / reduction)
+        elif name in _SAME_AS_HIDDEN:
+            changes[name] = hidden
+        elif name in _LIKE_HEAD:
+            changes[name] = max(1, round(value * small_head / full_head))
+        elif name in _PER_BLOCK and value is not None:
+            changes[name] = [value[block] for block in blocks]
+        elif name == "rope_parameters" and value is not None:
+            changes[name] = _reduced_rope(value, small_head)
+    # `attribute_map` leads names such as hidden_size to a family's own; a copy keeps what it has no field for.
+    own = getattr(config, "attribute_map", {})
+    small = {own.get(name, name): value for name, value in changes.items()}
+    try:
+        return type(config).from_dict({**facts, **small})
+    except (StrictDataclassError, AttributeError, TypeError, ValueError) as error:
+        raise _refused(config.model_type, hidden, error) from error
+
+
+def reduced_decoder(config: PretrainedConfig, family: Family) -> PreTrainedModel:
+    """Return a decoder of a reduced configuration, with random weights in fp32 and no word embedding.
+
+    Raises:
+        ModelError: The family's class does not take the widths.
+    """
+    state_BTS = torch.zeros(1, 2, config.hidden_size)
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        decoder = cast("PreTrainedModel", model.get_submodule(family.decoder))
+        decoder.set_input_embeddings(nn.Identity())  # it is given embeddings, of a width of its own
+        with torch.no_grad():
+            call_decoder(decoder, state_BTS, torch.ones(1, 2, dtype=torch.long))
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise _refused(config.model_type, config.hidden_size, error) from error
+    return decoder
+
+
+def _refused(model_type: str, hidden: int, error: Exception) -> ModelError:
+    return ModelError(
+        f"A side network for a model of type {model_type!r}: expected its class to compute with a hidden width of "
+        f"{hidden}, got {type(error).__name__}: {error}. Choose another reduction, or another model."
+    )
+
+
+def _even_head(full: int, reduction: int, rotary_shares: Sequence[float]) -> int:
+    """Return the smallest head width, of at least 1/k of the full one, that rotary embedding can halve."""
+    smallest = math.ceil(full / reduction)
+    fits = (
+        head
+        for head in range(smallest + smallest % 2, full, 2)
+        if all(int(head * share) >= 2 and int(head * share) % 2 == 0 for share in rotary_shares)
+    )
+    return next(fits, full)
+
+
+def _rotary_shares(facts: dict[str, Any]) -> list[float]:
+    """Return which parts of a head rotary embedding turns, one for each kind of block that has any."""
+    return [rope.get("partial_rotary_factor", 1.0) for rope in _each_rope(facts.get("rope_parameters"))]
+
+
+def _each_rope(parameters: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the rotary parameters, which some families have for each kind of block and others once for all."""
+    if not parameters:
+        return []
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def _reduced_rope(parameters: dict[str, Any], head: int) -> dict[str, Any]:
+    """Return rotary parameters whose per-channel factors are those of the channels that a small head turns as fast."""
+
+    def reduce(rope: dict[str, Any]) -> dict[str, Any]:
+        pairs = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
+        factors = {name: rope[name] for name in _ROPE_FACTORS if name in rope}
+        return rope | {name: [f[i * len(f) // pairs] for i in range(pairs)] for name, f in factors.items()}
+
+    if any(isinstance(value, dict) for value in parameters.values()):
+        return {kind: reduce(rope) if isinstance(rope, dict) else rope for kind, rope in parameters.items()}
+    return reduce(parameters)
