@@ -34,6 +34,7 @@ from tidelock.device.model import DeviceModel
 from tidelock.errors import CheckpointError
 from tidelock.peft.adapter import AdapterConfig
 from tidelock.peft.attach import attach_adapter
+from tidelock.peft.core import CoreConfig
 from tidelock.peft.export import load_adapter
 from tidelock.run.connect import connect
 from tidelock.wire.ledger import Ledger
@@ -189,6 +190,24 @@ def test_a_serial_adapter_computes_the_same_on_a_plain_model(
     )
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_core_is_read_by_peft_with_its_head(name: str, join: Connect, tiny_models: Path, tmp_path: Path) -> None:
+    config = CoreConfig(rank=4)
+    device = join(name, config, **task_of(3)).eval()
+    randomise_adapter(device)
+    device.save_adapter(tmp_path)
+    theirs = PeftModel.from_pretrained(plain_model(tiny_models / name, 3), str(tmp_path)).eval()
+    adapter = load_adapter(tmp_path)
+    assert adapter.num_labels == 3
+    again = connect("local", model=tiny_models / name, peft_config=adapter.config, **task_of(3)).eval()
+    again.load_adapter(adapter)
+    batch = sequence_batch("right", 3)
+    with torch.no_grad():
+        ours, loaded, its = (model(**batch.arguments()).logits for model in (device, again, theirs))
+    assert relative_error(ours, its) <= LOSS_TOLERANCE
+    assert relative_error(loaded, its) <= LOSS_TOLERANCE
+
+
 def test_a_serial_adapters_gradients_equal_those_of_the_plain_model(join: Connect, tiny_models: Path, tmp_path: Path):
     device = join("qwen2", HOULSBY, **task_of(1))
     randomise_adapter(device)
@@ -219,7 +238,7 @@ def test_an_adapter_for_another_task_or_head_is_refused(
         settings = {} if num_labels is None else task_of(num_labels)
         return connect("local", model=tiny_models / "llama", peft_config=copy.deepcopy(config), **settings)
 
-    for number, config in enumerate((lora("llama"), HOULSBY)):
+    for number, config in enumerate((lora("llama"), HOULSBY, CoreConfig(rank=4))):
         make(config, save_labels).save_adapter(tmp_path / str(number))
         adapter = load_adapter(tmp_path / str(number))
         assert adapter.num_labels == save_labels

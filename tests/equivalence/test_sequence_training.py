@@ -29,13 +29,18 @@ from tidelock.data.encode_sequence import SequenceRow
 from tidelock.device.kill_revive import KillRevive, PeriodReport
 from tidelock.device.model import DeviceModel
 from tidelock.peft.adapter import AdapterConfig
+from tidelock.peft.core import CoreConfig
 from tidelock.peft.methods import MethodConfig
 from tidelock.run.connect import connect
 from tidelock.schedule.schedule import SCHEDULES, Schedule
 
 MODEL, EPOCHS, ROWS = "llama", 4, 7
 LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
-METHODS: dict[str, MethodConfig] = {"lora": LORA, "adapter": AdapterConfig(bottleneck=3)}
+METHODS: dict[str, MethodConfig] = {
+    "lora": LORA,
+    "adapter": AdapterConfig(bottleneck=3),
+    "core": CoreConfig(rank=4),
+}
 CLASSES: dict[str, Any] = {"task": "classification", "num_labels": 3}
 
 
