@@ -125,8 +125,8 @@ def test_the_first_step_is_the_backbones_when_the_upsampling_is_zero(name: str, 
         whole = Batch(model.ends.embed(packed_ids(ids, rows)), rows, torch.arange(rows.num_tokens), {}, training=False)
         assert torch.equal(final, model.source.read(packed_ids(ids, rows), whole, ()).final_MD)
     model(**batch.arguments()).loss.backward()
-    assert model.network.up.weight.grad is not None
-    assert float(model.network.up.weight.grad.norm()) > 0
+    assert model.network.head.up.weight.grad is not None
+    assert float(model.network.head.up.weight.grad.norm()) > 0
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2", "opt_projected"])

@@ -33,7 +33,7 @@ def side_model(folder: Path, config: SideConfig) -> SideModel:
 
 
 @torch.no_grad()
-def randomise_side(model: SideModel, seed: int = 1) -> None:
+def randomise_side(model: nn.Module, seed: int = 1) -> None:
     """Make every trained parameter random, gates included, and large enough to matter."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -94,7 +94,7 @@ class PlainSide(nn.Module):
     def _add_side(self, _head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         start = self.network.side.start(self._outputs["embeddings"])
         output = self.network.side.stack(inputs_embeds=start, attention_mask=self._mask, use_cache=False)
-        up = self.network.up(output.last_hidden_state)
-        if self.network.gate is None:
+        up = self.network.head.up(output.last_hidden_state)
+        if self.network.head.gate is None:
             return (up,)
-        return (args[0] + torch.sigmoid(self.network.gate / 0.1) * up,)
+        return (args[0] + torch.sigmoid(self.network.head.gate / 0.1) * up,)

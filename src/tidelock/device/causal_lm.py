@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -123,12 +123,12 @@ class DeviceCausalLM(nn.Module, ABC):
         if labels is None:
             select_N = torch.arange(rows.num_tokens)
             final_MD = self.final_states(ids_BT, rows, select_N)
-            return CausalLMOutput(logits=self._spread(self.ends.logits(final_MD), rows, select_N, ids_BT.shape[1]))
+            return CausalLMOutput(logits=spread(self.ends.logits(final_MD), rows, select_N, ids_BT.shape[1]))
         _check_shapes(ids_BT, labels=labels)
         select_M, targets_M = labelled_tokens(labels, rows)
         logits_MV = self.ends.logits(self.final_states(ids_BT, rows, select_M))
         loss = causal_loss(logits_MV, targets_M, num_items_in_batch)
-        return CausalLMOutput(loss=loss, logits=self._spread(logits_MV, rows, select_M, ids_BT.shape[1]))
+        return CausalLMOutput(loss=loss, logits=spread(logits_MV, rows, select_M, ids_BT.shape[1]))
 
     def _forward_texts(
         self,
@@ -153,7 +153,7 @@ class DeviceCausalLM(nn.Module, ABC):
         ids_BT, rows = self._read_batch(input_ids, attention_mask, kwargs)
         select_N = torch.arange(rows.num_tokens)
         final_ND = self.final_states(ids_BT, rows, select_N)
-        return BaseModelOutput(last_hidden_state=self._spread(final_ND, rows, select_N, ids_BT.shape[1]))
+        return BaseModelOutput(last_hidden_state=spread(final_ND, rows, select_N, ids_BT.shape[1]))
 
     def get_output_embeddings(self) -> nn.Linear:
         """Return the frozen head."""
@@ -192,35 +192,52 @@ class DeviceCausalLM(nn.Module, ABC):
     def _read_batch(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Rows]:
-        unknown = sorted(name for name, value in kwargs.items() if name not in _HARMLESS and value is not None)
-        if unknown or input_ids is None:
-            got = f"the arguments {unknown}" if unknown else "no input_ids"
-            msg = (
-                f"Calling the device's model: expected input_ids, attention_mask and labels, got {got}. Leave out what "
-                "it does not know (position_ids and inputs_embeds among them)."
-            )
-            raise ConfigError(msg)
-        _check_shapes(input_ids, attention_mask=attention_mask)
+        rows = read_rows(input_ids, attention_mask, kwargs, self.ends.geometry.max_positions)
         self.ends.to(self.device)
-        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        rows = Rows.from_mask(mask_BT)
-        limit = self.ends.geometry.max_positions
-        if limit is not None and rows.width > limit:
-            msg = (
-                f"Batch: expected at most {limit} tokens a row, as the model was made for, got {rows.width}. Shorten "
-                "or truncate the examples."
-            )
-            raise ConfigError(msg)
-        return input_ids.to(self.device), rows
+        return cast("Tensor", input_ids).to(self.device), rows
 
-    def _spread(self, x_MD: Tensor, rows: Rows, select_M: Tensor, width: int) -> Tensor:
-        """Return states or logits of selected tokens at their places, shape (B, `width`, D), zero elsewhere."""
-        indices_N = rows.indices()
-        row_M = indices_N[select_M] // rows.width
-        column_M = indices_N[select_M] % rows.width
-        places_M = (row_M * width + column_M).to(x_MD.device)
-        count = len(rows.lengths)
-        return _zeros(x_MD, count * width).index_copy_(0, places_M, x_MD).view(count, width, -1)
+
+def read_rows(
+    input_ids: Tensor | None, attention_mask: Tensor | None, others: dict[str, Any], limit: int | None
+) -> Rows:
+    """Return where the real tokens of a batch are, once its arguments are checked.
+
+    Args:
+        input_ids: Token ids, int64 of shape (B, T).
+        attention_mask: 1 at real tokens, shape (B, T); None means that all are real.
+        others: Further arguments; refused unless they change nothing.
+        limit: Most positions that the model was made for, or None.
+
+    Raises:
+        ConfigError: An argument is missing, unknown or of a wrong shape, a row has padding inside or is too long.
+    """
+    unknown = sorted(name for name, value in others.items() if name not in _HARMLESS and value is not None)
+    if unknown or input_ids is None:
+        got = f"the arguments {unknown}" if unknown else "no input_ids"
+        msg = (
+            f"Calling the device's model: expected input_ids, attention_mask and labels, got {got}. Leave out what "
+            "it does not know (position_ids and inputs_embeds among them)."
+        )
+        raise ConfigError(msg)
+    _check_shapes(input_ids, attention_mask=attention_mask)
+    rows = Rows.from_mask(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
+    if limit is not None and rows.width > limit:
+        msg = (
+            f"Batch: expected at most {limit} tokens a row, as the model was made for, got {rows.width}. Shorten "
+            "or truncate the examples."
+        )
+        raise ConfigError(msg)
+    return rows
+
+
+def spread(x_MD: Tensor, rows: Rows, select_M: Tensor, width: int) -> Tensor:
+    """Return states or logits of selected tokens at their places, shape (B, `width`, D), zero elsewhere."""
+    indices_N = rows.indices()
+    row_M = indices_N[select_M] // rows.width
+    column_M = indices_N[select_M] % rows.width
+    places_M = (row_M * width + column_M).to(x_MD.device)
+    count = len(rows.lengths)
+    return _zeros(x_MD, count * width).index_copy_(0, places_M, x_MD).view(count, width, -1)
 
 
 def fresh_head(config: PretrainedConfig, geometry: Geometry, num_labels: int) -> nn.Linear:

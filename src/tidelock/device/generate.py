@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Protocol, final
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from tidelock.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from transformers import GenerationConfig
+
+    from tidelock.backbone.protocol import Generation
     from tidelock.device.causal_lm import DeviceCausalLM
     from tidelock.model.rows import Rows
 
@@ -48,6 +51,18 @@ class GenerationSettings:
             raise ConfigError(msg)
 
 
+class TokenEnds(Protocol):
+    """A model's embedding and head."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return word embeddings, shape (*ids.shape, E)."""
+        ...
+
+    def logits(self, final_MD: Tensor) -> Tensor:
+        """Return logits, shape (M, V)."""
+        ...
+
+
 @torch.no_grad()
 def generate(model: DeviceCausalLM, ids_BT: Tensor, rows: Rows, settings: GenerationSettings) -> Iterator[Tensor]:
     """Yield one token id for each row, int64 of shape (B,), until all rows are finished.
@@ -69,29 +84,50 @@ def generate(model: DeviceCausalLM, ids_BT: Tensor, rows: Rows, settings: Genera
         )
         raise ConfigError(msg)
     last_N = torch.tensor(rows.lengths).cumsum(0) - 1
-    stop_ids = torch.tensor(sorted(_stop_ids(model, settings)), dtype=torch.long, device=model.device)
-    choose = _Chooser(settings)
     run = model.open_generation(ids_BT, rows, last_N)
+    yield from choose_tokens(run, model.ends, stop_ids(model.generation_config, settings), model.device, settings)
+
+
+@torch.no_grad()
+def choose_tokens(
+    run: Generation,
+    ends: TokenEnds,
+    stop_ids: frozenset[int],
+    device: torch.device,
+    settings: GenerationSettings,
+) -> Iterator[Tensor]:
+    """Yield one token id for each row of a growing batch, until all rows are finished; then close it.
+
+    Args:
+        run: The batch, with a first final state in each row.
+        ends: Embedding and head.
+        stop_ids: A row that gives one of these is finished, and repeats it.
+        device: Where the ends are.
+        settings: How tokens are chosen, and how many at most.
+    """
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+    choose = _Chooser(settings)
     try:
         final_BD = run.final_BD
-        finished_B = torch.zeros(len(rows.lengths), dtype=torch.bool, device=model.device)
-        token_B = torch.zeros(len(rows.lengths), dtype=torch.long, device=model.device)
+        finished_B = torch.zeros(len(final_BD), dtype=torch.bool, device=device)
+        token_B = torch.zeros(len(final_BD), dtype=torch.long, device=device)
         for step in range(settings.max_new_tokens):
-            chosen_B = choose(model.ends.logits(final_BD.to(model.device, torch.float32)))
+            chosen_B = choose(ends.logits(final_BD.to(device, torch.float32)))
             token_B = torch.where(finished_B, token_B, chosen_B)
             yield token_B
-            finished_B = finished_B | torch.isin(token_B, stop_ids)
+            finished_B = finished_B | torch.isin(token_B, stops)
             if bool(finished_B.all()) or step == settings.max_new_tokens - 1:
                 return
-            final_BD = run.extend(model.ends.embed(token_B))
+            final_BD = run.extend(ends.embed(token_B))
     finally:
         run.close()
 
 
-def _stop_ids(model: DeviceCausalLM, settings: GenerationSettings) -> frozenset[int]:
+def stop_ids(defaults: GenerationConfig, settings: GenerationSettings) -> frozenset[int]:
+    """Return the ids that end a row: the settings', or the model's own."""
     if settings.stop_ids is not None:
         return settings.stop_ids
-    ids = model.generation_config.eos_token_id
+    ids = defaults.eos_token_id
     return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
 

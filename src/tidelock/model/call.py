@@ -1,4 +1,4 @@
-"""Calls a decoder with word embeddings, whatever its version of `transformers` calls the arguments.
+"""Calls a decoder or an encoder with word embeddings, whatever its version of `transformers` calls the arguments.
 
 May import libraries.
 """
@@ -9,6 +9,8 @@ import inspect
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
     from transformers import Cache
 
@@ -20,9 +22,9 @@ def call_decoder(
     *,
     positions_BT: Tensor | None = None,
     cache: Cache | None = None,
-    **more: Tensor,
+    more: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Return the decoder's final state, shape (B, T, D).
+    """Return the final state of a decoder, or of an encoder, shape (B, T, D).
 
     Args:
         decoder: The module whose `forward` loops over the blocks.
@@ -30,12 +32,17 @@ def call_decoder(
         mask_BT: Attention mask, int64, over the cached positions too when there is a cache.
         positions_BT: Position of each token, int64; None leaves it to the decoder, as do families that take none.
         cache: Keys and values of earlier tokens, extended in place.
-        **more: What else this decoder takes, such as an encoder's states.
+        more: What else this decoder takes, such as an encoder's states.
     """
     names = inspect.signature(decoder.forward).parameters
-    # Transformers 5.24 renamed it.
-    kwargs: dict[str, Any] = {"cache" if "cache" in names else "past_key_values": cache, "use_cache": cache is not None}
-    if positions_BT is not None and "position_ids" in names:
-        kwargs["position_ids"] = positions_BT
-    output = decoder(inputs_embeds=embeddings_BTE, attention_mask=mask_BT, return_dict=True, **kwargs, **more)
+    # Transformers 5.24 renamed `past_key_values`; encoders have neither, and families without positions take none.
+    offered: dict[str, Any] = {
+        "cache": cache,
+        "use_cache": cache is not None,
+        "position_ids": positions_BT,
+    }
+    if "cache" not in names:
+        offered["past_key_values"] = offered.pop("cache")
+    kwargs = {name: value for name, value in offered.items() if name in names and value is not None}
+    output = decoder(inputs_embeds=embeddings_BTE, attention_mask=mask_BT, return_dict=True, **kwargs, **(more or {}))
     return cast("Tensor", output.last_hidden_state)

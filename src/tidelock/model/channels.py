@@ -32,6 +32,8 @@ Axis = Literal[
     "interleaved",  # each head's queries, keys and values
     "feed-forward",
     "gate and up",
+    "encoder's residual",
+    "whole",  # no channels: T5's table of relative positions
 ]
 
 # Linears by the end of their name: what their outputs and inputs count.
@@ -58,6 +60,19 @@ _LINEARS: dict[str, tuple[Axis, Axis]] = {
     "fc2": ("residual", "feed-forward"),
     "mlp.c_proj": ("residual", "feed-forward"),
     "dense_4h_to_h": ("residual", "feed-forward"),
+    # T5, and the cross-attention of both encoder-decoders. The longest end that fits counts.
+    "q": ("queries", "residual"),
+    "k": ("keys", "residual"),
+    "v": ("values", "residual"),
+    "o": ("residual", "mixed"),
+    "EncDecAttention.k": ("keys", "encoder's residual"),
+    "EncDecAttention.v": ("values", "encoder's residual"),
+    "encoder_attn.k_proj": ("keys", "encoder's residual"),
+    "encoder_attn.v_proj": ("values", "encoder's residual"),
+    "wi": ("feed-forward", "residual"),
+    "wi_0": ("feed-forward", "residual"),
+    "wi_1": ("feed-forward", "residual"),
+    "wo": ("residual", "feed-forward"),
 }
 
 _HEAD_NORMS: dict[str, Axis] = {"q_norm": "queries", "k_norm": "keys"}
@@ -101,12 +116,14 @@ class Group:
         head: The key and value head that they belong to.
     """
 
-    kind: Literal["residual", "query-key", "value", "feed-forward"]
+    kind: Literal["residual", "query-key", "value", "feed-forward", "whole"]
     where: str = ""
     head: int = 0
 
 
 RESIDUAL = Group("residual")
+ENCODER_RESIDUAL = Group("residual", "encoder")
+WHOLE = Group("whole")  # an axis of which everything is kept
 
 
 Axes = tuple[tuple[Group, ...], ...]
@@ -155,12 +172,16 @@ class _Groups:
             "interleaved": [group for key, value in zip(keys, values, strict=True) for group in (key, key, value)],
             "feed-forward": [Group("feed-forward")],
             "gate and up": [Group("feed-forward")] * 2,
+            "encoder's residual": [ENCODER_RESIDUAL],
+            "whole": [WHOLE],
         }
         return tuple(every[axis])
 
 
 def _axes(path: str, module: nn.Module, name: str, groups: _Groups) -> Axes:
     where, _, last = path.rpartition(".")
+    if isinstance(module, nn.Embedding):
+        return (groups.of("whole", where),) * 2
     if not isinstance(module, nn.Linear | Conv1D):
         if _is_of_one_head(path, module, name, groups.heads):
             return (groups.of("one head", where),)
@@ -168,11 +189,11 @@ def _axes(path: str, module: nn.Module, name: str, groups: _Groups) -> Axes:
     ends = [end for end in _LINEARS if f".{path}".endswith(f".{end}")]
     if not ends:
         msg = (
-            f"Pruning a block: expected linears named like {', '.join(sorted(_LINEARS)[-6:])}, got {path!r}. Start "
+            f"Pruning a block: expected linears named like {', '.join(list(_LINEARS)[:6])}, got {path!r}. Start "
             "this model's side network with init 'random'."
         )
         raise ModelError(msg)
-    outputs, inputs = (groups.of(axis, where) for axis in _LINEARS[ends[0]])
+    outputs, inputs = (groups.of(axis, where) for axis in _LINEARS[max(ends, key=len)])
     if name == "bias":
         return (outputs,)
     return (inputs, outputs) if isinstance(module, Conv1D) else (outputs, inputs)

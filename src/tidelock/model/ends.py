@@ -97,10 +97,11 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 @final
-class _GivenState(nn.Module):
+class GivenState(nn.Module):
     """Stands where the decoder was: hands on the state that it is given."""
 
     def forward(self, *_args: Any, inputs_embeds: Tensor, **_kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Return the state that was to go into the decoder."""
         # This class has every field that a causal model may hand on; GPT-2 asks for cross_attentions.
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
 
@@ -138,7 +139,7 @@ class Ends:
         self.stored_names = end_tensors(model, source)
         _load_ends(model, source, self.stored_names)
         parent, _, name = self.geometry.family.decoder.rpartition(".")
-        setattr(model.get_submodule(parent), name, _GivenState())
+        setattr(model.get_submodule(parent), name, GivenState())
         self._embedding.eval().requires_grad_(requires_grad=False)
         self._head_model.eval().requires_grad_(requires_grad=False)
         self._try_head()

@@ -9,35 +9,43 @@ May import errors, `model` and libraries.
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tidelock.errors import ModelError
 from tidelock.model.call import call_decoder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
     from tidelock.model.families import Family
+    from tidelock.model.seq2seq import EncoderDecoderFamily
 
 # What configurations call their widths, besides hidden_size, which every family answers to. A family has some of them;
 # one that keeps a width under a name of its own is found out when its blocks do not fit.
-_FEED_FORWARD = ("intermediate_size", "ffn_dim", "n_inner")
-_HEAD = "head_dim"  # families without it share the hidden width among their heads
+_FEED_FORWARD = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim")
+_HEAD = ("head_dim", "d_kv")  # families without one share the hidden width among their heads
+_DECODER_BLOCKS = ("num_decoder_layers", "decoder_layers")
+# There is no vocabulary that they could be of.
+_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_eos_token_id")
 _SAME_AS_HIDDEN = ("word_embed_proj_dim",)
 _LIKE_HEAD = ("query_pre_attn_scalar",)  # Gemma divides attention scores by the root of this, not of head_dim
 _PER_BLOCK = ("layer_types", "no_rope_layers")
 _ROPE_FACTORS = ("short_factor", "long_factor")  # LongRoPE: one for each pair of a head's rotary channels
 
 
-def reduced_config(config: PretrainedConfig, reduction: int, blocks: Sequence[int]) -> PretrainedConfig:
-    """Return a copy of a decoder's configuration with every width divided by `reduction`.
+def reduced_config(
+    config: PretrainedConfig, reduction: int, blocks: Sequence[int], decoder_blocks: Sequence[int] = ()
+) -> PretrainedConfig:
+    """Return a copy of a model's configuration with every width divided by `reduction`.
 
     Widths are rounded up: a head's to an even number of rotary channels, the hidden one to a multiple of the heads.
 
@@ -45,35 +53,34 @@ def reduced_config(config: PretrainedConfig, reduction: int, blocks: Sequence[in
         config: The model's text configuration.
         reduction: k of the papers.
         blocks: The blocks that the copy has; what a family states for each block follows them.
+        decoder_blocks: Those of the decoder, where `blocks` are the encoder's.
 
     Raises:
         ModelError: The family's configuration does not take the widths.
     """
     facts = config.to_dict()
-    heads, head = config.num_attention_heads, facts.get(_HEAD)
+    heads, head = config.num_attention_heads, next((facts[name] for name in _HEAD if facts.get(name)), None)
     # In families that share the hidden width among their heads the head decides, else both are free.
     full_head = head or config.hidden_size // heads
     small_head = _even_head(full_head, reduction, _rotary_shares(facts))
     hidden = heads * (math.ceil(math.ceil(config.hidden_size / reduction) / heads) if head else small_head)
+    rules: dict[str, Callable[[Any], Any]] = {
+        **dict.fromkeys(_FEED_FORWARD, lambda width: math.ceil(width / reduction)),
+        **dict.fromkeys(_HEAD, lambda _: small_head),
+        **dict.fromkeys(_SAME_AS_HIDDEN, lambda _: hidden),
+        **dict.fromkeys(_LIKE_HEAD, lambda scale: max(1, round(scale * small_head / full_head))),
+        **dict.fromkeys(_PER_BLOCK, lambda values: [values[block] for block in blocks]),
+        **dict.fromkeys(_DECODER_BLOCKS, lambda _: len(decoder_blocks)),
+        **dict.fromkeys(_IDS, lambda _: None),
+        "rope_parameters": lambda rope: _reduced_rope(rope, small_head),
+    }
     changes: dict[str, Any] = {
         "hidden_size": hidden,
         "num_hidden_layers": len(blocks),
         "vocab_size": 1,
         "tie_word_embeddings": False,
-        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
-        **({_HEAD: small_head} if head else {}),
+        **{name: rules[name](value) for name, value in facts.items() if name in rules and value is not None},
     }
-    for name, value in facts.items():
-        if name in _FEED_FORWARD and value is not None:
-            changes[name] = math.ceil(value / reduction)
-        elif name in _SAME_AS_HIDDEN:
-            changes[name] = hidden
-        elif name in _LIKE_HEAD:
-            changes[name] = max(1, round(value * small_head / full_head))
-        elif name in _PER_BLOCK and value is not None:
-            changes[name] = [value[block] for block in blocks]
-        elif name == "rope_parameters" and value is not None:
-            changes[name] = _reduced_rope(value, small_head)
     # `attribute_map` leads names such as hidden_size to a family's own; a copy keeps what it has no field for.
     own = getattr(config, "attribute_map", {})
     small = {own.get(name, name): value for name, value in changes.items()}
@@ -89,16 +96,45 @@ def reduced_decoder(config: PretrainedConfig, family: Family) -> PreTrainedModel
     Raises:
         ModelError: The family's class does not take the widths.
     """
-    state_BTS = torch.zeros(1, 2, config.hidden_size)
-    try:
+    with _refusing(config):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        decoder = cast("PreTrainedModel", model.get_submodule(family.decoder))
-        decoder.set_input_embeddings(nn.Identity())  # it is given embeddings, of a width of its own
-        with torch.no_grad():
-            call_decoder(decoder, state_BTS, torch.ones(1, 2, dtype=torch.long))
+        decoder = _without_embedding(model, family.decoder)
+        _try(decoder, config)
+    return decoder
+
+
+def reduced_encoder_decoder(
+    config: PretrainedConfig, family: EncoderDecoderFamily
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Return an encoder and a decoder of a reduced configuration, as `reduced_decoder` does.
+
+    Raises:
+        ModelError: The family's class does not take the widths.
+    """
+    with _refusing(config):
+        model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        encoder, decoder = (_without_embedding(model, path) for path in (family.encoder, family.decoder))
+        _try(decoder, config, {"encoder_hidden_states": _try(encoder, config)})
+    return encoder, decoder
+
+
+def _without_embedding(model: nn.Module, path: str) -> PreTrainedModel:
+    stack = cast("PreTrainedModel", model.get_submodule(path))
+    stack.set_input_embeddings(nn.Identity())  # it is given embeddings, of a width of its own
+    return stack
+
+
+@torch.no_grad()
+def _try(stack: nn.Module, config: PretrainedConfig, more: Mapping[str, Tensor] | None = None) -> Tensor:
+    return call_decoder(stack, torch.zeros(1, 2, config.hidden_size), torch.ones(1, 2, dtype=torch.long), more=more)
+
+
+@contextmanager
+def _refusing(config: PretrainedConfig) -> Iterator[None]:
+    try:
+        yield
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise _refused(config.model_type, config.hidden_size, error) from error
-    return decoder
 
 
 def _refused(model_type: str, hidden: int, error: Exception) -> ModelError:

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from tidelock.errors import ConfigError, ModelError
-from tidelock.model.channels import RESIDUAL, Axes, Group, Heads, axes_of
+from tidelock.model.channels import ENCODER_RESIDUAL, RESIDUAL, WHOLE, Axes, Group, Heads, axes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from transformers import PretrainedConfig, PreTrainedModel
 
-    # The score of every weight of a parameter, by the parameter's name in its stack.
-    Scores = Callable[[str], Tensor]
+    # The score of every weight of a parameter.
+    Scores = Callable[[nn.Parameter], Tensor]
 
 
 @final
@@ -54,53 +54,63 @@ class Stack:
         """Return a block."""
         return cast("nn.ModuleList", self.module.get_submodule(self.blocks))[index]
 
+    def parameter(self, index: int, name: str) -> nn.Parameter:
+        """Return a parameter of a block, or of the first one where only that has it (T5's relative positions)."""
+        block = self.block(index)
+        owner = block if name in dict(block.named_parameters()) else self.block(0)
+        return owner.get_parameter(name)
+
     def outside(self) -> dict[str, nn.Parameter]:
         """Return the parameters that belong to no block, by name."""
         return {n: p for n, p in self.module.named_parameters() if not n.startswith(f"{self.blocks}.")}
 
 
-def magnitude_scores(decoder: nn.Module) -> Scores:
+def magnitude_scores() -> Scores:
     """Return the absolute value of each weight as its score: the fallback that needs no data."""
-    return lambda name: decoder.get_parameter(name).detach().abs()
+    return lambda parameter: parameter.detach().abs()
 
 
-def fisher_scores(model: PreTrainedModel, decoder: str, examples: Iterable[Mapping[str, Tensor]]) -> Scores:
+def fisher_scores(
+    model: PreTrainedModel, stacks: Sequence[nn.Module], examples: Iterable[Mapping[str, Tensor]]
+) -> Scores:
     """Return the sum of each weight's squared loss gradients over examples as its score.
 
-    Takes three times the model's memory. The model is afterwards as frozen as it was before.
+    Takes three times the stacks' memory. The model is afterwards as frozen as it was before.
 
     Args:
-        model: The whole causal model, in eval mode, fp32.
-        decoder: The decoder's name in it.
+        model: The whole model, in eval mode, fp32.
+        stacks: The parts of it whose weights are scored.
         examples: What the model is called with, labels among it; one example each.
 
     Raises:
         ConfigError: There are no examples.
     """
-    parameters = dict(model.get_submodule(decoder).named_parameters())
-    sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    were_trained = [parameter.requires_grad for parameter in parameters.values()]
+    # A tied weight is in several stacks, and is one.
+    parameters = list({id(p): p for stack in stacks for p in stack.parameters()}.values())
+    sums = {id(parameter): torch.zeros_like(parameter) for parameter in parameters}
+    were_trained = [parameter.requires_grad for parameter in parameters]
     empty = True
     try:
-        for parameter in parameters.values():
+        for parameter in parameters:
             parameter.requires_grad = True
         for example in examples:
             empty = False
-            loss = model(**example, use_cache=False).loss
-            gradients = torch.autograd.grad(loss, list(parameters.values()))
-            for total, gradient in zip(sums.values(), gradients, strict=True):
-                total.addcmul_(gradient, gradient)
+            gradients = torch.autograd.grad(model(**example, use_cache=False).loss, parameters)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                sums[id(parameter)].addcmul_(gradient, gradient)
     finally:
-        for parameter, was_trained in zip(parameters.values(), were_trained, strict=True):
+        for parameter, was_trained in zip(parameters, were_trained, strict=True):
             parameter.requires_grad = was_trained
     if empty:
         msg = "Fisher scores: expected a sample of at least one example, got none. Use init 'magnitude' without data."
         raise ConfigError(msg)
-    return sums.__getitem__
+    return lambda parameter: sums[id(parameter)]
 
 
 @torch.no_grad()
-def copy_pruned(stack: Stack, small: Stack, blocks: Sequence[int], scores: Scores) -> Tensor:
+def copy_pruned(
+    stack: Stack, small: Stack, blocks: Sequence[int], scores: Scores, encoder_residual: Tensor | None = None
+) -> Tensor:
     """Copy the highest-scoring channels of a stack's blocks, and of what is around them, into a reduced stack.
 
     Args:
@@ -108,6 +118,7 @@ def copy_pruned(stack: Stack, small: Stack, blocks: Sequence[int], scores: Score
         small: Its reduced copy.
         blocks: The block of `stack` that each block of `small` is copied from.
         scores: Of every weight of `stack`.
+        encoder_residual: For a decoder that reads an encoder: which channels were kept of that.
 
     Returns:
         Which residual channels the copies are of, int64 of shape (S,), ascending.
@@ -116,43 +127,43 @@ def copy_pruned(stack: Stack, small: Stack, blocks: Sequence[int], scores: Score
         ModelError: The family's blocks are not understood.
     """
     heads, width = Heads.of(stack.config), stack.config.hidden_size
-    axes = [axes_of(stack.block(block), heads) for block in blocks]
-    sums = [
-        _sums(by_name, {name: scores(f"{stack.blocks}.{block}.{name}") for name in by_name})
-        for block, by_name in zip(blocks, axes, strict=True)
-    ]
-    outside = {name: ((RESIDUAL,),) for name, p in stack.outside().items() if p.shape[-1] == width}
-    sums_outside = _sums(outside, {name: scores(name).reshape(-1, width).sum(0) for name in outside})
-    residual = _highest(
-        torch.stack([each.pop(RESIDUAL) for each in (*sums, sums_outside)]).sum(0), small.config.hidden_size
-    )
+    sums = [_sums(axes_of(stack.block(block), heads), dict(stack.block(block).named_parameters()), scores)
+            for block in blocks]  # fmt: skip
+    outside = {name: parameter for name, parameter in stack.outside().items() if parameter.shape[-1] == width}
+    sums_outside = _sums({name: _outside_axes(parameter) for name, parameter in outside.items()}, outside, scores)
+    residual_scores = torch.stack([each[RESIDUAL] for each in (*sums, sums_outside)]).sum(0)
+    kept = {RESIDUAL: _highest(residual_scores, small.config.hidden_size)}
+    if encoder_residual is not None:
+        kept[ENCODER_RESIDUAL] = encoder_residual
+    small_heads = Heads.of(small.config)
     for index, block in enumerate(blocks):
         target = small.block(index)
-        sizes = _sizes(axes_of(target, Heads.of(small.config)), target)
-        kept = {g: _choose(g, score, sizes[g], (heads, Heads.of(small.config))) for g, score in sums[index].items()}
+        axes = axes_of(target, small_heads)
+        sizes = _sizes(axes, target)
+        chosen = {g: _choose(g, score, sizes[g], (heads, small_heads)) for g, score in sums[index].items()}
         for name, parameter in target.named_parameters():
-            source = stack.block(block).get_parameter(name)
-            _copy(source, parameter, axes[index][name], {RESIDUAL: residual, **kept})
+            _copy(stack.parameter(block, name), parameter, axes[name], {**chosen, **kept})
     for name, parameter in small.outside().items():
-        source = stack.module.get_parameter(name)
-        # Tables of positions are kept for every position.
-        whole = torch.arange(source.shape[0])
-        _copy(source, parameter, ((_ALL,),) * (source.ndim - 1) + ((RESIDUAL,),), {RESIDUAL: residual, _ALL: whole})
-    return residual
+        _copy(stack.module.get_parameter(name), parameter, _outside_axes(parameter), kept)
+    return kept[RESIDUAL]
 
 
-_ALL = Group("residual", "all")
+def _outside_axes(parameter: Tensor) -> Axes:
+    """Return the axes of norms and of tables of positions or words: the last counts the residual stream."""
+    return ((WHOLE,),) * (parameter.ndim - 1) + ((RESIDUAL,),)
 
 
-def _sums(axes: Mapping[str, Axes], scores: Mapping[str, Tensor]) -> dict[Group, Tensor]:
+def _sums(axes: Mapping[str, Axes], parameters: Mapping[str, nn.Parameter], scores: Scores) -> dict[Group, Tensor]:
     """Return the score of each channel of each group: the sum over the weights that are of it."""
     sums: dict[Group, Tensor] = {}
     for name, groups_of_axes in axes.items():
+        score = scores(parameters[name])
         for axis, groups in enumerate(groups_of_axes):
-            others = [other for other in range(scores[name].ndim) if other != axis]
-            on_axis = scores[name].sum(others) if others else scores[name]
+            others = [other for other in range(score.ndim) if other != axis]
+            on_axis = score.sum(others) if others else score
             for group, part in zip(groups, on_axis.chunk(len(groups)), strict=True):
-                sums[group] = sums[group] + part if group in sums else part
+                if group.kind != "whole":
+                    sums[group] = sums[group] + part if group in sums else part
     return sums
 
 
@@ -188,6 +199,8 @@ def _copy(source: Tensor, target: Tensor, axes: Axes, kept: Mapping[Group, Tenso
     """Copy the kept sub-matrix of a weight."""
     part = source.detach()
     for axis, groups in enumerate(axes):
+        if groups == (WHOLE,):
+            continue
         size = source.shape[axis] // len(groups)
         chosen = torch.cat([number * size + kept[group] for number, group in enumerate(groups)])
         part = part.index_select(axis, chosen.to(part.device))

@@ -20,7 +20,6 @@ F width of the state that the head reads. May import errors, `model` and librari
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, final, get_args
 
@@ -29,19 +28,18 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from tidelock.errors import ConfigError
-from tidelock.model.call import call_decoder
 from tidelock.model.reduced import reduced_config, reduced_decoder
-from tidelock.peft.prune import Stack, copy_pruned, fisher_scores, magnitude_scores
+from tidelock.peft.prune import Stack
+from tidelock.peft.side_stack import SideHead, SideStack, start_scores
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from transformers import Cache, PretrainedConfig, PreTrainedModel
 
     from tidelock.model.geometry import Geometry
     from tidelock.model.rows import Layout
     from tidelock.model.taps import Taps
-    from tidelock.peft.prune import Scores
 
 SideInit = Literal["fisher", "magnitude", "random"]
 SideOutput = Literal["add", "alone"]
@@ -107,81 +105,6 @@ class SideConfig:
         return taps
 
 
-# What the hooks on the side blocks do with a block's input, in the thread that runs the stack.
-_MIX: ContextVar[Callable[[int, Tensor], Tensor]] = ContextVar("tidelock_mix")
-
-
-@final
-class SideStack(nn.Module):
-    """One stack of side blocks with its taps: all that is trained beside one stack of frozen blocks.
-
-    Args:
-        stack: The family's own decoder or encoder at the side width, without a word embedding.
-        blocks: Its blocks, one for each tap.
-        widths: E, D and S.
-        temperature: T of the gates.
-
-    Attributes:
-        start: From embeddings to the first side state.
-        taps: From each tapped block's output to the side width.
-        gates: alpha, one a tap.
-        stack: As given.
-    """
-
-    def __init__(
-        self, stack: nn.Module, blocks: Sequence[nn.Module], widths: tuple[int, int, int], temperature: float
-    ) -> None:
-        super().__init__()
-        embedding, hidden, side = widths
-        self.start = nn.Linear(embedding, side)
-        self.taps = nn.ModuleList(nn.Linear(hidden, side) for _ in blocks)
-        self.gates = nn.Parameter(torch.zeros(len(blocks)))
-        self.stack = stack
-        self._temperature = temperature
-        for index, block in enumerate(blocks):
-            block.register_forward_pre_hook(_mix_before(index), with_kwargs=True)
-
-    @torch.no_grad()
-    def read_channels(self, residual_S: Tensor) -> None:
-        """Begin with linears that pick these channels of what they read, where that is of the residual's width."""
-        for linear in (self.start, *self.taps):
-            if linear.in_features == self.taps[0].in_features:
-                linear.weight.copy_(nn.functional.one_hot(residual_S, linear.in_features))
-                nn.init.zeros_(linear.bias)
-
-    def forward(
-        self,
-        embeddings_NE: Tensor,
-        taps_ND: Sequence[Tensor],
-        layout: Layout,
-        cache: Cache | None = None,
-        **more: Tensor,
-    ) -> Tensor:
-        """Return the stack's final side state, shape (B, T, S), after the family's own last norm.
-
-        Args:
-            embeddings_NE: Word embeddings of the real tokens.
-            taps_ND: The tapped blocks' outputs at the same tokens.
-            layout: How these tokens lie in the padded batch.
-            cache: The side blocks' own keys and values of earlier tokens, extended in place.
-            **more: What else the stack takes.
-        """
-        mu = torch.sigmoid(self.gates / self._temperature)
-
-        def mix(index: int, state_BTS: Tensor) -> Tensor:
-            read_NS = self.taps[index](taps_ND[index].to(self.gates))
-            return mu[index] * state_BTS + (1 - mu[index]) * layout.unpack(read_NS)
-
-        start_BTS = layout.unpack(self.start(embeddings_NE.to(self.gates)))
-        token = _MIX.set(mix)
-        try:
-            return call_decoder(
-                self.stack, start_BTS, layout.mask_BT, positions_BT=layout.positions_BT, cache=cache, **more
-            )
-        finally:
-            _MIX.reset(token)
-
-
 @final
 class SideNetwork(nn.Module):
     """The side network of a decoder; its parameters are all that the side method trains.
@@ -195,8 +118,7 @@ class SideNetwork(nn.Module):
         config: As given.
         blocks: The tapped blocks of the backbone, by number.
         side: The stack of side blocks.
-        up: From the side width to that of the state that the head reads.
-        gate: beta, or None when the output stands alone.
+        head: From the side state to the state that the frozen head reads.
 
     Raises:
         ConfigError: The configuration names blocks that the model does not have.
@@ -215,13 +137,8 @@ class SideNetwork(nn.Module):
             torch.manual_seed(config.seed)
             stack = reduced_decoder(small, geometry.family)
             widths = (geometry.embedding_width, text_config.hidden_size, small.hidden_size)
-            blocks = cast("nn.ModuleList", stack.get_submodule(geometry.family.blocks))
-            self.side = SideStack(stack, list(blocks), widths, config.temperature)
-            self.up = nn.Linear(small.hidden_size, geometry.final_width)
-        if config.zero_upsample:
-            nn.init.zeros_(self.up.weight)
-            nn.init.zeros_(self.up.bias)
-        self.gate = nn.Parameter(torch.zeros(())) if config.output == "add" else None
+            self.side = SideStack(Stack(stack, geometry.family.blocks, small), widths, config.temperature)
+            self.head = SideHead(small.hidden_size, geometry.final_width, config)
 
     def start(self, model: PreTrainedModel, examples: Iterable[Mapping[str, Tensor]] | None = None) -> None:
         """Begin as `config.init` says.
@@ -234,28 +151,10 @@ class SideNetwork(nn.Module):
             ConfigError: Fisher scores without examples.
             ModelError: The family's blocks are not understood.
         """
-        path = self._family.decoder
-        decoder = model.get_submodule(path)
-        if self.config.init == "magnitude":
-            self.start_from(decoder, magnitude_scores(decoder))
-        elif self.config.init == "fisher":
-            self.start_from(decoder, fisher_scores(model, path, examples or ()))
-
-    @torch.no_grad()
-    def start_from(self, decoder: nn.Module, scores: Scores) -> None:
-        """Copy the highest-scoring channels of the backbone into the side blocks, and begin by reading just these.
-
-        Args:
-            decoder: The backbone's own, with its weights.
-            scores: Of each of them; see `peft.prune`.
-
-        Raises:
-            ModelError: The family's blocks are not understood.
-        """
-        blocks = self._family.blocks
-        small = Stack(self.side.stack, blocks, cast("Any", self.side.stack).config)
-        residual_S = copy_pruned(Stack(decoder, blocks, self._backbone_config), small, self.blocks, scores)
-        self.side.read_channels(residual_S)
+        decoder = model.get_submodule(self._family.decoder)
+        scores = start_scores(self.config.init, model, [decoder], examples)
+        if scores is not None:
+            self.side.start_from(Stack(decoder, self._family.blocks, self._backbone_config), self.blocks, scores)
 
     def new_cache(self) -> Cache:
         """Return an empty cache for the side blocks' keys and values."""
@@ -274,21 +173,6 @@ class SideNetwork(nn.Module):
             cache: The side blocks' keys and values of earlier tokens, extended in place.
         """
         state_BTS = self.side(embeddings_NE, taps.blocks, layout, cache)
-        up_MF: Tensor = self.up(layout.pack(state_BTS).index_select(0, select_M.to(state_BTS.device)))
-        if self.gate is None:
-            return up_MF
-        return taps.final_MD.to(up_MF) + torch.sigmoid(self.gate / self.config.temperature) * up_MF
-
-
-def _mix_before(
-    index: int,
-) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]:
-    def hook(
-        _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        mix = _MIX.get()
-        if "hidden_states" in kwargs:
-            return args, {**kwargs, "hidden_states": mix(index, kwargs["hidden_states"])}
-        return (mix(index, args[0]), *args[1:]), kwargs
-
-    return hook
+        state_MS = layout.pack(state_BTS).index_select(0, select_M.to(state_BTS.device))
+        final_MF: Tensor = self.head(state_MS, taps.final_MD)
+        return final_MF

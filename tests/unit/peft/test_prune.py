@@ -42,7 +42,7 @@ def stacks(model, reduction, blocks=range(BLOCKS)):
 def test_at_the_full_width_the_copy_computes_what_the_backbone_does(name):
     changes = {"word_embed_proj_dim": 32} if name == "opt_projected" else {}
     full, small = stacks(make(name, **changes), 1)
-    residual = copy_pruned(full, small, range(BLOCKS), magnitude_scores(full.module))
+    residual = copy_pruned(full, small, range(BLOCKS), magnitude_scores())
     assert residual.tolist() == list(range(32))
     x = torch.randn(2, 6, 32)
     real = MASK.bool()
@@ -55,7 +55,7 @@ def test_at_the_full_width_the_copy_computes_what_the_backbone_does(name):
 def test_every_weight_is_a_part_of_the_backbones(name):
     full, small = stacks(make(name), 4, (0, 2))
     before = {key: value.clone() for key, value in small.module.state_dict().items()}
-    copy_pruned(full, small, (0, 2), magnitude_scores(full.module))
+    copy_pruned(full, small, (0, 2), magnitude_scores())
     for name_, parameter in small.module.named_parameters():
         index = name_.removeprefix(f"{small.blocks}.").partition(".")
         source = name_ if index[0] not in "01" else f"{full.blocks}.{'02'[int(index[0])]}.{index[2]}"
@@ -105,7 +105,7 @@ def test_the_channels_that_matter_are_found_with_grouped_heads_and_rotary_pairs(
         "feed_forward": [0, 5, 6, 11, 17, 20, 28, 29, 31, 40, 41, 47],
     }
     expected = alive(full, keep)
-    residual = copy_pruned(full, small, range(BLOCKS), magnitude_scores(full.module))
+    residual = copy_pruned(full, small, range(BLOCKS), magnitude_scores())
     assert residual.tolist() == keep["residual"]
     for name, parameter in small.module.named_parameters():
         assert torch.equal(parameter, expected[name]), name
@@ -119,7 +119,7 @@ def test_of_each_band_of_frequencies_one_rotary_pair_is_kept():
         query[head * 16 + 3] *= 100  # pair 3, by its first half
         query[head * 16 + 6 + 8] *= 50  # pair 6, by its second
         query[head * 16 + 2] *= 60  # also large, but of the band of 3
-    residual = copy_pruned(full, small, range(BLOCKS), magnitude_scores(full.module))
+    residual = copy_pruned(full, small, range(BLOCKS), magnitude_scores())
     ours = small.block(0).get_submodule("self_attn.k_proj").weight
     rows = torch.tensor([head * 16 + channel for head in range(2) for channel in (3, 6, 11, 14)])
     assert torch.equal(ours, key[rows][:, residual])
@@ -149,7 +149,7 @@ def test_fused_projections_are_taken_apart(name):
     full, small = stacks(make(name), 2)
     theirs = values_of(name, full, 8)
     theirs[:, [1, 2, 5, 6]] *= 30
-    residual = copy_pruned(full, small, range(BLOCKS), magnitude_scores(full.module))
+    residual = copy_pruned(full, small, range(BLOCKS), magnitude_scores())
     ours = values_of(name, small, 4)
     assert torch.equal(ours, theirs[:, [1, 2, 5, 6]][..., residual])
 
@@ -163,7 +163,7 @@ def examples(count):
 
 def test_fisher_scores_are_summed_squared_gradients_of_single_examples():
     model = make("llama_tied").requires_grad_(requires_grad=False)
-    scores = fisher_scores(model, "model", examples(3))
+    scores = fisher_scores(model, [model.model], examples(3))
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
     trained = copy.deepcopy(model).requires_grad_(requires_grad=True)
     for name in ("layers.2.self_attn.k_proj.weight", "norm.weight", "embed_tokens.weight"):
@@ -172,12 +172,13 @@ def test_fisher_scores_are_summed_squared_gradients_of_single_examples():
             trained.zero_grad()
             trained(**example).loss.backward()
             expected += trained.model.get_parameter(name).grad ** 2
-        torch.testing.assert_close(scores(name), expected)
+        torch.testing.assert_close(scores(model.model.get_parameter(name)), expected)
 
 
 def test_fisher_scores_without_examples_are_refused():
+    model = make("llama")
     with pytest.raises(ConfigError, match="Fisher scores: expected a sample of at least one example, got none"):
-        fisher_scores(make("llama"), "model", [])
+        fisher_scores(model, [model.model], [])
 
 
 def test_a_block_with_linears_of_other_names_is_refused():
@@ -185,13 +186,13 @@ def test_a_block_with_linears_of_other_names_is_refused():
     model.model.layers[1].mlp.add_module("fourth", nn.Linear(32, 32))
     full, small = stacks(model, 4)
     with pytest.raises(ModelError, match=r"Pruning a block: expected linears named like .*, got 'mlp\.fourth'"):
-        copy_pruned(full, small, range(BLOCKS), magnitude_scores(full.module))
+        copy_pruned(full, small, range(BLOCKS), magnitude_scores())
 
 
 def test_a_network_that_is_started_from_the_backbone_reads_the_kept_channels():
     model = make("llama")
     network = SideNetwork(SideConfig(taps=(1, 3)), model.config, geometry_of(model))
-    network.start_from(model.model, magnitude_scores(model.model))
+    network.start(model)
     kept: torch.Tensor = network.side.start.weight.argmax(1)
     assert kept.tolist() == sorted(set(kept.tolist()))
     picks = nn.functional.one_hot(kept, 32).float()
@@ -205,7 +206,7 @@ def test_embeddings_of_another_width_are_read_at_random():
     model = make("opt_projected")
     network = SideNetwork(SideConfig(), model.config, geometry_of(model))
     before = network.side.start.weight.clone()
-    network.start_from(model.model.decoder, magnitude_scores(model.model.decoder))
+    network.start(model)
     assert torch.equal(network.side.start.weight, before)
     picks = network.side.taps[0].get_parameter("weight")
     assert picks.sum() == len(picks)
@@ -215,13 +216,14 @@ def test_embeddings_of_another_width_are_read_at_random():
 def test_a_network_starts_as_its_configuration_says(init):
     model = make("llama").requires_grad_(requires_grad=False)
     network = SideNetwork(SideConfig(init=init), model.config, geometry_of(model))
-    other = copy.deepcopy(network)
+    fresh = copy.deepcopy(network.side)
     network.start(model, examples(2))
-    scores = {"magnitude": magnitude_scores(model.model), "fisher": fisher_scores(model, "model", examples(2))}
-    if init in scores:
-        other.start_from(model.model, scores[init])
-    ours, theirs = network.state_dict(), other.state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    different = copy.deepcopy(other)
-    different.start_from(model.model, scores["magnitude" if init == "fisher" else "fisher"])
-    assert not all(torch.equal(value, different.state_dict()[name]) for name, value in ours.items())
+    scores = {"magnitude": magnitude_scores(), "fisher": fisher_scores(model, [model.model], examples(2))}
+    expected = {"random": fresh.state_dict()}
+    for name, given in scores.items():
+        started = copy.deepcopy(fresh)
+        started.start_from(Stack(model.model, "layers", model.config), range(BLOCKS), given)
+        expected[name] = started.state_dict()
+    ours = network.side.state_dict()
+    for name, theirs in expected.items():
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours) == (name == init), name

@@ -67,7 +67,7 @@ def test_the_same_seed_gives_the_same_network_whatever_the_global_generator():
 def test_gates_start_in_the_middle():
     made = network()
     assert torch.sigmoid(made.side.gates).tolist() == [0.5] * BLOCKS
-    assert torch.sigmoid(made.gate).item() == 0.5
+    assert torch.sigmoid(made.head.gate).item() == 0.5
 
 
 def test_padding_changes_no_real_token():

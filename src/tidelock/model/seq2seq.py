@@ -1,0 +1,214 @@
+"""Encoder-decoder models, whole and frozen in this process: their facts, taps of both stacks, and their ends.
+
+Only side networks are trained beside them, so nothing is cut: hooks read the blocks' outputs while the model's own
+stacks run, without any graph.
+
+Shapes: N real tokens of the source, K of the target, M selected ones, D hidden width, V vocabulary.
+May import errors, `model` and libraries.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from tidelock.errors import ModelError
+from tidelock.model.call import call_decoder
+from tidelock.model.ends import GivenState
+from tidelock.model.taps import Taps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from tidelock.model.rows import Rows
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class EncoderDecoderFamily:
+    """Where the parts of an encoder-decoder are, as attribute paths.
+
+    Attributes:
+        name: `config.model_type`.
+        encoder: From the model with a language-model head to its encoder.
+        decoder: And to its decoder.
+        blocks: From either to its list of blocks.
+    """
+
+    name: str
+    encoder: str
+    decoder: str
+    blocks: str
+
+
+ENCODER_DECODERS: dict[str, EncoderDecoderFamily] = {
+    family.name: family
+    for family in (
+        EncoderDecoderFamily("t5", "encoder", "decoder", "block"),
+        EncoderDecoderFamily("bart", "model.encoder", "model.decoder", "layers"),
+    )
+}
+
+
+def encoder_decoder_family(config: PretrainedConfig) -> EncoderDecoderFamily:
+    """Return the facts about an encoder-decoder's family.
+
+    Raises:
+        ModelError: It is not in the table.
+    """
+    family = ENCODER_DECODERS.get(config.model_type)
+    if family is None:
+        msg = (
+            f"A side network for a model of type {config.model_type!r}: expected a decoder or one of the "
+            f"encoder-decoders {', '.join(sorted(ENCODER_DECODERS))}, got another. Use one of those."
+        )
+        raise ModelError(msg)
+    return family
+
+
+# What the blocks give in the thread that runs them, while someone reads it.
+_READ: ContextVar[dict[int, Tensor] | None] = ContextVar("tidelock_read", default=None)
+
+
+@final
+class FrozenSeq2Seq:
+    """A frozen encoder-decoder whose blocks can be tapped; safe to use from several threads at once.
+
+    Args:
+        model: The whole model with its language-model head. It is put in eval mode and frozen.
+
+    Raises:
+        ModelError: Its family is not known.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        model.eval().requires_grad_(requires_grad=False)
+        self.family = encoder_decoder_family(model.config)
+        self.config = model.config
+        self.encoder = model.get_submodule(self.family.encoder)
+        self.decoder = model.get_submodule(self.family.decoder)
+        self.num_blocks = (self._hook(self.encoder), self._hook(self.decoder))
+
+    def encode(self, embeddings_NE: Tensor, rows: Rows, blocks: Sequence[int]) -> Taps:
+        """Return the encoder's taps; their final state is the encoder's, at every token."""
+        return self._run(self.encoder, embeddings_NE, rows, blocks)
+
+    def decode(self, embeddings_KE: Tensor, rows: Rows, source: tuple[Tensor, Rows], blocks: Sequence[int]) -> Taps:
+        """Return the decoder's taps at the tokens that it is given (teacher forcing).
+
+        Args:
+            embeddings_KE: Word embeddings of the decoder's inputs.
+            rows: Where they are.
+            source: The encoder's final state, shape (N, D), and where its tokens are.
+            blocks: The tapped blocks of the decoder.
+        """
+        state_ND, source_rows = source
+        layout = source_rows.layout(self._device)
+        return self._run(
+            self.decoder,
+            embeddings_KE,
+            rows,
+            blocks,
+            {
+                "encoder_hidden_states": layout.unpack(state_ND.to(self._device)),
+                "encoder_attention_mask": layout.mask_BT,
+            },
+        )
+
+    @torch.no_grad()
+    def _run(
+        self,
+        stack: nn.Module,
+        embeddings_NE: Tensor,
+        rows: Rows,
+        blocks: Sequence[int],
+        more: Mapping[str, Tensor] | None = None,
+    ) -> Taps:
+        layout = rows.layout(self._device)
+        dtype = next(stack.parameters()).dtype
+        read: dict[int, Tensor] = {}
+        token = _READ.set(read)
+        try:
+            final_BTD = call_decoder(
+                stack, layout.unpack(embeddings_NE.to(self._device, dtype)), layout.mask_BT, more=more
+            )
+        finally:
+            _READ.reset(token)
+        return Taps(tuple(layout.pack(read[block]) for block in blocks), layout.pack(final_BTD))
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.encoder.parameters()).device
+
+    def _hook(self, stack: nn.Module) -> int:
+        blocks = cast("nn.ModuleList", stack.get_submodule(self.family.blocks))
+        for index, block in enumerate(blocks):
+            block.register_forward_hook(_keep(index))
+        return len(blocks)
+
+
+@final
+class Seq2SeqEnds:
+    """An encoder-decoder's word embedding and head, which do not keep the blocks alive.
+
+    Args:
+        model: The whole model.
+
+    Attributes:
+        config: The model's configuration.
+        width: Numbers per token of the embedding and of the state that the head reads.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        family = encoder_decoder_family(model.config)
+        self.config = model.config
+        self.width: int = model.config.hidden_size
+        self._embedding = model.get_input_embeddings()
+        without_encoder = _with_stub(model, family.encoder)
+        # The model's own forward around a stub, so that T5's scaling and BART's bias are done.
+        self._head_model = cast("Any", _with_stub(without_encoder, family.decoder))
+
+    def to(self, device: torch.device) -> None:
+        """Move both ends."""
+        self._embedding.to(device)
+        self._head_model.to(device)
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return word embeddings, shape (*ids.shape, D)."""
+        return cast("Tensor", self._embedding(ids))
+
+    def logits(self, final_MD: Tensor) -> Tensor:
+        """Return the head's logits, shape (M, V), fp32; differentiable in the state."""
+        state = final_MD[None]
+        output = self._head_model(encoder_outputs=(state,), decoder_inputs_embeds=state, use_cache=False)
+        return cast("Tensor", output.logits[0]).float()
+
+    def decoder_ids(self, labels_BT: Tensor) -> Tensor:
+        """Return the ids that the decoder is given to predict these labels: shifted, with the start id first."""
+        return cast("Tensor", self._head_model.prepare_decoder_input_ids_from_labels(labels_BT))
+
+
+def _with_stub(module: nn.Module, path: str) -> nn.Module:
+    """Return a copy of a module that shares everything with it but has a stub at a path."""
+    name, _, rest = path.partition(".")
+    child = _with_stub(module.get_submodule(name), rest) if rest else GivenState()
+    shallow = copy.copy(module)
+    shallow.__dict__["_modules"] = {**module._modules, name: child}  # noqa: SLF001
+    return shallow
+
+
+def _keep(index: int) -> Callable[[nn.Module, object, Any], None]:
+    def hook(_block: nn.Module, _args: object, output: Any) -> None:  # noqa: ANN401  (as blocks have it)
+        read = _READ.get()
+        if read is not None:
+            read[index] = output[0] if isinstance(output, tuple) else output
+
+    return hook
