@@ -1,6 +1,6 @@
 """What an entry of a cache is of: everything that its numbers depend on, besides the example itself.
 
-May import libraries.
+May import errors, `cache.entry`, `wire.codec` and libraries.
 """
 
 from __future__ import annotations
@@ -8,16 +8,22 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, final
 
 import numpy as np
+
+from tidelock.cache.entry import CODECS
+from tidelock.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # A new version of what an entry holds is a new number here.
 _FORMAT = 1
+_HASH = re.compile(r"[0-9a-f]{64}")
+_DTYPES = ("fp32", "bf16")
 
 
 @final
@@ -26,13 +32,16 @@ class CacheIdentity:
     """What all entries of one kind share.
 
     Attributes:
-        model: Fingerprint of the backbone's weights.
-        tokenizer: Hash of the tokenizer's files.
-        dtype: In what the backbone computes.
+        model: Fingerprint of the backbone's weights, 64 hex digits.
+        tokenizer: Hash of the tokenizer's files, 64 hex digits.
+        dtype: In what the backbone computes: fp32 or bf16.
         taps: The tapped blocks, ascending.
         tap_width: Numbers per token to which each tap was projected; None is as many as the block gives.
-        codec: How an entry's numbers are written.
+        codec: How an entry's numbers are written: fp32, bf16 or int8.
         max_length: The most tokens of an example; longer ones were cut there.
+
+    Raises:
+        ConfigError: A value is not what is said here.
     """
 
     model: str
@@ -43,11 +52,33 @@ class CacheIdentity:
     codec: str
     max_length: int
 
+    def __post_init__(self) -> None:
+        codecs = [codec.value for codec in CODECS]
+        ascending = list(self.taps) == sorted(set(self.taps)) and bool(self.taps) and self.taps[0] >= 0
+        rules = (
+            ("model", _HASH.fullmatch(self.model), "64 hex digits"),
+            ("tokenizer", _HASH.fullmatch(self.tokenizer), "64 hex digits"),
+            ("dtype", self.dtype in _DTYPES, " or ".join(_DTYPES)),
+            ("taps", ascending, "one or more blocks, ascending"),
+            ("tap_width", self.tap_width is None or self.tap_width > 0, "None or at least 1"),
+            ("codec", self.codec in codecs, f"one of {', '.join(codecs)}"),
+            ("max_length", self.max_length > 0, "at least 1"),
+        )
+        for name, holds, expected in rules:
+            if not holds:
+                msg = f"What a cache is of, {name}: expected {expected}, got {getattr(self, name)!r}. Correct it."
+                raise ConfigError(msg)
+
     @property
     def digest(self) -> bytes:
         """32 bytes that stand for it."""
         text = json.dumps({"format": _FORMAT, **asdict(self)}, sort_keys=True)
         return hashlib.sha256(text.encode()).digest()
+
+    @property
+    def group(self) -> str:
+        """The name of the folder for its entries, 32 hex digits."""
+        return self.digest.hex()[:32]
 
 
 def entry_name(identity: CacheIdentity, ids: Sequence[Sequence[int]], key: bytes) -> str:
@@ -59,7 +90,13 @@ def entry_name(identity: CacheIdentity, ids: Sequence[Sequence[int]], key: bytes
         identity: What the entry is of.
         ids: Token ids of the example and whatever else its taps depend on, each a row.
         key: For names only.
+
+    Raises:
+        ConfigError: There is no row, or one has nothing in it.
     """
+    if not ids or not all(len(row) for row in ids):
+        msg = f"An example of a cache: expected token ids, got rows of {[len(row) for row in ids]}. Leave it out."
+        raise ConfigError(msg)
     message = hmac.new(key, identity.digest, hashlib.sha256)
     for row in ids:
         packed = np.asarray(row, dtype="<i8").tobytes()

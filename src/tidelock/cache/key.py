@@ -1,6 +1,6 @@
 """The secret of a cache: a file outside of it, and what is derived from it.
 
-May import errors and libraries.
+May import errors, `cache.files` and libraries.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ import secrets
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import final
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from tidelock.cache.files import sync_folder
 from tidelock.errors import ConfigError, StorageError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _HEX_KEY = re.compile(r"[0-9a-f]{64}\n?")
 
@@ -77,7 +75,7 @@ class CacheKey:
         return HKDF(hashes.SHA256(), length=32, salt=None, info=f"tidelock {purpose}".encode()).derive(self.secret)
 
 
-def _make(path: Path, draw: Callable[[], str] = lambda: secrets.token_hex(32)) -> None:
+def _make(path: Path) -> None:
     """Make the file unless it is there; of two processes that do so at once one does, and the other reads its key."""
     if path.exists():
         return
@@ -85,11 +83,12 @@ def _make(path: Path, draw: Callable[[], str] = lambda: secrets.token_hex(32)) -
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(draw() + "\n")
+            file.write(secrets.token_hex(32) + "\n")
             file.flush()
             os.fsync(file.fileno())
         # Unlike a rename, a link never takes the place of another's file.
         os.link(partial, path)
+        sync_folder(path.parent)  # an entry must not outlive its key
     except FileExistsError:
         pass
     finally:

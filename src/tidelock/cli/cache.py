@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tidelock.cli.output import Output
 from tidelock.errors import CacheError, ConfigError
 from tidelock.units import format_bytes
+
+if TYPE_CHECKING:
+    from tidelock.cache.identity import CacheIdentity
+    from tidelock.cache.upkeep import Group
 
 ACTIONS = ("info", "verify", "clear")
 
@@ -36,46 +41,56 @@ def command(
     elif action == "verify":
         _verify(folder, key, output, remove=remove)
     else:
-        size = import_module("tidelock.cache.store").clear(folder)
-        output.result({"event": "cleared", "bytes": size}, f"Removed {format_bytes(size)} of entries.")
+        size: int = import_module("tidelock.cache.upkeep").clear(folder)
+        stays = folder.exists()
+        kept = " The folder has something else in it and stays." if stays else ""
+        output.result(
+            {"event": "cleared", "bytes": size, "folder_stays": stays},
+            f"Removed {format_bytes(size)} of entries.{kept}",
+        )
 
 
 def _info(folder: Path, output: Output) -> None:
     # Loads torch, which --help must not wait for.
-    store = import_module("tidelock.cache.store")
-    store.read_about(folder)
-    for identity, entries in store.identities_of(folder):
-        sizes = [size for _, size in store.entries_of(entries)]
-        values = {"event": "entries", "entries": len(sizes), "bytes": sum(sizes)}
-        values |= {name: getattr(identity, name) for name in ("model", "dtype", "taps", "tap_width", "codec")}
-        values |= {"tokenizer": identity.tokenizer, "max_length": identity.max_length}
-        width = "whole" if identity.tap_width is None else f"{identity.tap_width} wide"
+    groups: list[Group] = import_module("tidelock.cache.upkeep").groups_of(folder)
+    for group in groups:
+        values: dict[str, object] = {"event": "entries", "entries": group.entries, "bytes": group.size_bytes}
+        values |= {"group": group.name, **(asdict(group.identity) if group.identity else {})}
         output.result(
-            values,
-            f"{len(sizes):,} examples, {format_bytes(sum(sizes))}: model {identity.model[:12]} in {identity.dtype}, "
-            f"{len(identity.taps)} taps, {width}, in {identity.codec}, up to {identity.max_length} tokens",
+            values, f"{group.entries:,} examples, {format_bytes(group.size_bytes)}: {_described(group.identity)}"
         )
+    if not groups:
+        output.result({"event": "empty"}, "No entries.")
+
+
+def _described(identity: CacheIdentity | None) -> str:
+    if identity is None:
+        return "of what cannot be read; the next run that uses them says it again"
+    width = "whole" if identity.tap_width is None else f"{identity.tap_width} wide"
+    return (
+        f"model {identity.model[:12]} in {identity.dtype}, {len(identity.taps)} taps, {width}, in {identity.codec}, "
+        f"up to {identity.max_length} tokens"
+    )
 
 
 def _verify(folder: Path, key_path: Path | None, output: Output, *, remove: bool) -> None:
-    store, keys = import_module("tidelock.cache.store"), import_module("tidelock.cache.key")
-    store.read_about(folder)
+    upkeep, keys = import_module("tidelock.cache.upkeep"), import_module("tidelock.cache.key")
+    count = sum(group.entries for group in upkeep.groups_of(folder))
     path = key_path or keys.default_key_path()
     if not path.is_file():
         msg = f"Cache key: expected the file with which the cache was made, got none ({path}). Give its --key."
         raise CacheError(msg)
-    damaged: list[Path] = []
-    key, right = keys.CacheKey.open(path), 0
-    for identity, _ in store.identities_of(folder):
-        cache = store.ActivationCache(folder, key, identity)
-        good, bad = cache.verify(remove=remove)
-        cache.close()
-        right, damaged = right + good, damaged + bad
-    values = {"event": "verified", "right": right, "damaged": [str(path) for path in damaged], "removed": remove}
-    output.result(values, f"{right:,} entries are right, {len(damaged):,} are damaged.")
-    if damaged and not remove:
-        msg = (
-            f"Cache: expected entries as they were written, got {len(damaged)} damaged ones, such as {damaged[0]}. "
-            "Remove them by --remove; they are computed again."
-        )
+    key, right, damaged = keys.CacheKey.open(path), 0, []
+    with output.progress("Verifying", count) as progress:
+        for entry, is_right in upkeep.verify(folder, key, remove=remove):
+            right += is_right
+            if not is_right:
+                damaged.append(str(entry))
+            progress.advance(damaged=len(damaged) or None)
+    left = [entry for entry in damaged if Path(entry).exists()]
+    values = {"event": "verified", "right": right, "damaged": damaged, "left": left, "removed": remove}
+    output.result(values, "\n".join([f"{right:,} entries are right, {len(damaged):,} are damaged.", *damaged]))
+    if left:
+        advice = "Check permissions" if remove else "Remove them by --remove; they are computed again"
+        msg = f"Cache: expected entries as they were written, got {len(left)} damaged ones ({folder}). {advice}."
         raise CacheError(msg)

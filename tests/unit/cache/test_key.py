@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tidelock.cache.identity import CacheIdentity, entry_name
 from tidelock.cache.key import CacheKey, default_key_path
 from tidelock.errors import ConfigError, StorageError
 
@@ -64,9 +63,3 @@ def test_the_users_key_is_with_the_settings(monkeypatch: pytest.MonkeyPatch, tmp
     assert default_key_path() == tmp_path / "tidelock" / "cache.key"
     monkeypatch.delenv("XDG_CONFIG_HOME")
     assert default_key_path() == Path.home() / ".config" / "tidelock" / "cache.key"
-
-
-def test_names_depend_on_every_id_and_on_where_rows_end() -> None:
-    identity = CacheIdentity("a", "b", "fp32", (1,), None, "fp32", 9)
-    examples = [((1, 2), (3,)), ((1,), (2, 3)), ((1, 2, 3),), ((1, 2, 3), ()), ((3, 2, 1),), ((1, 2),)]
-    assert len({entry_name(identity, ids, b"key") for ids in examples}) == len(examples)
