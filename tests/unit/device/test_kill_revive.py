@@ -10,7 +10,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from tests.support.parity import token_batch
 from tests.unit.hand_device import VOCABULARY
-from tidelock.device.kill_revive import KillRevive
+from tidelock.device.kill_revive import KillRevive, PeriodReport
 from tidelock.errors import ConfigError
 from tidelock.schedule.schedule import Schedule
 
@@ -22,7 +22,7 @@ def arguments(tmp_path):
 
 def begin(model, arguments, norm):
     """Return a callback that has joined a model, and the list of what became of its periods."""
-    periods = []
+    periods: list[PeriodReport] = []
     callback = KillRevive(Schedule("fixed", budget=1, norm=norm), periods.append)
     callback.on_init_end(arguments, TrainerState(), TrainerControl(), model=model)
     return callback, periods
