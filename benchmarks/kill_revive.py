@@ -87,7 +87,7 @@ def main() -> None:
                     result["runs"].append({"variant": variant.name, "seed": seed, **run})
                     print(_line(result["runs"][-1]), flush=True)
                     options.out.parent.mkdir(parents=True, exist_ok=True)
-                    options.out.write_text(json.dumps({**result, **summarise(result["runs"])}, indent=1) + "\n")
+                    options.out.write_text(json.dumps({**result, **summarise(result["runs"])}) + "\n")
     print(tables(json.loads(options.out.read_text())))
 
 
@@ -201,7 +201,7 @@ class Meter:
                 "peft_cpu_seconds": now[2] - before[2],
                 "bytes": {kind: size - before[3].get(kind, 0) for kind, size in now[3].items()},
                 "active": [module.block for module in report.table.modules if module.active],
-                "scores": {module.block: module.score for module in report.table.modules},
+                "scores": {module.block: float(f"{module.score:.4g}") for module in report.table.modules},
             }
         )
         self._before = now
@@ -359,15 +359,19 @@ def _mean(values: list[float]) -> dict[str, float]:
 
 
 def _aims(rows: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return each aim at the smallest budget, with what was wanted of it and reached."""
+    """Return each aim at the smallest budget, with what was wanted of it and reached.
+
+    Better than another schedule is what is so by more than two standard errors.
+    """
     int8 = next((name for name in rows if name.endswith(", int8")), None)
     if int8 is None:
         return []
     budget = _budget_of(int8)
     full, aims = rows["full"]["accuracy"], []
 
-    def add(variant: str, aim: str, wanted: float, reached: float) -> None:
-        aims.append({"variant": variant, "aim": aim, "wanted": wanted, "reached": reached, "met": reached >= wanted})
+    def add(variant: str, aim: str, wanted: float, reached: float, *, se: float = 0.0) -> None:
+        is_met = reached - wanted > 2 * se if se else reached >= wanted
+        aims.append({"variant": variant, "aim": aim, "wanted": wanted, "reached": reached, "se": se, "met": is_met})
 
     add(int8, "share of full's bytes saved", 0.96, 1 - rows[int8]["bytes_to_full"]["median"])
     for norm in ("difference", "saliency"):
@@ -378,8 +382,9 @@ def _aims(rows: dict[str, Any]) -> list[dict[str, Any]]:
         add(name, "accuracy, of full's less one sd", full["mean"] - full["sd"], rows[name]["accuracy"]["mean"])
         for other in (f"random, B={budget}", f"fixed = early-kill, difference, B={budget}"):
             to_other = rows[name][f"to {other}"]
-            add(name, f"accuracy above that of {other}", 0.0, to_other["accuracy"]["mean"])
-            add(name, f"loss below that of {other}", 0.0, -to_other["loss"]["mean"])
+            accuracy, loss = to_other["accuracy"], to_other["loss"]
+            add(name, f"accuracy above that of {other}", 0.0, accuracy["mean"], se=accuracy["se"])
+            add(name, f"loss below that of {other}", 0.0, -loss["mean"], se=loss["se"])
     return aims
 
 
@@ -396,7 +401,7 @@ def tables(result: dict[str, Any]) -> str:
     """Return the results as the tables of docs/schedules.md."""
     untrained = result["untrained"]
     quality = [
-        ["", "loss (sd)", "accuracy (sd)", "with all modules", "loss less `random`'s (se)", "less `fixed`'s (se)"],
+        ["", "loss (sd)", "accuracy (sd)", "with all modules", "less `random`'s (se)", "less `fixed`'s (se)"],
         ["untrained", f"{untrained['loss']:.3f}", f"{untrained['accuracy']:.3f}", "", "", ""],
     ]
     costs = [["", "MB", "bytes", "PEFT CPU", "device CPU", "time (smallest to largest)"]]
@@ -410,16 +415,18 @@ def tables(result: dict[str, Any]) -> str:
         time_ = row["seconds_to_full"]
         spread = f"{time_['median']:.2f} ({time_['min']:.2f} to {time_['max']:.2f})"
         costs.append([name, f"{row['bytes'] / 1e6:.0f}", *(f"{ratio:.3f}" for ratio in ratios), spread])
-    aims = [["aim, in a main epoch", "wanted", "reached", ""]]
+    aims = [["aim, in a main epoch", "wanted", "reached (se)", ""]]
     for aim in result["aims"]:
-        numbers = [f"{aim['wanted']:.3f}", f"{aim['reached']:.3f}"]
+        spread = f" ({aim['se']:.3f})" if aim["se"] else ""
+        numbers = [f"{aim['wanted']:.3f}", f"{aim['reached']:.3f}{spread}"]
         aims.append([f"{aim['variant']}: {aim['aim']}", *numbers, "met" if aim["met"] else "missed"])
     return "\n\n".join(_markdown(rows) for rows in (quality, costs, aims))
 
 
 def _paired(row: dict[str, Any], start: str) -> str:
-    difference = next((row[key]["loss"] for key in row if key.startswith(start)), None)
-    return "" if difference is None else f"{difference['mean']:+.3f} ({difference['se']:.3f})"
+    differences: dict[str, dict[str, float]] = next((row[key] for key in row if key.startswith(start)), {})
+    both = (differences[measure] for measure in ("loss", "accuracy") if differences)
+    return ", ".join("{mean:+.3f} ({se:.3f})".format(**difference) for difference in both)
 
 
 def _markdown(rows: list[list[str]]) -> str:
