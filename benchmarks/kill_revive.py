@@ -2,11 +2,15 @@
 
 One device, which is this process, and one cloud, a second process on this machine, over TLS. On a classification task,
 with the settings of the DLoRA paper (arXiv 2404.05182): LoRA of rank 8 on query, key and value projections, batches of
-16, AdamW at 3e-4 with a cosine, one warm-up epoch and four main ones. For each seed, all variants one after another;
-bytes and seconds are those of a mean main epoch, and ratios are to `full` with the same seed.
+16, AdamW with a cosine, one warm-up epoch and four main ones. The learning rate is not the paper's 3e-4: so few
+examples end before that has learned more than the form of an answer.
+
+For each seed, all variants one after another. All modules are active in the warm-up, whatever the schedule, so it is
+trained once for a seed and every other run resumes there, which changes no bit. Costs are those of a mean main epoch.
 
     python benchmarks/kill_revive.py --data ../shared/data
     python benchmarks/kill_revive.py --data ../shared/data --task qnli --seeds 0 1 2 3 4
+    python benchmarks/kill_revive.py --show        # the tables of the last results, measuring nothing
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 import tidelock
 from tidelock.data.batch import Collator
@@ -39,16 +44,20 @@ from tidelock.wire.ledger import Ledger
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from transformers import TrainerControl, TrainerState
+
     from tidelock.device.kill_revive import PeriodReport
     from tidelock.device.model import DeviceModel
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "kill_revive.json"
 LORA: dict[str, Any] = {
     "r": 8,
     "lora_alpha": 16,
     "lora_dropout": 0.05,
     "target_modules": ["q_proj", "k_proj", "v_proj"],
 }
+BATCH_SIZE = 16
+MEASURES = ("bytes", "peft_cpu_seconds", "device_cpu_seconds", "seconds")
 # Prompt and the word for each label; each word is one token.
 TASKS = {
     "sst2": ("Review: {text_a}\nSentiment:", (" negative", " positive")),
@@ -58,35 +67,28 @@ TASKS = {
 
 
 def main() -> None:
-    """Run every variant with every seed, print a table, write the JSON after each run."""
+    """Run every variant with every seed and write the JSON after each run; print the tables."""
     options = _options()
+    if options.show:
+        print(tables(json.loads(options.out.read_text())))
+        return
     torch.set_num_threads(1)  # as a weak device; the cloud has the others
     model = options.model or str(fetch_smollm2(on_progress=print))
     task = Task(options, model)
-    runs: list[dict[str, Any]] = []
+    result = _setting(options, model, task)
     with loopback_cloud(model, "--threads", str(options.threads), "--dtype", "bf16") as cloud:
+        untrained = _connect(cloud)
+        result["untrained"] = task.measure(untrained)
+        untrained.close()
         for seed in options.seeds:
-            for variant in variants(options.budgets, seed):
-                runs.append({"variant": variant.name, "seed": seed, **_run(variant, seed, task, cloud, options)})
-                print(_line(runs[-1]), flush=True)
-                _write(options, model, task, runs)
-    print(_table(_summary(runs)))
-
-
-def variants(budgets: Sequence[int], seed: int) -> list[Variant]:
-    """Return what is compared: `full`, the schedules at each budget, and the smallest budget with int8.
-
-    `early-kill` at a budget decides as `fixed` does (tests/unit/schedule), and so is one row with it.
-    """
-    chosen = [Variant("full", tidelock.Schedule())]
-    chosen.extend(
-        Variant(f"{name} B={budget}", tidelock.Schedule(name, budget=budget, seed=seed))
-        for budget in budgets
-        for name in ("kill-revive", "fixed", "random")
-    )
-    smallest = min(budgets)
-    int8 = tidelock.Schedule("kill-revive", budget=smallest)
-    return [*chosen, Variant(f"kill-revive B={smallest} int8", int8, codec="int8")]
+            with tempfile.TemporaryDirectory() as folder:
+                for variant in variants(options.budgets, seed):
+                    run = _run(variant, seed, task, cloud, Path(folder), options)
+                    result["runs"].append({"variant": variant.name, "seed": seed, **run})
+                    print(_line(result["runs"][-1]), flush=True)
+                    options.out.parent.mkdir(parents=True, exist_ok=True)
+                    options.out.write_text(json.dumps({**result, **summarise(result["runs"])}) + "\n")
+    print(tables(json.loads(options.out.read_text())))
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,26 @@ class Variant:
     name: str
     schedule: tidelock.Schedule
     codec: str = "fp32"
+
+
+def variants(budgets: Sequence[int], seed: int) -> list[Variant]:
+    """Return what is compared; the first trains the warm-up of all.
+
+    `early-kill` with a budget decides as `fixed` does (tests/unit/schedule), and is one row with it.
+    """
+    # Scored by saliency: the other score is kept whatever is asked for, this one is not.
+    chosen = [Variant("full", tidelock.Schedule(norm="saliency"))]
+    chosen.append(Variant("early-kill at the mean", tidelock.Schedule("early-kill", threshold=1.0)))
+    smallest = min(budgets)
+    for budget in budgets:
+        for name, shown in (("kill-revive", "kill-revive"), ("fixed", "fixed = early-kill")):
+            for norm in ("difference", "saliency"):
+                if (name, norm) != ("fixed", "saliency") or budget == smallest:
+                    schedule = tidelock.Schedule(name, budget=budget, norm=norm)
+                    chosen.append(Variant(f"{shown}, {norm}, B={budget}", schedule))
+        chosen.append(Variant(f"random, B={budget}", tidelock.Schedule("random", budget=budget, seed=seed)))
+    int8 = tidelock.Schedule("kill-revive", budget=smallest)
+    return [*chosen, Variant(f"kill-revive, difference, B={smallest}, int8", int8, codec="int8")]
 
 
 class Task:
@@ -173,12 +195,13 @@ class Meter:
         now, before = self._now(), self._before
         self.epochs.append(
             {
+                "epoch": report.table.period,
                 "seconds": now[0] - before[0],
                 "device_cpu_seconds": now[1] - before[1],
                 "peft_cpu_seconds": now[2] - before[2],
                 "bytes": {kind: size - before[3].get(kind, 0) for kind, size in now[3].items()},
                 "active": [module.block for module in report.table.modules if module.active],
-                "scores": {module.block: module.score for module in report.table.modules},
+                "scores": {module.block: float(f"{module.score:.4g}") for module in report.table.modules},
             }
         )
         self._before = now
@@ -203,56 +226,77 @@ class Meter:
         return time.perf_counter(), time.process_time(), sum(self.spent), kinds
 
 
-def _run(variant: Variant, seed: int, task: Task, cloud: LoopbackCloud, options: argparse.Namespace) -> dict[str, Any]:
-    """Train and measure one variant."""
-    set_seed(seed)
-    ledger = Ledger()
-    meter = Meter(ledger)
-    model = tidelock.connect(
+class SaveWarmUp(TrainerCallback):
+    """Writes a checkpoint one step before the warm-up ends, and so before the first decision.
+
+    Args:
+        step: That step.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        """Save at the step."""
+        control.should_save = state.global_step == self.step
+
+
+def _connect(cloud: LoopbackCloud, codec: str = "fp32", ledger: Ledger | None = None) -> DeviceModel:
+    return tidelock.connect(
         cloud.address,
         peft_config=LoraConfig(**LORA),
         token=cloud.token_file.read_text().strip(),
         ca=cloud.certificate,
-        codec=variant.codec,
+        codec=codec,
         ledger=ledger,
     )
+
+
+def _run(
+    variant: Variant, seed: int, task: Task, cloud: LoopbackCloud, folder: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Train and measure one variant; resume from the warm-up in the folder, or leave it there."""
+    set_seed(seed)
+    ledger = Ledger()
+    meter = Meter(ledger)
+    model = _connect(cloud, variant.codec, ledger)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=BATCH_SIZE,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        seed=seed,
+        train_sampling_strategy="group_by_length",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    callbacks: list[TrainerCallback] = [tidelock.KillRevive(variant.schedule, meter.on_period)]
+    warm_up = get_last_checkpoint(folder)
+    if warm_up is None:
+        callbacks.append(SaveWarmUp(-(-len(task.train) // BATCH_SIZE) - 1))
     before = BankPass.forward, BankPass.backward
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            arguments = TrainingArguments(
-                output_dir=scratch,
-                num_train_epochs=options.epochs,
-                per_device_train_batch_size=16,
-                learning_rate=3e-4,
-                lr_scheduler_type="cosine",
-                seed=seed,
-                train_sampling_strategy="group_by_length",
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=True,
-            )
-            callback = tidelock.KillRevive(variant.schedule, meter.on_period)
-            trainer = Trainer(
-                model, arguments, train_dataset=task.train, data_collator=Collator(0), callbacks=[callback]
-            )
-            BankPass.forward, BankPass.backward = meter.timed(before[0]), meter.timed(before[1])  # type: ignore[method-assign]
-            meter.start()
-            loss = trainer.train().training_loss
-        BankPass.forward, BankPass.backward = before  # type: ignore[method-assign]
+        trainer = Trainer(model, arguments, train_dataset=task.train, data_collator=Collator(0), callbacks=callbacks)
+        BankPass.forward, BankPass.backward = meter.timed(before[0]), meter.timed(before[1])  # type: ignore[method-assign]
+        meter.start()
+        trainer.train(resume_from_checkpoint=warm_up)
         active = task.measure(model)
         model.bank.activate(model.bank.numbers)
         every = task.measure(model) if variant.schedule.changes else active
-        return {
-            **active,
-            **{f"{name}_all_modules": value for name, value in every.items()},
-            "train_loss": loss,
-            "epochs": meter.epochs,
-        }
     finally:
         BankPass.forward, BankPass.backward = before  # type: ignore[method-assign]
         model.close()
+    return {**active, **{f"{name}_all_modules": value for name, value in every.items()}, "epochs": meter.epochs}
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
@@ -263,73 +307,154 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
 
 def _main_epoch(run: dict[str, Any]) -> dict[str, float]:
     """Return what a mean epoch after the warm-up cost."""
-    epochs = run["epochs"][1:]
-    return {
-        "bytes": statistics.fmean(sum(epoch["bytes"].values()) for epoch in epochs),
-        **{
-            name: statistics.fmean(epoch[name] for epoch in epochs)
-            for name in ("seconds", "device_cpu_seconds", "peft_cpu_seconds")
-        },
-    }
+    epochs = [epoch for epoch in run["epochs"] if epoch["epoch"] > 0]
+    costs = {name: statistics.fmean(epoch[name] for epoch in epochs) for name in MEASURES[1:]}
+    return {"bytes": statistics.fmean(sum(epoch["bytes"].values()) for epoch in epochs), **costs}
 
 
-def _summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each variant: means over seeds with their spread, and ratios to `full` of the same seed."""
-    full = {run["seed"]: _main_epoch(run) for run in runs if run["variant"] == "full"}
-    rows = []
-    for name in dict.fromkeys(run["variant"] for run in runs):
-        mine = [run for run in runs if run["variant"] == name]
-        row: dict[str, Any] = {"variant": name, "seeds": len(mine)}
-        for measure in ("accuracy", "accuracy_all_modules", "loss"):
-            values = [run[measure] for run in mine]
-            row[measure] = {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(mine) > 1 else 0.0}
-        for measure in ("bytes", "peft_cpu_seconds", "device_cpu_seconds", "seconds"):
-            ratios = [_main_epoch(run)[measure] / full[run["seed"]][measure] for run in mine]
-            row[f"{measure}_to_full"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-        rows.append(row)
-    return rows
+def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a row for each variant, and what became of the aims.
+
+    Costs are to those of `full` with the same seed: median, smallest, largest. Differences of loss and accuracy are
+    to `random` and to `fixed` by the weights' difference, at the same budget and seed: mean and standard error.
+    """
+    by_name: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in runs:
+        by_name.setdefault(run["variant"], {})[run["seed"]] = run
+    rows = {name: _row(name, mine, by_name) for name, mine in by_name.items()}
+    return {"summary": rows, "aims": _aims(rows)}
+
+
+def _row(name: str, mine: dict[int, dict[str, Any]], by_name: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"seeds": sorted(mine)}
+    for measure in ("accuracy", "loss", "accuracy_all_modules", "loss_all_modules"):
+        row[measure] = _mean([run[measure] for run in mine.values()])
+    for measure in MEASURES:
+        costs = {seed: _main_epoch(run)[measure] for seed, run in mine.items()}
+        full = by_name["full"]
+        ratios = [cost / _main_epoch(full[seed])[measure] for seed, cost in costs.items() if seed in full]
+        row[measure] = statistics.median(costs.values())
+        row[f"{measure}_to_full"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    kinds = [epoch["bytes"] for run in mine.values() for epoch in run["epochs"] if epoch["epoch"] > 0]
+    row["bytes_by_kind"] = {kind: statistics.fmean(sizes.get(kind, 0) for sizes in kinds) for kind in sorted(kinds[0])}
+    budget = _budget_of(name)
+    for other in (f"random, B={budget}", f"fixed = early-kill, difference, B={budget}"):
+        shared = sorted(mine.keys() & by_name.get(other, {}).keys())
+        if shared and other != name:
+            row[f"to {other}"] = {
+                measure: _mean([mine[seed][measure] - by_name[other][seed][measure] for seed in shared])
+                for measure in ("accuracy", "loss")
+            }
+    return row
+
+
+def _budget_of(name: str) -> str:
+    return name.partition("B=")[2].partition(",")[0]
+
+
+def _mean(values: list[float]) -> dict[str, float]:
+    """Return mean, standard deviation and standard error; the spread of one value counts as zero."""
+    sd = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "sd": sd, "se": sd / len(values) ** 0.5}
+
+
+def _aims(rows: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return each aim at the smallest budget, with what was wanted of it and reached.
+
+    Better than another schedule is what is so by more than two standard errors.
+    """
+    int8 = next((name for name in rows if name.endswith(", int8")), None)
+    if int8 is None:
+        return []
+    budget = _budget_of(int8)
+    full, aims = rows["full"]["accuracy"], []
+
+    def add(variant: str, aim: str, wanted: float, reached: float, *, se: float = 0.0) -> None:
+        is_met = reached - wanted > 2 * se if se else reached >= wanted
+        aims.append({"variant": variant, "aim": aim, "wanted": wanted, "reached": reached, "se": se, "met": is_met})
+
+    add(int8, "share of full's bytes saved", 0.96, 1 - rows[int8]["bytes_to_full"]["median"])
+    for norm in ("difference", "saliency"):
+        name = f"kill-revive, {norm}, B={budget}"
+        add(name, "share of full's bytes saved", 0.866, 1 - rows[name]["bytes_to_full"]["median"])
+        saved = 1 - rows[name]["peft_cpu_seconds_to_full"]["median"]
+        add(name, "share of full's CPU seconds in PEFT modules saved", 0.8, saved)
+        add(name, "accuracy, of full's less one sd", full["mean"] - full["sd"], rows[name]["accuracy"]["mean"])
+        for other in (f"random, B={budget}", f"fixed = early-kill, difference, B={budget}"):
+            to_other = rows[name][f"to {other}"]
+            accuracy, loss = to_other["accuracy"], to_other["loss"]
+            add(name, f"accuracy above that of {other}", 0.0, accuracy["mean"], se=accuracy["se"])
+            add(name, f"loss below that of {other}", 0.0, -loss["mean"], se=loss["se"])
+    return aims
 
 
 def _line(run: dict[str, Any]) -> str:
     cost = _main_epoch(run)
     return (
-        f"seed {run['seed']}  {run['variant']:<24} accuracy {run['accuracy']:.4f} "
+        f"seed {run['seed']}  {run['variant']:<36} accuracy {run['accuracy']:.4f} "
         f"(all modules {run['accuracy_all_modules']:.4f}), loss {run['loss']:.4f}  "
         f"main epoch: {cost['bytes'] / 1e6:.1f} MB, PEFT {cost['peft_cpu_seconds']:.2f} s CPU, {cost['seconds']:.1f} s"
     )
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    titles = f"{'accuracy (sd)':>18}{'loss (sd)':>18}{'all modules':>13}{'bytes':>8}{'PEFT CPU':>10}{'time':>7}"
-    lines = [f"\n{'variant':<24}{titles}"]
-    for row in rows:
-        accuracy = f"{row['accuracy']['mean']:.4f} ({row['accuracy']['sd']:.4f})"
-        loss = f"{row['loss']['mean']:.4f} ({row['loss']['sd']:.4f})"
-        lines.append(
-            f"{row['variant']:<24}{accuracy:>18}{loss:>18}{row['accuracy_all_modules']['mean']:>13.4f}"
-            f"{row['bytes_to_full']['median']:>8.3f}{row['peft_cpu_seconds_to_full']['median']:>10.3f}"
-            f"{row['seconds_to_full']['median']:>7.2f}"
-        )
-    return "\n".join(lines)
+def tables(result: dict[str, Any]) -> str:
+    """Return the results as the tables of docs/schedules.md."""
+    untrained = result["untrained"]
+    quality = [
+        ["", "loss (sd)", "accuracy (sd)", "with all modules", "less `random`'s (se)", "less `fixed`'s (se)"],
+        ["untrained", f"{untrained['loss']:.3f}", f"{untrained['accuracy']:.3f}", "", "", ""],
+    ]
+    costs = [["", "MB", "bytes", "PEFT CPU", "device CPU", "time (smallest to largest)"]]
+    for name, row in result["summary"].items():
+        own = [f"{row[measure]['mean']:.3f} ({row[measure]['sd']:.3f})" for measure in ("loss", "accuracy")]
+        every = f"{row['loss_all_modules']['mean']:.3f}, {row['accuracy_all_modules']['mean']:.3f}"
+        quality.append([name, *own, every, _paired(row, "to random"), _paired(row, "to fixed")])
+        ratios = [
+            row[f"{measure}_to_full"]["median"] for measure in ("bytes", "peft_cpu_seconds", "device_cpu_seconds")
+        ]
+        time_ = row["seconds_to_full"]
+        spread = f"{time_['median']:.2f} ({time_['min']:.2f} to {time_['max']:.2f})"
+        costs.append([name, f"{row['bytes'] / 1e6:.0f}", *(f"{ratio:.3f}" for ratio in ratios), spread])
+    aims = [["aim, in a main epoch", "wanted", "reached (se)", ""]]
+    for aim in result["aims"]:
+        spread = f" ({aim['se']:.3f})" if aim["se"] else ""
+        numbers = [f"{aim['wanted']:.3f}", f"{aim['reached']:.3f}{spread}"]
+        aims.append([f"{aim['variant']}: {aim['aim']}", *numbers, "met" if aim["met"] else "missed"])
+    return "\n\n".join(_markdown(rows) for rows in (quality, costs, aims))
 
 
-def _write(options: argparse.Namespace, model: str, task: Task, runs: list[dict[str, Any]]) -> None:
-    result = {
+def _paired(row: dict[str, Any], start: str) -> str:
+    differences: dict[str, dict[str, float]] = next((row[key] for key in row if key.startswith(start)), {})
+    both = (differences[measure] for measure in ("loss", "accuracy") if differences)
+    return ", ".join("{mean:+.3f} ({se:.3f})".format(**difference) for difference in both)
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |") for cells in lines)
+
+
+def _setting(options: argparse.Namespace, model: str, task: Task) -> dict[str, Any]:
+    return {
         "benchmark": "kill_revive",
         "model": Path(model).name,
         "task": options.task,
         "examples": {"train": len(task.train), "test": len(task.test)},
         "tokens_per_epoch": sum(len(row["input_ids"]) for row in task.train),
         "epochs": options.epochs,
+        "learning_rate": options.learning_rate,
+        "batch_size": BATCH_SIZE,
         "lora": LORA,
         "schedules": {variant.name: asdict(variant.schedule) for variant in variants(options.budgets, 0)},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "grpcio", "tidelock")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "summary": _summary(runs),
-        "runs": runs,
+        "notes": (
+            "The warm-up is trained once for a seed, by full; in the other runs epoch 0 holds its last step only. "
+            "Costs are of a main epoch. Wall time is of a machine that others may have used at the same time."
+        ),
+        "runs": [],
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _options() -> argparse.Namespace:
@@ -341,15 +466,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", help="model folder or hub name; SmolLM2-135M-Instruct by default")
     parser.add_argument("--budgets", type=int, nargs="+", default=[16, 8, 4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--examples", type=int, default=384, help="to learn from")
-    parser.add_argument("--tests", type=int, default=872, help="to measure on")
+    parser.add_argument("--examples", type=int, default=128, help="to learn from")
+    parser.add_argument("--tests", type=int, default=128, help="to measure on")
     parser.add_argument("--epochs", type=int, default=5, help="of them the first is the warm-up")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of the cloud")
-    parser.add_argument("--out", type=Path, default=RESULTS / "kill_revive.json", help="where to write the JSON")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where to write the JSON")
+    parser.add_argument("--show", action="store_true", help="print the tables of --out, and measure nothing")
     options = parser.parse_args()
-    if options.data is None:
+    if options.data is None and not options.show:
         parser.error("expected --data or TIDELOCK_DATA with the folder of the tasks, got neither")
-    options.data = Path(options.data)
+    options.data = None if options.data is None else Path(options.data)
     return options
 
 

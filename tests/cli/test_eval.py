@@ -89,7 +89,9 @@ def test_a_cloud_elsewhere_measures_the_same(
     assert tide("train", places, "--out", out, *task, "--adapter", finished / "adapter", "--learning-rate", 1e-12) == 0
     here = measured(capsys, out, "--data", places)
     there = measured(capsys, out, "--data", places, *cloud_access.options(backbone=None))
-    assert there == here
+    # Two micro-batches in flight there, and one here.
+    assert there.pop("metrics") == pytest.approx(here["metrics"], rel=1e-4)
+    assert there == {name: value for name, value in here.items() if name != "metrics"}
     assert here["metrics"]["accuracy"] > 0.8
 
 

@@ -140,9 +140,10 @@ def test_moments_are_reset_or_kept(join: Connect, tmp_path: Path, moments: str) 
         assert sum(steps[-1].values()) == (everything + _EPOCHS - 1) * _STEPS_AN_EPOCH
 
 
-@pytest.mark.parametrize("step", [4, 6])  # in the middle of a period, and at the decision
-def test_resumed_within_a_schedule_bit_for_bit(join: Connect, tmp_path: Path, step: int) -> None:
-    schedule = Schedule("kill-revive", budget=1, per_learning_rate=True)
+@pytest.mark.parametrize("norm", ["difference", "saliency"])
+@pytest.mark.parametrize("step", [2, 4, 6])  # in the middle of the warm-up and of a period, and at the decision
+def test_resumed_within_a_schedule_bit_for_bit(join: Connect, tmp_path: Path, step: int, norm: str) -> None:
+    schedule = Schedule("kill-revive", budget=1, norm=norm, per_learning_rate=True)
     whole, periods = _join(join), list[PeriodReport]()
     _trainer(whole, tmp_path, KillRevive(schedule, periods.append), save_steps=2).train()
     resumed, later = _join(join), list[PeriodReport]()

@@ -47,26 +47,27 @@ class DeviceCausalLM(nn.Module, ABC):
 
     Args:
         ends: The model's embedding and head.
-        num_labels: How many classes a whole text may have, or 1 where a number is predicted; None models language.
 
     Attributes:
         config: The model's Hugging Face configuration.
         generation_config: How the model's makers would have it generate.
         ends: As given.
         head: The trained head of whole texts, a linear without bias as in `LlamaForSequenceClassification`; it learns
-            whatever a schedule does. None without `num_labels`.
+            whatever a schedule does. None for a model of language, and until a subclass makes one.
     """
 
     # Read by `transformers.Trainer`: our loss divides by `num_items_in_batch`, as its own models' do.
     accepts_loss_kwargs = True
     base_model_prefix = "base_model"
 
-    def __init__(self, ends: Ends, *, num_labels: int | None = None) -> None:
+    head: nn.Linear | None
+
+    def __init__(self, ends: Ends) -> None:
         super().__init__()
         self.config: PretrainedConfig = ends.config
         self.generation_config = GenerationConfig.from_model_config(ends.config)
         self.ends = ends
-        self.head = None if num_labels is None else fresh_head(ends.config, ends.geometry, num_labels)
+        self.head = None
 
     @abstractmethod
     def final_states(self, ids_BT: Tensor, rows: Rows, select_M: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ class Activity(nn.Module):
         period: Its number, int64.
         steps: Optimizer steps done in it, int64.
         rates: Sum of their learning rates, float64.
+        saliencies: Each one's sum of -weights * gradients over them, float64 of shape (M,).
     """
 
     alive: Tensor
@@ -73,6 +74,7 @@ class Activity(nn.Module):
     period: Tensor
     steps: Tensor
     rates: Tensor
+    saliencies: Tensor
 
     def __init__(self, bank: Bank) -> None:
         super().__init__()
@@ -84,6 +86,7 @@ class Activity(nn.Module):
         self.register_buffer("period", torch.zeros((), dtype=torch.long))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.register_buffer("rates", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("saliencies", torch.zeros(count, dtype=torch.float64))
 
 
 # ruff: noqa: ARG002  (Trainer gives every callback the same arguments)
@@ -160,6 +163,14 @@ class KillRevive(TrainerCallback):
             turns = warm_up_turns(self._blocks, at_once)
             self._bank.activate(turns[int(activity.steps) % len(turns)], frozen=self.schedule.killed == "frozen")
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note what each module's weights are worth to the loss, before the step moves them."""
+        if self.schedule.norm == "saliency":
+            for index, block in enumerate(self._blocks):
+                self._activity.saliencies[index] += _saliency(self._bank.module(block))
+
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -193,6 +204,7 @@ class KillRevive(TrainerCallback):
         activity.period += 1
         activity.steps.zero_()
         activity.rates.zero_()
+        activity.saliencies.zero_()
         self._activate()
         if optimizer is not None and schedule.moments == "reset":
             for block in decision.killed:
@@ -208,7 +220,10 @@ class KillRevive(TrainerCallback):
         before, after = activity.start.split(sizes), _weights(self._bank.blocks).split(sizes)
         rate = float(activity.rates / activity.steps) if self.schedule.per_learning_rate else 1.0
         for index in activity.alive.nonzero().flatten().tolist():
-            score = _distance(before[index], after[index], self.schedule.norm)
+            if self.schedule.norm == "saliency":
+                score = float(activity.saliencies[index].relu())
+            else:
+                score = _distance(before[index], after[index], self.schedule.norm)
             activity.scores[index] = score / rate if rate else score
             activity.last_active[index] = period
         rows = zip(
@@ -258,3 +273,12 @@ def _distance(before: Tensor, after: Tensor, norm: str) -> float:
     if norm == "difference":
         return float((after.double() - before.double()).norm())
     return abs(float(after.double().norm() - before.double().norm()))
+
+
+def _saliency(module: nn.Module) -> float:
+    """Return how much the loss would rise, to first order, if all weights of a module were zero.
+
+    For a low-rank branch y = B A x that is twice the rise if its answer y were left out.
+    """
+    learned = ((p.detach().double(), p.grad.double()) for p in module.parameters() if p.grad is not None)
+    return -sum(float((weight * grad).sum()) for weight, grad in learned)

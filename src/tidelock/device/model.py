@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from tidelock.device.bank import Bank, BankPass
-from tidelock.device.causal_lm import DeviceCausalLM, packed_ids
+from tidelock.device.causal_lm import DeviceCausalLM, fresh_head, packed_ids
 from tidelock.device.in_flight import BatchPass
 from tidelock.errors import WireError
 from tidelock.model.walk import Batch
@@ -88,9 +88,10 @@ class DeviceModel(DeviceCausalLM):
         in_flight: int = 1,
         num_labels: int | None = None,
     ) -> None:
-        super().__init__(ends, num_labels=num_labels)
+        super().__init__(ends)
         self.peft_config = peft_config
         self.bank = Bank(peft_config, ends.geometry)
+        self.head = None if num_labels is None else fresh_head(ends.config, ends.geometry, num_labels)
         self.backbone = backbone
         self.in_flight = in_flight
         self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="in-flight")

@@ -14,7 +14,7 @@ from typing import final
 from tidelock.errors import ConfigError
 
 SCHEDULES = ("full", "early-kill", "kill-revive", "fixed", "random")
-NORMS = ("difference", "difference-of-norms")
+NORMS = ("difference", "difference-of-norms", "saliency")
 KILLED = ("bypass", "frozen")
 MOMENTS = ("reset", "keep")
 
@@ -37,7 +37,9 @@ class Schedule:
         longest_sleep: Periods after which `kill-revive` revives a module whatever its score; None is twice as many as
             it would take to revive all in turn.
         norm: A module's score: `difference` is the L2 norm of what its weights changed in its last active period,
-            `difference-of-norms` what their L2 norm changed, without its sign.
+            `difference-of-norms` what their L2 norm changed, without its sign; `saliency` how much the loss would rise
+            without the module, to first order: the sum of -weights * gradients over that period's steps, and zero where
+            it would fall (the criterion of Molchanov et al., arXiv 1906.10771, with its sign and not squared).
         per_learning_rate: Divide a score by the mean learning rate of its period, so that scores of periods compare.
         killed: A killed module is left out of every pass (`bypass`), or goes on to answer with the weights that it had
             (`frozen`).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -114,6 +115,18 @@ def test_with_scores_that_never_change_every_module_still_has_its_periods(fixed:
             seen |= set(decision.revived)
         seen |= set(decision.active) if table.period == 1 else set()
     assert seen == set(range(6))
+
+
+@given(st.lists(st.lists(scores, min_size=6, max_size=6), min_size=20, max_size=30), st.integers(1, 5))
+def test_no_module_sleeps_for_long_whatever_the_scores(rows: list[list[float]], budget: int) -> None:
+    schedule = Schedule("kill-revive", budget=budget)
+    exchanged = max(1, round(0.25 * budget))
+    turns = math.ceil((6 - budget) / exchanged)
+    table = warm(*rows[0])
+    for fresh in rows[1:]:
+        table = follow(table, decide(schedule, table), fresh)
+        # By default overdue after twice the turns; then those that are overdue return in turn.
+        assert max(table.period - row.last_active for row in table.modules) <= 3 * turns
 
 
 @given(st.lists(scores, min_size=1, max_size=9))
