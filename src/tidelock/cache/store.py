@@ -221,7 +221,7 @@ class ActivationCache:
             msg = (
                 f"Writing to the cache: expected room for {format_bytes(size)} more{then} within its limit of "
                 f"{format_bytes(self._limit_bytes)}, got {format_bytes(used)} in it already ({self._folder.path}). "
-                "Raise the limit, choose --cache-codec int8, or clear another cache."
+                "Raise the limit, choose a codec of fewer bytes (int8), or clear another cache."
             )
             raise StorageError(msg)
         free = shutil.disk_usage(self._folder.path).free
@@ -229,6 +229,6 @@ class ActivationCache:
             msg = (
                 f"Writing to the cache: expected room for {format_bytes(size)} more{then} and a reserve of "
                 f"{format_bytes(RESERVE_BYTES)} on the disk, got {format_bytes(free)} ({self._folder.path}). Make "
-                "room, choose --cache-codec int8, or a folder on another disk."
+                "room, choose a codec of fewer bytes (int8), or a folder on another disk."
             )
             raise StorageError(msg)

@@ -55,6 +55,7 @@ class SideConfig:
         taps: The blocks whose outputs are read, by number; None reads every block.
         init: Where the side blocks' weights come from: the backbone's channels of the highest Fisher score
             (`fisher`, needs a sample of data), of the largest weights (`magnitude`), or chance (`random`).
+            It is `SideNetwork.start` that reads it: until that is called, every start is by chance.
         zero_upsample: Start with an upsampling of zero, so that the first step's loss is the backbone's.
         output: `add` the side network's output to the backbone's final state, or let it stand `alone`.
         temperature: T of the gates.
