@@ -34,13 +34,13 @@ def test_info_needs_no_key(capsys: Capture, cache: Path) -> None:
     assert capsys.readouterr().out.startswith("3 examples, 948 B: model aaaaaaaaaaaa in fp32, 2 taps, whole, in fp32")
     assert tide("info", cache, "--json") == 0
     values = json.loads(capsys.readouterr().out)
-    assert (values["entries"], values["taps"], values["max_length"]) == (3, [0, 2], 128)
+    assert (values["entries"], values["taps"], values["wire_codec"]) == (3, [0, 2], "fp32")
     assert values["bytes"] == sum(path.stat().st_size for path in entries_in(cache))
     assert values["group"] == IDENTITY.group
 
 
 def test_verify_finds_and_removes_what_is_damaged(capsys: Capture, cache: Path, tmp_path: Path) -> None:
-    key = ("--key", tmp_path / "key")
+    key = ("--cache-key", tmp_path / "key")
     assert tide("verify", cache, *key) == 0
     assert capsys.readouterr().out == "3 entries are right, 0 are damaged.\n"
     path = entries_in(cache)[0]
@@ -60,8 +60,8 @@ def test_verify_finds_and_removes_what_is_damaged(capsys: Capture, cache: Path, 
 
 def test_verify_with_another_key_changes_nothing(capsys: Capture, cache: Path, tmp_path: Path) -> None:
     CacheKey.open(tmp_path / "other")
-    assert tide("verify", cache, "--key", tmp_path / "other", "--remove") == CacheError.exit_code
-    assert tide("verify", cache, "--key", tmp_path / "nowhere") == CacheError.exit_code
+    assert tide("verify", cache, "--cache-key", tmp_path / "other", "--remove") == CacheError.exit_code
+    assert tide("verify", cache, "--cache-key", tmp_path / "nowhere") == CacheError.exit_code
     assert "expected the file with which the cache was made, got none" in capsys.readouterr().err
     assert not (tmp_path / "nowhere").exists()
     assert len(entries_in(cache)) == 3
@@ -106,11 +106,11 @@ def test_damaged_entries_that_cannot_be_removed_are_an_error(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    assert tide("verify", cache, "--key", tmp_path / "key", "--remove") == CacheError.exit_code
+    assert tide("verify", cache, "--cache-key", tmp_path / "key", "--remove") == CacheError.exit_code
     assert "Check permissions." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("args", [("shrink",), ("info", "--remove"), ("clear", "--key", "k")])
+@pytest.mark.parametrize("args", [("shrink",), ("info", "--remove"), ("clear", "--cache-key", "k")])
 def test_other_actions_and_options_are_refused(capsys: Capture, cache: Path, args: tuple[str, ...]) -> None:
     action, *options = args
     assert tide(action, cache, *options) == ConfigError.exit_code

@@ -18,7 +18,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from tests.support.parity import TokenBatch, plain_model
 from tidelock.backbone.local import LocalBackbone
-from tidelock.device.side_model import BackboneTaps, SideModel
+from tidelock.device.side_model import SideModel
+from tidelock.device.tap_source import TapSource
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import Ends, read_config
 from tidelock.model.load import ModelChoice, load_cut_model
@@ -29,7 +30,7 @@ def side_model(folder: Path, config: SideConfig) -> SideModel:
     """Return a side model over frozen blocks in this process."""
     checkpoint = Checkpoint.open(str(folder))
     backbone = LocalBackbone(load_cut_model(checkpoint, ModelChoice(str(folder))))
-    return SideModel(Ends(read_config(folder), checkpoint), BackboneTaps(backbone), config)
+    return SideModel(Ends(read_config(folder), checkpoint), TapSource(lambda: backbone), config)
 
 
 @torch.no_grad()

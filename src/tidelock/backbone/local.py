@@ -69,9 +69,9 @@ class LocalGeneration:
 class LocalTapGeneration:
     """A growing batch whose taps are read, in this process; see `backbone.protocol.TapGeneration`."""
 
-    def __init__(self, cut: CutModel, batch: Batch, blocks: Sequence[int]) -> None:
+    def __init__(self, cut: CutModel, batch: Batch, blocks: Sequence[int], width: int | None) -> None:
         self._cache = DynamicCache(config=cut.config)
-        self._pass = TapPass(cut, batch, blocks)
+        self._pass = TapPass(cut, batch, blocks, width)
         self.taps = self._pass.forward(self._cache)
 
     def extend(self, embeddings_BE: Tensor) -> Taps:
@@ -117,13 +117,13 @@ class LocalBackbone:
         """Run the prompts of a batch and keep keys and values for more tokens."""
         return LocalGeneration(self._cut, batch, sites)
 
-    def read_taps(self, batch: Batch, blocks: Sequence[int]) -> Taps:
+    def read_taps(self, batch: Batch, blocks: Sequence[int], width: int | None = None) -> Taps:
         """Run a batch through the blocks and return what the tapped ones gave."""
-        return TapPass(self._cut, batch, blocks).forward()
+        return TapPass(self._cut, batch, blocks, width).forward()
 
-    def generate_taps(self, batch: Batch, blocks: Sequence[int]) -> LocalTapGeneration:
+    def generate_taps(self, batch: Batch, blocks: Sequence[int], width: int | None = None) -> LocalTapGeneration:
         """Run the prompts of a batch, read the taps, and keep keys and values for more tokens."""
-        return LocalTapGeneration(self._cut, batch, blocks)
+        return LocalTapGeneration(self._cut, batch, blocks, width)
 
     def close(self) -> None:
         """Nothing to let go of: the model goes with the last reference to it."""

@@ -123,11 +123,15 @@ class TappedBackbone(Protocol):
         """The shape of the model."""
         ...
 
-    def read_taps(self, batch: Batch, blocks: Sequence[int]) -> Taps:
-        """Run a batch through the blocks and return what the tapped ones gave."""
+    def take_times(self) -> TimeSplit:
+        """Return what passes have waited for since the last call, in seconds on the clock."""
         ...
 
-    def generate_taps(self, batch: Batch, blocks: Sequence[int]) -> TapGeneration:
+    def read_taps(self, batch: Batch, blocks: Sequence[int], width: int | None = None) -> Taps:
+        """Run a batch through the blocks and return what the tapped ones gave, projected to a width or whole."""
+        ...
+
+    def generate_taps(self, batch: Batch, blocks: Sequence[int], width: int | None = None) -> TapGeneration:
         """Run the prompts of a batch, padded at the left, read the taps, and keep keys and values for more tokens."""
         ...
 

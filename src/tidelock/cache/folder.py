@@ -71,7 +71,7 @@ class CacheFolder:
         if key is not None and not hmac.compare_digest(check.encode(), _check_of(key).encode()):
             msg = (
                 f"Cache: expected the key that it was made with, got another ({path}, {key.path}). Nothing was "
-                "changed. Give its --key, or choose another folder."
+                "changed. Give its --cache-key, or choose another folder."
             )
             raise CacheError(msg)
         return folder
@@ -88,7 +88,7 @@ class CacheFolder:
         if key.path.resolve().is_relative_to(path.resolve()):
             msg = (
                 f"Cache key: expected it outside of the cache that it opens, got {key.path}. Move it, and give its "
-                "--key."
+                "--cache-key."
             )
             raise ConfigError(msg)
         folder = cls(path)

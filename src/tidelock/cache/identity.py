@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _FORMAT = 1
 _HASH = re.compile(r"[0-9a-f]{64}")
 _DTYPES = ("fp32", "bf16")
+_WIRE_CODECS = ("fp32", "bf16", "int8", "int4")
 
 
 @final
@@ -38,7 +39,7 @@ class CacheIdentity:
         taps: The tapped blocks, ascending.
         tap_width: Numbers per token to which each tap was projected; None is as many as the block gives.
         codec: How an entry's numbers are written: fp32, bf16 or int8.
-        max_length: The most tokens of an example; longer ones were cut there.
+        wire_codec: How the taps crossed to this device: fp32 also where they did not.
 
     Raises:
         ConfigError: A value is not what is said here.
@@ -50,7 +51,7 @@ class CacheIdentity:
     taps: tuple[int, ...]
     tap_width: int | None
     codec: str
-    max_length: int
+    wire_codec: str = "fp32"
 
     def __post_init__(self) -> None:
         codecs = [codec.value for codec in CODECS]
@@ -62,7 +63,7 @@ class CacheIdentity:
             ("taps", ascending, "one or more blocks, ascending"),
             ("tap_width", self.tap_width is None or self.tap_width > 0, "None or at least 1"),
             ("codec", self.codec in codecs, f"one of {', '.join(codecs)}"),
-            ("max_length", self.max_length > 0, "at least 1"),
+            ("wire_codec", self.wire_codec in _WIRE_CODECS, f"one of {', '.join(_WIRE_CODECS)}"),
         )
         for name, holds, expected in rules:
             if not holds:

@@ -16,7 +16,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, final
 
-from tidelock.cache.entry import DamagedEntryError, check_tensors, encode, entry_bytes, read_entry, write_entry
+from tidelock.cache.entry import (
+    DamagedEntryError,
+    as_stored,
+    check_tensors,
+    encode,
+    entry_bytes,
+    read_entry,
+    write_entry,
+)
 from tidelock.cache.files import storage_error
 from tidelock.cache.folder import CacheFolder
 from tidelock.cache.identity import CacheIdentity, entry_name
@@ -166,6 +174,11 @@ class ActivationCache:
                 self._require_room(size, left * size)
                 write = partial(write_entry, plain=plain, codec=self._codec, key=self._entry_key, name=path.name)
                 self._folder.add(path, size, write)
+
+    def as_stored(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return tensors as `get` returns them once they are put: rounded as the codec has it."""
+        check_tensors(tensors, self._codec)
+        return as_stored(tensors, self._codec)
 
     def entry_bytes(self, shapes: Sequence[tuple[int, int]]) -> int:
         """Return how many bytes an entry of tensors of these shapes (rows, width) takes."""

@@ -49,7 +49,7 @@ def command(
     torch.manual_seed(seed)
     model = module.open_trained(folder, config)
     try:
-        tokenizer = import_module("tidelock.run.train").load_tokenizer(model)
+        tokenizer = import_module("tidelock.run.open_model").load_tokenizer(model)
         ids = module.raw_prompt(tokenizer, prompt) if raw else module.chat_prompt(tokenizer, prompt)
         pieces: list[str] = []
         for piece in module.stream(model, tokenizer, ids, settings):

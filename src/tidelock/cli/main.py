@@ -33,7 +33,7 @@ COMMANDS = {
     "generate": "Ask a trained model.",
     "eval": "Measure a trained model on labelled data.",
     "export": "Write a run's adapter for use elsewhere, or a merged model.",
-    "cache": "Look at, check or remove an activation cache.",
+    "cache": "Fill an activation cache ahead of a run, look at it, check or remove it.",
     "report": "Draw a run: loss, module activity, traffic and time.",
     "doctor": "Say what this machine can do, and what is wrong.",
 }

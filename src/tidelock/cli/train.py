@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from tidelock.cli.knobs import data_argument, knob_options, option
 from tidelock.cli.output import Output
 from tidelock.cli.progress import StepProgress
 from tidelock.errors import INTERRUPTED_EXIT_CODE, ConfigError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _CHANGEABLE = frozenset(
     {
         *("out", "cloud", "token_file", "ca", "client_cert", "client_key", "insecure", "patience", "threads", "keep"),
-        "report_to",
+        *("report_to", "cache", "cache_limit", "cache_key"),
     }
 )
 
@@ -113,27 +114,13 @@ def _shown(loss: float | None) -> str:
 
 
 def _signature() -> inspect.Signature:
-    """Return the command's signature: an option for every knob of `RunConfig`, which are declared there once."""
-    hints = get_type_hints(RunConfig)
-    data, *knobs = fields(RunConfig)
-    argument = typer.Argument(help=data.metadata["help"], show_default=False)
-    parameters = [_parameter(data.name, Annotated[str | None, argument], None)]
-    for knob in knobs:
-        default = "run" if knob.default is MISSING else knob.default
-        parameters.append(_option(knob.name, hints[knob.name], knob.metadata["help"], default))
-    parameters.append(_option("resume", bool, "Go on with the run in --out, with the options that it has.", False))
-    parameters.append(_option("json", bool, "Print JSON objects only.", False))
-    return inspect.Signature(parameters)
-
-
-def _option(name: str, hint: object, text: str, default: object) -> inspect.Parameter:
-    flag = f"--{name.replace('_', '-')}"
-    option = typer.Option(flag, help=text, show_default=default is not None and default is not False)
-    return _parameter(name, Annotated[hint, option], default)
-
-
-def _parameter(name: str, annotation: object, default: object) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    """Return the command's signature: an option for every knob of `RunConfig`."""
+    data, *names = (knob.name for knob in fields(RunConfig))
+    others = [
+        option("resume", bool, "Go on with the run in --out, with the options that it has.", default=False),
+        option("json", bool, "Print JSON objects only.", default=False),
+    ]
+    return inspect.Signature([data_argument(data), *knob_options(names), *others])
 
 
 command.__signature__ = _signature()  # type: ignore[attr-defined]  # typer reads it in place of **knobs

@@ -5,7 +5,7 @@ are computed here, only where there is a label. For whole texts the head is a ne
 
 Shapes: B rows, T positions, N real tokens, M tokens whose final state is wanted, D width of that state, V vocabulary,
 C classes.
-May import `backbone`, `model`, `device` and libraries.
+May import `backbone`, `peft`, `model`, `device` and libraries.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ from tidelock.model.rows import Rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from transformers import PretrainedConfig
 
+    from tidelock.backbone.pass_times import TimeSplit
     from tidelock.backbone.protocol import Generation
     from tidelock.model.ends import Ends
     from tidelock.model.geometry import Geometry
+    from tidelock.peft.export import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +80,39 @@ class DeviceCausalLM(nn.Module, ABC):
     @abstractmethod
     def open_generation(self, ids_BT: Tensor, rows: Rows, select_B: Tensor) -> Generation:
         """Run prompts padded at the left; `select_B` says which of the N tokens are the rows' last."""
+        ...
+
+    @abstractmethod
+    def save_adapter(self, folder: Path, base_model: str | None = None) -> None:
+        """Write what is trained as an adapter; see `peft.export`.
+
+        Args:
+            folder: Made when it is not there.
+            base_model: Folder or hub name of the model, for whoever loads the adapter; None takes where this device
+                read it.
+
+        Raises:
+            StorageError: The file system refused.
+        """
+        ...
+
+    @abstractmethod
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Copy an adapter's weights into this model, which was made from its configuration.
+
+        Raises:
+            CheckpointError: Its tensors are not those of this model.
+        """
+        ...
+
+    @abstractmethod
+    def take_times(self) -> TimeSplit:
+        """Return what training passes have waited for since the last call, in seconds on the clock."""
+        ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of whatever runs the frozen blocks."""
         ...
 
     @property

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from tidelock.backbone.pass_times import TimeSplit
     from tidelock.backbone.protocol import Backbone, Generation
     from tidelock.model.ends import Ends
     from tidelock.model.rows import Rows
@@ -134,6 +135,10 @@ class DeviceModel(DeviceCausalLM):
         """
         modules = {site: self.bank.at(site) for site in self.bank.targets}
         apply_adapter(adapter, modules, self.ends.geometry, self.head)
+
+    def take_times(self) -> TimeSplit:
+        """Return what training passes have waited for since the last call, in seconds on the clock."""
+        return self.backbone.take_times()
 
     def close(self) -> None:
         """Let go of the backbone."""

@@ -4,71 +4,35 @@ A sibling of `device.model`: any training loop for causal language models can tr
 backbone, so a pass asks it for its taps once, forward, and the rest happens here.
 
 Shapes: B rows, T positions, N real tokens, M tokens whose final state is wanted, F width of that state.
-May import `backbone`, `peft`, `model`, `device` and libraries.
+May import `backbone`, `peft`, `model`, `device`, errors and libraries.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 
 from tidelock.device.causal_lm import DeviceCausalLM, packed_ids
+from tidelock.device.loss import labelled_tokens, last_tokens
+from tidelock.device.tap_source import examples_of
+from tidelock.errors import ConfigError
 from tidelock.model.walk import Batch
 from tidelock.peft.side import SideNetwork
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
+    from transformers import PreTrainedModel
 
-    from tidelock.backbone.protocol import Generation, TapGeneration, TappedBackbone
+    from tidelock.backbone.pass_times import TimeSplit
+    from tidelock.backbone.protocol import Generation, TapGeneration
+    from tidelock.device.tap_source import ExampleIds, TapSource
     from tidelock.model.ends import Ends
     from tidelock.model.rows import Rows
     from tidelock.model.taps import Taps
     from tidelock.peft.side import SideConfig
-
-
-class TapSource(Protocol):
-    """Where a side network's taps come from: a backbone, or what was kept of one."""
-
-    def read(self, ids_N: Tensor, batch: Batch, blocks: Sequence[int]) -> Taps:
-        """Return the taps of a batch.
-
-        Args:
-            ids_N: Ids of the real tokens, which identify their rows.
-            batch: The same tokens, embedded.
-            blocks: The tapped blocks.
-        """
-        ...
-
-    def generate(self, batch: Batch, blocks: Sequence[int]) -> TapGeneration:
-        """Run prompts padded at the left, and keep keys and values for more tokens."""
-        ...
-
-    def close(self) -> None:
-        """Let go of whatever gives the taps."""
-        ...
-
-
-@final
-class BackboneTaps:
-    """Taps straight from a backbone, computed each time; see `TapSource`."""
-
-    def __init__(self, backbone: TappedBackbone) -> None:
-        self._backbone = backbone
-
-    def read(self, ids_N: Tensor, batch: Batch, blocks: Sequence[int]) -> Taps:  # noqa: ARG002  (they say nothing new)
-        """Run the batch through the frozen blocks."""
-        return self._backbone.read_taps(batch, blocks)
-
-    def generate(self, batch: Batch, blocks: Sequence[int]) -> TapGeneration:
-        """Run the prompts through the frozen blocks."""
-        return self._backbone.generate_taps(batch, blocks)
-
-    def close(self) -> None:
-        """Let go of the backbone."""
-        self._backbone.close()
 
 
 @final
@@ -95,26 +59,109 @@ class SideModel(DeviceCausalLM):
         self.side_config = config
         self.network = SideNetwork(config, ends.config, ends.geometry)
         self.source = source
+        self._has_start = config.init == "random"
+        self.register_load_state_dict_post_hook(_note_start)
+
+    def start(self, model: PreTrainedModel, examples: Iterable[Mapping[str, Tensor]] | None = None) -> None:
+        """Begin as the configuration says; arguments and errors as `SideNetwork.start`."""
+        self.network.start(model, examples)
+        self._has_start = True
 
     def final_states(self, ids_BT: Tensor, rows: Rows, select_M: Tensor) -> Tensor:
-        """Return the states that the head reads at the selected tokens, shape (M, F)."""
+        """Return the states that the head reads at the selected tokens, shape (M, F).
+
+        Raises:
+            ConfigError: The network has not begun as its configuration says; see `start`.
+        """
+        self._require_start()
         ids_N = packed_ids(ids_BT, rows)
         batch = self._open_batch(ids_N, rows, select_M)
-        taps = self.source.read(ids_N, batch, self.network.blocks)
+        taps = self._read(ids_N, batch)
         final_MF: Tensor = self.network(batch.embeddings_NE, taps, rows.layout(self.device), select_M)
         return final_MF
 
     def open_generation(self, ids_BT: Tensor, rows: Rows, select_B: Tensor) -> Generation:
         """Run prompts padded at the left; frozen and side blocks keep keys and values."""
         batch = self._open_batch(packed_ids(ids_BT, rows), rows, select_B)
-        return _SideGeneration(self.network, batch, self.source.generate(batch, self.network.blocks))
+        return _SideGeneration(
+            self.network, batch, self.source.generate(batch, self.network.blocks, self.side_config.tap_width)
+        )
+
+    def examples_of(self, batch: Mapping[str, Tensor]) -> list[ExampleIds]:
+        """Return what the taps of each row of a batch depend on, as a cache has it.
+
+        Args:
+            batch: What `forward` takes.
+        """
+        return examples_of(*self._selection(batch))
+
+    @property
+    def token_widths(self) -> tuple[int, ...]:
+        """Numbers of a token's embedding, of each of its taps, and of its final state."""
+        geometry = self.ends.geometry
+        taps = (self.network.tap_width,) * len(self.network.blocks)
+        return (geometry.embedding_width, *taps, geometry.final_width)
+
+    def tap_shapes(self, example: ExampleIds) -> list[tuple[int, int]]:
+        """Return the shapes (tokens, width) of what a cache keeps of an example: its taps, and the final states."""
+        (ids, (_, *selected)), (_, *taps, final) = example, self.token_widths
+        return [*((len(ids), width) for width in taps), (len(selected), final)]
+
+    def announce(self, batch: Mapping[str, Tensor]) -> None:
+        """Say that a batch will be asked for, so that its taps are read from the cache meanwhile.
+
+        Args:
+            batch: What `forward` will take.
+        """
+        self.source.announce(*self._selection(batch))
+
+    def read_taps(self, batch: Mapping[str, Tensor]) -> Taps:
+        """Return a batch's taps, and have those that are new cached; the side network is not asked.
+
+        Args:
+            batch: What `forward` takes.
+        """
+        ids_N, rows, select_M = self._selection(batch)
+        return self._read(ids_N, self._open_batch(ids_N, rows, select_M))
+
+    def take_times(self) -> TimeSplit:
+        """Return what passes have waited for since the last call, in seconds on the clock."""
+        return self.source.take_times()
 
     def close(self) -> None:
         """Let go of the taps' source."""
         self.source.close()
 
+    def _selection(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Rows, Tensor]:
+        """Return the ids of a batch's real tokens, where these are, and which of them are selected."""
+        ids_BT, rows = self._read_batch(batch["input_ids"], batch.get("attention_mask"), {})
+        labels = batch.get("labels")
+        if self.head is not None:
+            select_M = last_tokens(rows)
+        elif labels is None:
+            select_M = torch.arange(rows.num_tokens)
+        else:
+            select_M, _ = labelled_tokens(labels, rows)
+        return packed_ids(ids_BT, rows), rows, select_M
+
+    def _require_start(self) -> None:
+        if not self._has_start:
+            msg = (
+                f"Side network: expected it to have begun as init={self.side_config.init!r} says, got no start yet. "
+                "Call start(model) with the whole causal model, load a state, or choose init='random'."
+            )
+            raise ConfigError(msg)
+
+    def _read(self, ids_N: Tensor, batch: Batch) -> Taps:
+        return self.source.read(ids_N, batch, self.network.blocks, self.side_config.tap_width)
+
     def _open_batch(self, ids_N: Tensor, rows: Rows, select_M: Tensor) -> Batch:
         return Batch(self.ends.embed(ids_N), rows, select_M, active={}, training=False)
+
+
+def _note_start(model: SideModel, _keys: Any) -> None:  # noqa: ANN401  (as torch has it)
+    """A state that is loaded is a start."""
+    model._has_start = True  # noqa: SLF001
 
 
 @final

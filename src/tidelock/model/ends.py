@@ -8,6 +8,7 @@ May import errors, `model` and libraries.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from typing import TYPE_CHECKING, Any, cast, final
@@ -30,10 +31,7 @@ if TYPE_CHECKING:
 
     from tidelock.model.checkpoint import TensorSource
 
-# What a device reads of a model's folder besides tensors; safetensors files are never among them.
-_SMALL_FILES = (
-    "config.json",
-    "generation_config.json",
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -44,6 +42,8 @@ _SMALL_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# What a device reads of a model's folder besides tensors; safetensors files are never among them.
+_SMALL_FILES = ("config.json", "generation_config.json", *_TOKENIZER_FILES)
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -61,6 +61,15 @@ def read_config(folder: Path) -> PretrainedConfig:
             f"{type(error).__name__} ({folder}). Check the folder; models that bring code of their own are not loaded."
         )
         raise ModelError(msg) from error
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """Return one hash over the tokenizer's files in a model's folder, in hex; of none where there is no tokenizer."""
+    digest = hashlib.sha256()
+    for name in _TOKENIZER_FILES:
+        if (folder / name).is_file():
+            digest.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
+    return digest.hexdigest()
 
 
 @final

@@ -1,4 +1,4 @@
-"""Frames: the frozen outer factors of `core`, which device and cloud draw for themselves.
+"""Frames: the frozen outer factors of `core`, and projections of taps, which device and cloud draw for themselves.
 
 For a projection of D numbers in and W out they are A (r x D), whose rows are orthonormal, and B (W x r), whose columns
 are. They follow from the projection's full name alone, and those of a smaller rank are the first of a larger one's. So
@@ -69,10 +69,27 @@ class Frames:
         self._dtype = dtype
         self._lock = threading.Lock()
         self._drawn: dict[tuple[SiteId, str], tuple[Tensor, Tensor]] = {}
+        self._of_taps: dict[int, Tensor] = {}
 
     def at(self, site: SiteId, names: Sequence[str], rank: int) -> list[tuple[Tensor, Tensor]]:
         """Return A, shape (r, D), and B, shape (W, r), of each named projection of an attention."""
         return [self._one(site, name, rank) for name in names]
+
+    def of_tap(self, block: int, hidden_width: int, width: int) -> Tensor:
+        """Return the projection of a block's output, shape (D, W): orthonormal columns, of which a smaller W has the first.
+
+        Args:
+            block: The tapped block.
+            hidden_width: D, numbers per token that it gives.
+            width: W, at most that.
+        """
+        with self._lock:
+            drawn = self._of_taps.get(block)
+            if drawn is None or drawn.shape[1] < width:
+                name = f"{self._geometry.block_path(block)} tap"
+                drawn = _orthonormal(name, hidden_width, width).to(self._device, self._dtype)
+                self._of_taps[block] = drawn
+        return drawn[:, :width]
 
     def _one(self, site: SiteId, name: str, rank: int) -> tuple[Tensor, Tensor]:
         with self._lock:

@@ -123,15 +123,17 @@ class Geometry:
     sites: Mapping[SiteId, Site]
     other_linears: tuple[str, ...]
 
+    def block_path(self, block: int) -> str:
+        """Return the full name of a block in the causal model, e.g. `model.layers.7`."""
+        return f"{self.family.decoder}.{self.family.blocks}.{block}"
+
     def projection_path(self, block: int, projection: str) -> str:
         """Return the full name of a projection in the causal model, e.g. `model.layers.7.self_attn.q_proj`."""
-        family = self.family
-        return f"{family.decoder}.{family.blocks}.{block}.{family.attention}.{projection}"
+        return f"{self.block_path(block)}.{self.family.attention}.{projection}"
 
     def output_path(self, site: SiteId) -> str:
         """Return the full name of the linear whose output a module reads, e.g. `model.layers.7.mlp.down_proj`."""
-        family = self.family
-        return f"{family.decoder}.{family.blocks}.{site.block}.{family.outputs[site.place.label]}"
+        return f"{self.block_path(site.block)}.{self.family.outputs[site.place.label]}"
 
 
 def geometry_of(model: PreTrainedModel) -> Geometry:

@@ -15,8 +15,6 @@ from tidelock.errors import ConfigError, ModelError
 from tidelock.model.cut import CutModel
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -56,7 +54,7 @@ def load_cut_model(checkpoint: Checkpoint, choice: ModelChoice) -> CutModel:
     if choice.dtype not in BACKBONE_DTYPES:
         msg = f"Backbone dtype: expected one of {sorted(BACKBONE_DTYPES)}, got {choice.dtype!r}. Choose one of those."
         raise ConfigError(msg)
-    model = _load(checkpoint.materialise(), BACKBONE_DTYPES[choice.dtype])
+    model = load_model(checkpoint, BACKBONE_DTYPES[choice.dtype])
     try:
         cast("nn.Module", model).to(choice.torch_device)
     except (RuntimeError, AssertionError) as error:
@@ -68,8 +66,13 @@ def load_cut_model(checkpoint: Checkpoint, choice: ModelChoice) -> CutModel:
     return CutModel(model)
 
 
-def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model of a folder, every weight of which was stored there."""
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Return the whole causal model, in eval mode, every weight of which was stored.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    folder = checkpoint.materialise()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

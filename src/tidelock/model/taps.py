@@ -28,7 +28,8 @@ class Taps:
     """What a side network reads of a backbone, besides the word embeddings, which the device has itself.
 
     Attributes:
-        blocks: The output of each tapped block at the real tokens, each of shape (N, D), in the order of the blocks.
+        blocks: The output of each tapped block at the real tokens, each of shape (N, D), in the order of the blocks;
+            of shape (N, W) where it is projected.
         final_MD: The decoder's final state, after its own last norm, at the selected tokens, shape (M, F).
     """
 
@@ -44,6 +45,8 @@ class TapPass:
         cut: The frozen decoder.
         batch: What to run; its sites stay as they are, active or not.
         blocks: The tapped blocks, ascending.
+        width: W, numbers per token to which each tap is projected (see `Frames.of_tap`); None leaves it whole.
+        on_tap: Given each tap as soon as it is there, and then it is not kept; None keeps all.
         between_blocks: Called between blocks, so that a server can let another user compute.
     """
 
@@ -52,11 +55,15 @@ class TapPass:
         cut: CutModel,
         batch: Batch,
         blocks: Sequence[int],
+        width: int | None = None,
+        on_tap: Callable[[int, Tensor], None] | None = None,
         between_blocks: Callable[[], None] = lambda: None,
     ) -> None:
         self._cut = cut
         self._batch = batch
         self._blocks = frozenset(blocks)
+        self._width = width
+        self._on_tap = on_tap
         self._between_blocks = between_blocks
 
     def forward(self, cache: Cache | None = None) -> Taps:
@@ -80,7 +87,11 @@ class TapPass:
                     self._between_blocks()
                 hidden_BTD = call(hidden_BTD)
                 if index in self._blocks:
-                    taps.append(layout.pack(hidden_BTD))
+                    tap = self._project(index, layout.pack(hidden_BTD))
+                    if self._on_tap is None:
+                        taps.append(tap)
+                    else:
+                        self._on_tap(index, tap)
             return hidden_BTD
 
         embeddings_BTE = layout.unpack(embeddings_NE.to(self._cut.device, self._cut.dtype))
@@ -89,3 +100,9 @@ class TapPass:
         )
         final_MD = layout.pack(final_BTD).index_select(0, select_M.to(final_BTD.device))
         return Taps(tuple(taps), final_MD)
+
+    def _project(self, block: int, tap_ND: Tensor) -> Tensor:
+        """Return a tap as narrow as it is wanted, shape (N, W)."""
+        if self._width is None:
+            return tap_ND
+        return tap_ND @ self._cut.frames.of_tap(block, tap_ND.shape[1], self._width)

@@ -58,6 +58,8 @@ class SideConfig:
             It is `SideNetwork.start` that reads it: until that is called, every start is by chance.
         zero_upsample: Start with an upsampling of zero, so that the first step's loss is the backbone's.
         output: `add` the side network's output to the backbone's final state, or let it stand `alone`.
+        tap_width: W: numbers per token to which each tap is projected before it is read; None leaves it whole. The
+            projection is drawn, not trained (`Frames.of_tap`), so that taps can be narrow from where they come.
         temperature: T of the gates.
         seed: Fixes the random part of the start.
 
@@ -70,6 +72,7 @@ class SideConfig:
     init: SideInit = "magnitude"
     zero_upsample: bool = True
     output: SideOutput = "add"
+    tap_width: int | None = None
     temperature: float = 0.1
     seed: int = 0
 
@@ -81,6 +84,7 @@ class SideConfig:
              "None, or block numbers in ascending order, each once"),
             ("init", self.init in get_args(SideInit), f"one of {get_args(SideInit)}"),
             ("output", self.output in get_args(SideOutput), f"one of {get_args(SideOutput)}"),
+            ("tap_width", self.tap_width is None or self.tap_width >= 1, "None or at least 1"),
             ("temperature", self.temperature > 0, "more than 0"),
             ("zero_upsample", not (self.zero_upsample and self.output == "alone"),
              "False with output 'alone', which would be zero"),
@@ -118,6 +122,7 @@ class SideNetwork(nn.Module):
     Attributes:
         config: As given.
         blocks: The tapped blocks of the backbone, by number.
+        tap_width: Numbers per token of each tap.
         side: The stack of side blocks.
         head: From the side state to the state that the frozen head reads.
 
@@ -133,11 +138,18 @@ class SideNetwork(nn.Module):
         self.blocks = config.blocks(geometry.num_blocks)
         self._family = geometry.family
         self._backbone_config = text_config
+        self.tap_width = config.tap_width or text_config.hidden_size
+        if self.tap_width > text_config.hidden_size:
+            msg = (
+                f"SideConfig.tap_width: expected at most {text_config.hidden_size}, which is what a block gives, got "
+                f"{self.tap_width}. Leave it out, or choose a smaller one."
+            )
+            raise ConfigError(msg)
         small = reduced_config(text_config, config.reduction, self.blocks)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             stack = reduced_decoder(small, geometry.family)
-            widths = (geometry.embedding_width, text_config.hidden_size, small.hidden_size)
+            widths = (geometry.embedding_width, self.tap_width, small.hidden_size)
             self.side = SideStack(Stack(stack, geometry.family.blocks, small), widths, config.temperature)
             self.head = SideHead(small.hidden_size, geometry.final_width, config)
 

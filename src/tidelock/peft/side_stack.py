@@ -36,7 +36,7 @@ class SideStack(nn.Module):
 
     Args:
         stack: The family's own decoder or encoder at the side width, without a word embedding; one block for each tap.
-        widths: E, D and S.
+        widths: E, that of a tap, and S.
         temperature: T of the gates.
 
     Attributes:
@@ -48,10 +48,10 @@ class SideStack(nn.Module):
 
     def __init__(self, stack: Stack, widths: tuple[int, int, int], temperature: float) -> None:
         super().__init__()
-        embedding, hidden, side = widths
+        embedding, tap, side = widths
         blocks = cast("nn.ModuleList", stack.module.get_submodule(stack.blocks))
         self.start = nn.Linear(embedding, side)
-        self.taps = nn.ModuleList(nn.Linear(hidden, side) for _ in blocks)
+        self.taps = nn.ModuleList(nn.Linear(tap, side) for _ in blocks)
         self.gates = nn.Parameter(torch.zeros(len(blocks)))
         self.stack = stack.module
         self._facts = (stack.blocks, stack.config)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 
 class _Facts(BaseModel):
@@ -40,8 +40,9 @@ class ModelFacts(_Facts):
         num_blocks: Its blocks, with and without a module.
         embedding_width: Numbers per token of the word embedding.
         final_width: Numbers per token of the state that the head reads.
-        trained_parameters: Numbers in all PEFT modules together.
+        trained_parameters: All numbers that are trained.
         sites: Those with a module, in the order in which a forward pass comes to them.
+        tapped: The blocks whose outputs a side network reads, ascending.
     """
 
     family: str
@@ -49,12 +50,13 @@ class ModelFacts(_Facts):
     embedding_width: int
     final_width: int
     trained_parameters: int
-    sites: tuple[SiteFacts, ...] = Field(min_length=1)
+    sites: tuple[SiteFacts, ...] = ()
+    tapped: tuple[int, ...] = ()
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """The blocks that have a PEFT module, in order."""
-        return tuple(sorted({site.block for site in self.sites}))
+        """The blocks that have a PEFT module, or that a side network reads, in order."""
+        return self.tapped or tuple(sorted({site.block for site in self.sites}))
 
 
 @final

@@ -48,9 +48,10 @@ def page_of(record: RunRecord, plots: Iterable[Plot]) -> str:
 def _summary(record: RunRecord) -> str:
     model, options = record.facts.model, record.options
     where = "in a cloud" if options["backbone"] == "cloud" else "in this device's process"
+    schedule = "" if options["method"] == "side" else f"schedule {options['schedule']}; "
     return (
         f"{options['method']} on {len(model.blocks)} of {model.num_blocks} blocks of a {model.family} model, "
-        f"{model.trained_parameters:,} trained parameters; frozen blocks {where}; schedule {options['schedule']}; "
+        f"{model.trained_parameters:,} trained parameters; frozen blocks {where}; {schedule}"
         f"{record.facts.train.examples:,} examples."
     )
 

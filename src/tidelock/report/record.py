@@ -28,7 +28,8 @@ class EpochTraffic:
     Attributes:
         epoch: Its number; 0 is what came before the first.
         kinds: Bytes by kind, both directions together.
-        full_fp32_bytes: What the tensors of the same passes would have taken in fp32 with all modules active.
+        full_fp32_bytes: What the tensors of the same passes would have taken in fp32 with all modules active; 0 where
+            there are no modules.
     """
 
     epoch: int
@@ -116,9 +117,11 @@ class RunRecord:
 
         DLoRA (arXiv 2404.05182, section 3): up, each token's embedding, and at each site its input and the module's
         answer; down, the gradients of the last two, but none of the input of the lowest site. At selected tokens the
-        final state, and its gradient.
+        final state, and its gradient. Beside a side network there are no modules.
         """
         model = self.facts.model
+        if not model.sites:
+            return 0
         inputs = [site.input_width for site in model.sites]
         outputs = sum(site.output_width for site in model.sites)
         up, down = model.embedding_width + sum(inputs) + outputs, outputs + sum(inputs[1:])

@@ -1,7 +1,7 @@
 """The full configuration of a run: every knob declared once, with its default, its rule and its help line.
 
 The command line makes its options from these fields, and `run.toml` is all of them written down. Light on purpose: the
-command line imports it to print help. May import `schedule`, errors and small libraries.
+command line imports it to print help. May import `schedule`, `units`, errors and small libraries.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tomli_w
 
 from tidelock.errors import CheckpointError, ConfigError
 from tidelock.schedule.schedule import NORMS, SCHEDULES, Schedule
+from tidelock.units import parse_bytes
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,17 +30,32 @@ if TYPE_CHECKING:
 
 BACKBONES = ("local", "cloud")
 TASKS = ("causal-lm", "classification", "regression")
-METHODS = ("lora", "adapter", "core")
+METHODS = ("lora", "adapter", "core", "side")
 PLACES = ("mlp", "attn-out")
 CODECS = ("fp32", "bf16", "int8", "int4")
+CACHE_CODECS = ("fp32", "bf16", "int8")
+SIDE_STARTS = ("fisher", "magnitude", "random")
+UPSAMPLES = ("zero", "random")
+SIDE_OUTPUTS = ("add", "alone")
 LR_SCHEDULES = ("linear", "cosine", "constant")
 
 
+_AT_SITES = ("lora", "adapter", "core")
+_SCHEDULED = (
+    *("schedule", "budget", "threshold", "warm_up", "warm_up_active", "period", "exchange", "longest_sleep", "norm"),
+    *("per_learning_rate", "killed", "moments"),
+)
+_OF_SIDE = (
+    *("reduction", "side_init", "upsample", "side_output", "tap_width", "fisher_examples"),
+    *("cache", "no_cache", "cache_codec", "cache_limit", "cache_key"),
+)
 # The knobs that not every method reads.
 _METHODS_OF = {
     **dict.fromkeys(("rank", "alpha", "rslora"), ("lora",)),
     **dict.fromkeys(("bottleneck", "place", "activation"), ("adapter",)),
     **dict.fromkeys(("core_rank", "core_scale"), ("core",)),
+    **dict.fromkeys(("gradient_codec", "stochastic_rounding", *_SCHEDULED), _AT_SITES),
+    **dict.fromkeys(_OF_SIDE, ("side",)),
     "target": ("lora", "core"),
     "dropout": ("lora", "adapter"),
 }
@@ -106,7 +122,7 @@ class RunConfig:
     )
     patience: float = _knob(120.0, "Seconds to wait for a cloud that went away.", _AT_LEAST_0)
     method: str = _knob(
-        "lora", "What is trained: lora, adapter (a serial bottleneck), core (few bytes).", _one_of(METHODS)
+        "lora", "What is trained: lora, adapter (serial), core (few bytes), side (no backward pass).", _one_of(METHODS)
     )
     rank: int = _knob(8, "LoRA rank r.", _AT_LEAST_1)
     alpha: float = _knob(16.0, "LoRA alpha; the branch is scaled by alpha / r.", _POSITIVE)
@@ -120,7 +136,28 @@ class RunConfig:
     core_rank: int = _knob(32, "Core: side r of the trained matrices.", _AT_LEAST_1)
     core_scale: float = _knob(4.0, "Core: the factor of what they add.", _POSITIVE)
     dropout: float = _knob(0.0, "LoRA, adapter: dropout on what they read.", _FRACTION)
-    layer: list[int] | None = _knob(None, "Blocks to adapt (repeat); all by default.")
+    layer: list[int] | None = _knob(None, "Blocks to adapt, or to read by side (repeat); all by default.")
+    reduction: int = _knob(8, "Side: every width of the model is divided by this.", _AT_LEAST_1)
+    side_init: str | None = _knob(
+        None,
+        f"Side: where its weights come from: {', '.join(SIDE_STARTS)}; magnitude with local, random with a cloud.",
+        _one_of(SIDE_STARTS),
+    )
+    fisher_examples: int = _knob(32, "Side: examples that Fisher scores are taken from.", _AT_LEAST_1)
+    upsample: str | None = _knob(
+        None, "Side: its output starts at zero or random; zero by default, unless it stands alone.", _one_of(UPSAMPLES)
+    )
+    side_output: str = _knob(
+        "add", "Side: what it gives is added to the model's last state, or stands alone.", _one_of(SIDE_OUTPUTS)
+    )
+    tap_width: int | None = _knob(
+        None, "Side: numbers a token to which a block's output is projected; all of them by default.", _AT_LEAST_1
+    )
+    cache: str | None = _knob(None, "Side: folder of the activation cache; in the run folder by default.")
+    no_cache: bool = _knob(False, "Side: keep no outputs of blocks; each epoch computes them.")
+    cache_codec: str = _knob("fp32", "Side: how they are kept; fewer bytes with bf16, int8.", _one_of(CACHE_CODECS))
+    cache_limit: str | None = _knob(None, "Side: the most that the cache may take, such as 20GB.")
+    cache_key: str | None = _knob(None, "Side: file with the cache's secret; the user's own by default.")
     adapter: str | None = _knob(None, "Continue the adapter in this folder; it is kept as it was configured.")
     # The rules of these are Schedule's own.
     schedule: str = _knob("full", f"Which modules are active when: {', '.join(SCHEDULES)}.")
@@ -180,6 +217,11 @@ class RunConfig:
             msg = "Backbone: expected --model with --backbone local, got none. Name a model folder or a hub model."
             raise ConfigError(msg)
         self._refuse_knobs_of_others()
+        if self.no_cache and any((self.cache, self.cache_limit, self.cache_key)):
+            msg = "--no-cache: expected no other option of a cache, got one. Leave one of them out."
+            raise ConfigError(msg)
+        if self.cache_limit is not None:
+            parse_bytes(self.cache_limit)
         self.to_schedule()
 
     def _refuse_knobs_of_others(self) -> None:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tidelock.peft.methods import MethodConfig
 
 # Where a model came from, who made its files and in what it computes: no part of what it computes.
-_NOT_THE_MODEL = frozenset(
+NOT_THE_MODEL = frozenset(
     {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 )
 
@@ -94,7 +94,7 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
     """
     config = copy.copy(peft_config or LoraConfig(target_modules=[ALL_PROJECTIONS]))
     check_config(config)
-    num_outputs = _num_outputs(task, num_labels)
+    num_labels = num_outputs(task, num_labels)
     codecs = Codecs.named(codec, gradient_codec, stochastic_rounding=stochastic_rounding)
     if where == "local":
         ends, backbone = _local(model)
@@ -104,11 +104,15 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         connection = Connection(address, credentials, egress, codecs=codecs, patience_seconds=patience_seconds)
         ends, backbone = _remote(connection, model)
     in_flight = in_flight or (1 if where == "local" else 2)
-    return DeviceModel(ends, backbone, config, in_flight=in_flight, num_labels=num_outputs)
+    return DeviceModel(ends, backbone, config, in_flight=in_flight, num_labels=num_labels)
 
 
-def _num_outputs(task: str, num_labels: int | None) -> int | None:
-    """Return how many outputs the head for whole texts has; None is none."""
+def num_outputs(task: str, num_labels: int | None) -> int | None:
+    """Return how many outputs the head for whole texts has; None is none.
+
+    Raises:
+        ConfigError: The task is unknown, or has no such number of labels.
+    """
     fits = {
         "causal-lm": num_labels is None,
         "classification": num_labels is not None and num_labels >= 2,
@@ -125,25 +129,39 @@ def _num_outputs(task: str, num_labels: int | None) -> int | None:
 
 def _remote(connection: Connection, model: str | os.PathLike[str] | None) -> tuple[Ends, Backbone]:
     try:
-        ends = _ends_for(connection, None if model is None else str(model))
+        ends = ends_for(connection, None if model is None else str(model))
     except BaseException:
         connection.close()
         raise
     return ends, RemoteBackbone(connection, ends.geometry)
 
 
-def _local(model: str | os.PathLike[str] | None) -> tuple[Ends, Backbone]:
+def require_model(model: str | os.PathLike[str] | None) -> str:
+    """Return the name of the model that `local` needs.
+
+    Raises:
+        ConfigError: There is none.
+    """
     if model is None:
         msg = "Connecting to 'local': expected a model folder or hub name, got none. Give one with model=."
         raise ConfigError(msg)
-    checkpoint = Checkpoint.open(str(model))
+    return str(model)
+
+
+def _local(model: str | os.PathLike[str] | None) -> tuple[Ends, Backbone]:
+    checkpoint = Checkpoint.open(require_model(model))
     ends = Ends(read_config(checkpoint.folder), checkpoint)
     torch_device = "cuda" if torch.cuda.is_available() else "cpu"
-    return ends, LocalBackbone(load_cut_model(checkpoint, ModelChoice(str(model), torch_device=torch_device)))
+    return ends, LocalBackbone(load_cut_model(checkpoint, ModelChoice(require_model(model), torch_device=torch_device)))
 
 
-def _ends_for(connection: Connection, model: str | None) -> Ends:
-    """Return the ends, read from this device's own model or from what the cloud gives, once both are the same."""
+def ends_for(connection: Connection, model: str | None) -> Ends:
+    """Return the ends, read from this device's own model or from what the cloud gives, once both are the same.
+
+    Raises:
+        ModelMismatch: They are not.
+        TidelockError: One of them cannot be read.
+    """
     if model is None:
         checkpoint = Checkpoint.open(str(connection.fetch_model(cache_folder() / "models")))
     else:
@@ -177,7 +195,7 @@ def _check_same_config(connection: Connection, config: PretrainedConfig) -> None
         raise WireError(msg)
     ours = json.loads(json.dumps(config.to_dict(), default=str))
     # Only what both have: another version of transformers may have more settings, or fewer.
-    for name in sorted(ours.keys() & theirs.keys() - _NOT_THE_MODEL):
+    for name in sorted(ours.keys() & theirs.keys() - NOT_THE_MODEL):
         if ours[name] != theirs[name] and not name.endswith("_token_id"):
             msg = (
                 f"Model configuration: expected the cloud at {connection.address.url} to have {name} = "

@@ -18,11 +18,12 @@ from tidelock.run.cloud_process import LoopbackCloud, loopback_cloud
 from tidelock.run.config import RunConfig
 from tidelock.run.folder import RunFolder
 from tidelock.run.generate import chat_prompt, complete, open_trained
-from tidelock.run.train import load_tokenizer, open_model, train
+from tidelock.run.open_model import load_tokenizer, open_model
+from tidelock.run.train import train
 from tidelock.wire.ledger import Ledger
 
 if TYPE_CHECKING:
-    from tidelock.device.model import DeviceModel
+    from tidelock.device.causal_lm import DeviceCausalLM
     from tidelock.run.trainer import Observer
 
 _ANSWER_TOKENS = 16
@@ -162,7 +163,7 @@ def _new_run(runs: Path) -> Path:
     return path
 
 
-def _answer(model: DeviceModel, questions: list[Question]) -> list[str]:
+def _answer(model: DeviceCausalLM, questions: list[Question]) -> list[str]:
     tokenizer = load_tokenizer(model)
     prompts = [chat_prompt(tokenizer, question.text) for question in questions]
     return complete(model, tokenizer, prompts, GenerationSettings(max_new_tokens=_ANSWER_TOKENS))

@@ -18,10 +18,10 @@ from tidelock.data.source import read_examples
 from tidelock.run.examples import encode_examples
 from tidelock.run.generate import open_trained
 from tidelock.run.metrics import sequence_metrics
-from tidelock.run.train import load_tokenizer
+from tidelock.run.open_model import load_tokenizer
 
 if TYPE_CHECKING:
-    from tidelock.device.model import DeviceModel
+    from tidelock.device.causal_lm import DeviceCausalLM
     from tidelock.run.config import RunConfig
     from tidelock.run.examples import EncodedRows
     from tidelock.run.folder import RunFolder
@@ -82,7 +82,7 @@ def evaluate(folder: RunFolder, config: RunConfig, data: str, split: str | None,
 
 
 @torch.no_grad()
-def measure(model: DeviceModel, rows: EncodedRows, batch_size: int, track: Track) -> Evaluation:
+def measure(model: DeviceCausalLM, rows: EncodedRows, batch_size: int, track: Track) -> Evaluation:
     """Return how well a model does on encoded rows, with dropout off.
 
     Raises:

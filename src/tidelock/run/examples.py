@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tidelock.data.example import Example
-    from tidelock.device.model import DeviceModel
+    from tidelock.device.causal_lm import DeviceCausalLM
     from tidelock.run.config import RunConfig
 
 EncodedRows: TypeAlias = list[TokenRow] | list[SequenceRow]
@@ -50,7 +50,7 @@ def with_classes_counted(config: RunConfig, examples: Sequence[Example]) -> RunC
 
 
 def encode_examples(
-    config: RunConfig, model: DeviceModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+    config: RunConfig, model: DeviceCausalLM, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> EncodedRows:
     """Return the rows that a model learns from or is measured on.
 

@@ -10,17 +10,19 @@ import platform
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from tidelock.device.model import DeviceModel
+from tidelock.device.side_model import SideModel
 from tidelock.report.facts import DataFacts, ModelFacts, RunFacts, SiteFacts
 
 if TYPE_CHECKING:
-    from tidelock.device.model import DeviceModel
+    from tidelock.device.causal_lm import DeviceCausalLM
     from tidelock.run.examples import EncodedRows
 
 _LIBRARIES = ("tidelock", "torch", "transformers", "peft", "grpcio", "protobuf", "safetensors")
 _IGNORED = -100
 
 
-def facts_of(model: DeviceModel, rows: EncodedRows, eval_rows: EncodedRows) -> RunFacts:
+def facts_of(model: DeviceCausalLM, rows: EncodedRows, eval_rows: EncodedRows) -> RunFacts:
     """Return the facts of a run.
 
     Args:
@@ -38,19 +40,20 @@ def facts_of(model: DeviceModel, rows: EncodedRows, eval_rows: EncodedRows) -> R
             embedding_width=geometry.embedding_width,
             final_width=geometry.final_width,
             trained_parameters=sum(parameter.numel() for parameter in model.parameters()),
-            sites=tuple(
-                SiteFacts(
-                    name=site.name,
-                    block=site.block,
-                    input_width=geometry.sites[site].widths(names, model.bank.rank)[0],
-                    output_width=geometry.sites[site].widths(names, model.bank.rank)[1],
-                )
-                for site, names in model.bank.targets.items()
-            ),
+            sites=_sites_of(model) if isinstance(model, DeviceModel) else (),
+            tapped=model.network.blocks if isinstance(model, SideModel) else (),
         ),
         train=_size_of(rows),
         evaluation=_size_of(eval_rows),
     )
+
+
+def _sites_of(model: DeviceModel) -> tuple[SiteFacts, ...]:
+    sites = []
+    for site, names in model.bank.targets.items():
+        read, given = model.ends.geometry.sites[site].widths(names, model.bank.rank)
+        sites.append(SiteFacts(name=site.name, block=site.block, input_width=read, output_width=given))
+    return tuple(sites)
 
 
 def _size_of(rows: EncodedRows) -> DataFacts:

@@ -2,8 +2,9 @@
 
     run.toml        the full configuration
     facts.json      versions, the model's shape, sizes of the data
-    adapter/        the trained adapter, in PEFT's format
+    adapter/        the trained adapter
     adapter-all/    the same with the modules that a schedule has killed
+    cache/          what a side network reads of the frozen blocks, encrypted
     checkpoints/    what --resume goes on from
     metrics.jsonl   one line each time something was measured
     schedule.jsonl  one line for each period of the schedule: scores, what was killed and revived
@@ -54,6 +55,7 @@ class RunFolder:
         self.path = path
         self.adapter = path / "adapter"
         self.adapter_all = path / "adapter-all"
+        self.cache = path / "cache"
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.schedule = path / "schedule.jsonl"

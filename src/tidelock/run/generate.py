@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tidelock.errors import CheckpointError, ConfigError
-from tidelock.run.train import open_model
+from tidelock.run.open_model import open_model
 from tidelock.wire.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from tidelock.device.causal_lm import DeviceCausalLM
     from tidelock.device.generate import GenerationSettings
-    from tidelock.device.model import DeviceModel
     from tidelock.run.config import RunConfig
     from tidelock.run.folder import RunFolder
 
 
-def open_trained(folder: RunFolder, config: RunConfig, ledger: Ledger | None = None) -> DeviceModel:
+def open_trained(folder: RunFolder, config: RunConfig, ledger: Ledger | None = None) -> DeviceCausalLM:
     """Return a run's model with the adapter that it trained.
 
     Args:
@@ -76,7 +76,7 @@ def raw_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def complete(
-    model: DeviceModel,
+    model: DeviceCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
@@ -89,7 +89,7 @@ def complete(
 
 
 def stream(
-    model: DeviceModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], settings: GenerationSettings
+    model: DeviceCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], settings: GenerationSettings
 ) -> Iterator[str]:
     """Yield the continuation of one prompt piece by piece."""
     ids_BT, mask_BT = _pad_left([prompt])

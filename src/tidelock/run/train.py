@@ -12,38 +12,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast, final
 
 import torch
-from peft import LoraConfig
-from transformers import AutoTokenizer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from tidelock.data.batch import Collator
 from tidelock.device.kill_revive import KillRevive
-from tidelock.errors import ConfigError
-from tidelock.peft.adapter import AdapterConfig
-from tidelock.peft.core import CoreConfig
-from tidelock.peft.export import load_adapter
-from tidelock.peft.lora import ALL_PROJECTIONS
-from tidelock.run.codecs import describe_codecs
-from tidelock.run.connect import connect
+from tidelock.device.model import DeviceModel
+from tidelock.device.side_model import SideModel
+from tidelock.run.codecs import describe_codecs, describe_tap_codec
 from tidelock.run.examples import encode_examples, read_run_examples, with_classes_counted
 from tidelock.run.facts import facts_of
 from tidelock.run.folder import RunFolder
 from tidelock.run.metrics import sequence_metrics
+from tidelock.run.open_model import load_tokenizer, open_model
+from tidelock.run.side import AnnouncingCollator, LetGo, begin, describe_cache
 from tidelock.run.trackers import check_trackers, keep_events_in
 from tidelock.run.trainer import Journal, Observer, RunTrainer, StopFlag
-from tidelock.wire.channel import Credentials
 from tidelock.wire.codec import Codecs
 from tidelock.wire.ledger import Ledger
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     import numpy as np
     from numpy.typing import NDArray
-    from transformers import EvalPrediction, PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import EvalPrediction, TrainerCallback
 
-    from tidelock.device.model import DeviceModel
-    from tidelock.peft.methods import MethodConfig
+    from tidelock.device.causal_lm import DeviceCausalLM
     from tidelock.run.config import RunConfig
+    from tidelock.run.examples import EncodedRows
 
-_METHOD_NAMES: dict[type, str] = {AdapterConfig: "adapter", CoreConfig: "core"}
 _ALL_MODULES_LOSS = "eval_all_modules_loss"
 
 
@@ -102,7 +100,7 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
     ledger = Ledger()
     examples, eval_examples = read_run_examples(config)
     config = with_classes_counted(config, [*examples, *eval_examples])
-    model = open_model(config, ledger)
+    model = open_model(config, ledger, None if config.no_cache else Path(config.cache or folder.cache))
     try:
         observer.say(f"Model: {_describe(model)}.")
         _say_codecs(config, model, observer)
@@ -116,19 +114,22 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
         else:
             # Only now: a mistake in the options or in the data leaves nothing that is in the way of the next try.
             folder.write_config(config)
+        if isinstance(model, SideModel) and checkpoint is None and config.adapter is None:
+            begin(config, model, rows)
         folder.write_facts(facts_of(model, rows, eval_rows).model_dump_json(indent=2))
         stop = StopFlag(observer.say)
         journal = Journal(folder, ledger, observer, stop)
+        callbacks, collate = _method_parts(config, model, [*rows, *eval_rows], journal)
         trainer = RunTrainer(
             folder=folder,
             journal=journal,
-            kill_revive=KillRevive(config.to_schedule(), journal.on_period),
+            callbacks=callbacks,
             keep=config.keep,
             model=model,
             args=_training_arguments(config, folder, len(rows), evaluates=bool(eval_rows)),
             train_dataset=rows,
             eval_dataset=eval_rows or None,
-            data_collator=Collator(0),
+            data_collator=collate,
             compute_metrics=None if model.head is None else _sequence_metrics,
         )
         keep_events_in(folder.tensorboard, trainer)
@@ -140,10 +141,24 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
         model.close()
 
 
+def _method_parts(
+    config: RunConfig, model: DeviceCausalLM, rows: EncodedRows, journal: Journal
+) -> tuple[list[TrainerCallback], Callable[[Sequence[Mapping[str, object]]], dict[str, Tensor]]]:
+    """Return what a method brings to Trainer: its callbacks, and what makes batches.
+
+    Raises:
+        StorageError: There is no room for what the run would cache.
+    """
+    if not isinstance(model, SideModel):
+        return [KillRevive(config.to_schedule(), journal.on_period)], Collator(0)
+    journal.observer.say(describe_cache(model, rows))
+    return [LetGo(model, journal.observer.say)], AnnouncingCollator(Collator(0), model)
+
+
 def _finish(  # noqa: PLR0913  (what a run is made of)
     config: RunConfig,
     folder: RunFolder,
-    model: DeviceModel,
+    model: DeviceCausalLM,
     trainer: RunTrainer,
     ledger: Ledger,
     *,
@@ -152,10 +167,10 @@ def _finish(  # noqa: PLR0913  (what a run is made of)
 ) -> TrainResult:
     """Write what the run came to, and return it."""
     step, history = trainer.state.global_step, trainer.state.log_history
-    active = model.bank.active_numbers
     model.save_adapter(folder.adapter, config.model)
+    active = model.bank.active_numbers if isinstance(model, DeviceModel) else ()
     has_killed = config.to_schedule().changes
-    if has_killed:
+    if isinstance(model, DeviceModel) and has_killed:
         model.save_adapter(folder.adapter_all, config.model, killed=True)
         if trainer.eval_dataset and not interrupted and folder.metric(step, _ALL_MODULES_LOSS) is None:
             # A killed module has learned all the same.
@@ -178,90 +193,15 @@ def _finish(  # noqa: PLR0913  (what a run is made of)
     )
 
 
-def open_model(config: RunConfig, ledger: Ledger) -> DeviceModel:
-    """Return the device's model of a run, joined to its backbone, with the adapter that it continues.
-
-    Raises:
-        TidelockError: As `connect`.
-    """
-    adapter = load_adapter(Path(config.adapter)) if config.adapter is not None else None
-    if adapter is not None and _METHOD_NAMES.get(type(adapter.config), "lora") != config.method:
-        msg = (
-            f"--adapter: expected one that --method {config.method} trained, got another ({adapter.folder}). Choose "
-            "the other --method, or another adapter."
-        )
-        raise ConfigError(msg)
-    model = connect(
-        "local" if config.cloud is None else config.cloud,
-        model=config.model,
-        peft_config=adapter.config if adapter is not None else _method_config(config),
-        credentials=_credentials(config),
-        codec=config.codec,
-        gradient_codec=config.gradient_codec,
-        stochastic_rounding=config.stochastic_rounding,
-        in_flight=config.in_flight,
-        task=config.task,
-        num_labels=config.num_labels,
-        patience_seconds=config.patience,
-        ledger=ledger,
-    )
-    if adapter is not None:
-        model.load_adapter(adapter)
-    return model
-
-
-def load_tokenizer(model: DeviceModel) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that belongs to a device's model.
-
-    Raises:
-        ConfigError: The model's folder has none.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            model.ends.folder, trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        msg = (
-            f"Tokenizer: expected one beside the model's configuration, got {type(error).__name__} "
-            f"({model.ends.folder}). Put its files there."
-        )
-        raise ConfigError(msg) from error
-    return tokenizer
-
-
-def _method_config(config: RunConfig) -> MethodConfig:
-    """Return what a run trains."""
-    if config.method == "adapter":
-        return AdapterConfig(
-            bottleneck=config.bottleneck,
-            places=tuple(config.place or ("mlp",)),
-            layers=None if config.layer is None else tuple(config.layer),
-            activation=config.activation,
-            dropout=config.dropout,
-        )
-    if config.method == "core":
-        return CoreConfig(
-            rank=config.core_rank,
-            scaling=config.core_scale,
-            targets=None if config.target is None else tuple(config.target),
-            layers=None if config.layer is None else tuple(config.layer),
-        )
-    return LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft's own maths takes any number
-        lora_dropout=config.dropout,
-        use_rslora=config.rslora,
-        target_modules=config.target or [ALL_PROJECTIONS],
-        layers_to_transform=config.layer,
-        task_type="CAUSAL_LM",
-    )
-
-
-def _say_codecs(config: RunConfig, model: DeviceModel, observer: Observer) -> None:
+def _say_codecs(config: RunConfig, model: DeviceCausalLM, observer: Observer) -> None:
     """Tell what the codecs save and what they may cost, where anything crosses."""
-    if config.cloud is not None:
-        codecs = Codecs.named(config.codec, config.gradient_codec, stochastic_rounding=config.stochastic_rounding)
+    if config.cloud is None:
+        return
+    codecs = Codecs.named(config.codec, config.gradient_codec, stochastic_rounding=config.stochastic_rounding)
+    if isinstance(model, DeviceModel):
         observer.say(f"{describe_codecs(codecs, model.ends.geometry, model.bank.targets, model.bank.rank)}.")
+    elif isinstance(model, SideModel):
+        observer.say(f"{describe_tap_codec(codecs, model.token_widths)}.")
 
 
 def _record_distortion(folder: RunFolder, ledger: Ledger, step: int) -> dict[str, dict[str, float]]:
@@ -270,22 +210,6 @@ def _record_distortion(folder: RunFolder, ledger: Ledger, step: int) -> dict[str
     if error:
         folder.append_metrics({"step": step, "codec_error": error})
     return error
-
-
-def _credentials(config: RunConfig) -> Credentials | None:
-    if config.cloud is None:
-        return None
-    token = ""
-    if config.token_file is not None:
-        try:
-            token = Path(config.token_file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            msg = f"--token-file: expected a readable text file, got {type(error).__name__} ({config.token_file})."
-            raise ConfigError(msg) from error
-    ca, client_cert, client_key = (
-        None if path is None else Path(path) for path in (config.ca, config.client_cert, config.client_key)
-    )
-    return Credentials(token, ca, client_cert, client_key, config.insecure)
 
 
 def _sequence_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -324,14 +248,19 @@ def _training_arguments(config: RunConfig, folder: RunFolder, num_rows: int, *, 
     )
 
 
-def _describe(model: DeviceModel) -> str:
+def _describe(model: DeviceCausalLM) -> str:
     geometry = model.ends.geometry
     trained = sum(parameter.numel() for parameter in model.parameters())
     head = "" if model.head is None else f" and a head of {model.head.out_features}"
     verified = "" if geometry.family.verified else " (unverified: cut by structure)"
+    where = ""
+    if isinstance(model, DeviceModel):
+        where = f"{len(model.bank.numbers)} PEFT modules"
+    elif isinstance(model, SideModel):
+        where = f"a side network beside {len(model.network.blocks)} of them"
     return (
         f"{geometry.family.name}{verified}, {geometry.num_blocks} blocks, {trained:,} trained parameters in "
-        f"{len(model.bank.numbers)} PEFT modules{head} on this device"
+        f"{where}{head} on this device"
     )
 
 

@@ -26,12 +26,12 @@ from tidelock.errors import StorageError, TidelockError
 from tidelock.run.folder import RunFolder, storage_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from tidelock.backbone.protocol import Backbone
-    from tidelock.device.kill_revive import KillRevive, PeriodReport
+    from tidelock.device.causal_lm import DeviceCausalLM
+    from tidelock.device.kill_revive import PeriodReport
     from tidelock.wire.ledger import Ledger
 
 
@@ -102,14 +102,14 @@ class StepClock:
         self._steps = 0
         self._seconds: dict[str, float] = {}
 
-    def begin(self, backbone: Backbone) -> None:
+    def begin(self, model: DeviceCausalLM) -> None:
         """Begin a step."""
-        backbone.take_times()  # of passes that belong to no step
+        model.take_times()  # of passes that belong to no step
         self._began = time.perf_counter()
 
-    def end(self, backbone: Backbone) -> None:
+    def end(self, model: DeviceCausalLM) -> None:
         """End it."""
-        seconds, split = time.perf_counter() - self._began, asdict(backbone.take_times())
+        seconds, split = time.perf_counter() - self._began, asdict(model.take_times())
         for name, value in {"device": max(0.0, seconds - sum(split.values())), **split}.items():
             self._seconds[name] = self._seconds.get(name, 0.0) + value
         self._steps += 1
@@ -164,7 +164,7 @@ class Journal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin to measure where the step's time goes."""
-        self._clock.begin(kwargs["model"].backbone)
+        self._clock.begin(kwargs["model"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -175,7 +175,7 @@ class Journal(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the random state that a resumed run must begin with; stop if asked to."""
         self.between_steps = True
-        self._clock.end(kwargs["model"].backbone)
+        self._clock.end(kwargs["model"])
         self.random_state = {
             "python": random.getstate(),
             "numpy": np.random.get_state(),
@@ -250,15 +250,15 @@ class RunTrainer(Trainer):
     Args:
         folder: The run's folder.
         journal: Its callback, which knows the random state at the last finished step.
-        kill_revive: Its callback that has modules active by a schedule.
+        callbacks: Those of its method, called before the journal.
         keep: Complete checkpoints to keep; Trainer's own limit would count half-written ones too.
         **kwargs: Trainer's own.
     """
 
     def __init__(
-        self, *, folder: RunFolder, journal: Journal, kill_revive: KillRevive, keep: int, **kwargs: Any
+        self, *, folder: RunFolder, journal: Journal, callbacks: Sequence[TrainerCallback], keep: int, **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs, callbacks=[kill_revive, journal])
+        super().__init__(**kwargs, callbacks=[*callbacks, journal])
         self.remove_callback(PrinterCallback)  # the observer tells the same, in its own way
         self._folder = folder
         self._journal = journal

@@ -14,7 +14,7 @@ from tidelock.cache.key import CacheKey
 from tidelock.cache.store import ActivationCache
 from tidelock.cache.upkeep import verify
 
-IDENTITY = CacheIdentity("a" * 64, "b" * 64, "fp32", (0, 2), None, "fp32", 128)
+IDENTITY = CacheIdentity("a" * 64, "b" * 64, "fp32", (0, 2), None, "fp32")
 MakeCache = Callable[..., ActivationCache]
 
 

@@ -149,7 +149,7 @@ def test_what_it_is_of_is_written_again_where_it_was_damaged(make_cache: MakeCac
     fill(make_cache())
     (path,) = folder.glob("*/identity.json")
     good = path.read_bytes()
-    changed = json.dumps({**json.loads(good), "max_length": 9}).encode()
+    changed = json.dumps({**json.loads(good), "tap_width": 9}).encode()
     for text in (b"{", b"{}", b'{"taps": 1}', changed, b"[" * 100_000):
         path.write_bytes(text)
         assert CacheFolder.open(folder).groups() == [(path.parent, None)]

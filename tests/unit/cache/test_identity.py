@@ -22,7 +22,7 @@ CHANGES: dict[str, Any] = {
     "taps": (0, 1),
     "tap_width": 4,
     "codec": "bf16",
-    "max_length": 127,
+    "wire_codec": "int8",
 }
 
 
@@ -76,7 +76,7 @@ def test_an_example_without_tokens_is_refused(ids: tuple[tuple[int, ...], ...]) 
         ("taps", (-1, 1)),
         ("tap_width", 0),
         ("codec", "int4"),
-        ("max_length", 0),
+        ("wire_codec", "int2"),
     ],
 )
 def test_a_wrong_value_is_refused(field: str, value: object) -> None:

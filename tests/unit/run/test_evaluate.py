@@ -18,7 +18,8 @@ from tidelock.run.evaluate import evaluate, measure
 from tidelock.run.examples import encode_examples
 from tidelock.run.folder import RunFolder
 from tidelock.run.generate import open_trained
-from tidelock.run.train import load_tokenizer, open_model, train
+from tidelock.run.open_model import load_tokenizer, open_model
+from tidelock.run.train import train
 from tidelock.wire.ledger import Ledger
 
 REVIEWS = [{"text_a": f"the {word} {number}", "label": label} for number in range(6) for label, word in

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from tidelock.data.encode import TokenRow
 from tidelock.report.facts import DataFacts, SiteFacts
 from tidelock.run.facts import facts_of
-from tidelock.run.train import open_model
+from tidelock.run.open_model import open_model
 from tidelock.wire.ledger import Ledger
 
 

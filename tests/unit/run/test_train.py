@@ -14,7 +14,8 @@ from tests.support.sites import attn
 from tests.unit.run.conftest import Notes
 from tidelock.errors import ConfigError, DataError
 from tidelock.run.folder import RunFolder
-from tidelock.run.train import load_tokenizer, open_model, train
+from tidelock.run.open_model import load_tokenizer, open_model
+from tidelock.run.train import train
 from tidelock.wire.ledger import Kind, Ledger
 
 

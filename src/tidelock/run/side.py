@@ -1,0 +1,117 @@
+"""What a run with a side network does beside training: its start, its cache, and letting go of the frozen blocks.
+
+May import everything below `run`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+import psutil
+import torch
+from transformers import TrainerCallback
+
+from tidelock.data.batch import Collator
+from tidelock.run.connect_side import start_side
+from tidelock.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from tidelock.device.side_model import SideModel
+    from tidelock.run.config import RunConfig
+    from tidelock.run.examples import EncodedRows
+
+
+def begin(config: RunConfig, model: SideModel, rows: EncodedRows) -> None:
+    """Begin a run's side network as its options say.
+
+    Raises:
+        ConfigError: The start needs the whole model on this device, and none was named.
+        ModelError: It cannot be loaded whole.
+    """
+    start_side(model, config.model, _sample(rows[: config.fisher_examples]))
+
+
+def _sample(rows: EncodedRows) -> Iterator[dict[str, Tensor]]:
+    """Yield each row as a batch of its own for the causal model; a text with one label is learned whole."""
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        yield {"input_ids": ids, "labels": torch.tensor([row["labels"]]) if "labels" in row else ids}
+
+
+def describe_cache(model: SideModel, rows: EncodedRows) -> str:
+    """Return how many examples are cached already and how much the others will take, once there is room for them.
+
+    Args:
+        model: With a cache.
+        rows: All examples of the run.
+
+    Raises:
+        StorageError: They would not leave enough room, within the limit or on the disk.
+    """
+    cache = model.source.cache
+    if cache is None:
+        return "Activation cache: none, each epoch runs the frozen blocks."
+    examples = [ids for row in rows for ids in model.examples_of(Collator(0)([row]))]
+    missing = list(cache.missing(examples))
+    size = sum(cache.entry_bytes(model.tap_shapes(examples[number])) for number in missing)
+    cache.require_room(size)
+    return (
+        f"Activation cache: {len(set(examples)) - len(missing):,} of {len(set(examples)):,} examples are in it; the "
+        f"others take {format_bytes(size)}."
+    )
+
+
+@final
+class AnnouncingCollator:
+    """Makes batches, and has the taps of each read from the cache while the batch before it is learned from.
+
+    Args:
+        collate: Makes a batch.
+        model: Whose batches they are.
+    """
+
+    def __init__(self, collate: Collator, model: SideModel) -> None:
+        self._collate = collate
+        self._model = model
+
+    def __call__(self, rows: Sequence[Mapping[str, object]]) -> dict[str, Tensor]:
+        """Return a batch; see `Collator`."""
+        batch = self._collate(rows)
+        self._model.announce(batch)
+        return batch
+
+
+@final
+class LetGo(TrainerCallback):
+    """Lets go of the frozen blocks after an epoch, when all that they gave is in the cache.
+
+    Args:
+        model: With a cache.
+        say: Tells the person so.
+    """
+
+    def __init__(self, model: SideModel, say: Callable[[str], None]) -> None:
+        self._model = model
+        self._say = say
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        """Let go of them."""
+        if self._model.source.has_backbone and self._model.source.cache is not None:
+            before = psutil.Process().memory_info().rss
+            self._model.source.release()
+            after = psutil.Process().memory_info().rss
+            self._say(
+                f"All taps are cached; the frozen blocks are let go. Memory of this process: {format_bytes(before)} "
+                f"before, {format_bytes(after)} now."
+            )
