@@ -1,6 +1,6 @@
 """The side method's model: a frozen backbone that is only read, and a trained side network beside it.
 
-A sibling of `device.model`: any training loop for causal language models can train it. No gradient goes through the
+A sibling of `device.model`: any training loop for causal language models, or for classifiers, can train it. No gradient goes through the
 backbone, so a pass asks it for its taps once, forward, and the rest happens here.
 
 Shapes: B rows, T positions, N real tokens, M tokens whose final state is wanted, F width of that state.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, final
 
 import torch
 
-from tidelock.device.causal_lm import DeviceCausalLM, packed_ids
+from tidelock.device.causal_lm import DeviceCausalLM, fresh_head, packed_ids
 from tidelock.model.walk import Batch
 from tidelock.peft.side import SideNetwork
 
@@ -73,12 +73,13 @@ class BackboneTaps:
 
 @final
 class SideModel(DeviceCausalLM):
-    """A causal language model whose side network is trained beside its frozen blocks.
+    """A causal language model, or a classifier, whose side network is trained beside its frozen blocks.
 
     Args:
         ends: The model's embedding and head.
         source: Gives the frozen blocks' outputs.
         config: What the side network is like.
+        num_labels: Classes of whole texts, 1 for a number; a head for them is trained too. None is a model of language.
 
     Attributes:
         side_config: As given.
@@ -90,10 +91,11 @@ class SideModel(DeviceCausalLM):
         ModelError: The family's class does not take the reduced widths.
     """
 
-    def __init__(self, ends: Ends, source: TapSource, config: SideConfig) -> None:
+    def __init__(self, ends: Ends, source: TapSource, config: SideConfig, *, num_labels: int | None = None) -> None:
         super().__init__(ends)
         self.side_config = config
         self.network = SideNetwork(config, ends.config, ends.geometry)
+        self.head = None if num_labels is None else fresh_head(ends.config, ends.geometry, num_labels)
         self.source = source
 
     def final_states(self, ids_BT: Tensor, rows: Rows, select_M: Tensor) -> Tensor:
