@@ -1,7 +1,7 @@
 """The side method's model: a frozen backbone that is only read, and a trained side network beside it.
 
-A sibling of `device.model`: any training loop for causal language models, or for classifiers, can train it. No gradient goes through the
-backbone, so a pass asks it for its taps once, forward, and the rest happens here.
+A sibling of `device.model`: any training loop for causal language models, or for classifiers, can train it. No gradient
+goes through the backbone, so a pass asks it for its taps once, forward, and the rest happens here.
 
 Shapes: B rows, T positions, N real tokens, M tokens whose final state is wanted, F width of that state.
 May import `backbone`, `peft`, `model`, `device` and libraries.
@@ -16,9 +16,11 @@ import torch
 from tidelock.device.causal_lm import DeviceCausalLM, fresh_head, packed_ids
 from tidelock.model.walk import Batch
 from tidelock.peft.side import SideNetwork
+from tidelock.peft.side_files import apply_side, save_side
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from tidelock.model.ends import Ends
     from tidelock.model.rows import Rows
     from tidelock.model.taps import Taps
+    from tidelock.peft.adapter_files import Adapter
     from tidelock.peft.side import SideConfig
 
 
@@ -110,6 +113,28 @@ class SideModel(DeviceCausalLM):
         """Run prompts padded at the left; frozen and side blocks keep keys and values."""
         batch = self._open_batch(packed_ids(ids_BT, rows), rows, select_B)
         return _SideGeneration(self.network, batch, self.source.generate(batch, self.network.blocks))
+
+    def save_adapter(self, folder: Path, base_model: str | None = None) -> None:
+        """Write the side network, and the head of whole texts, as an adapter; see `peft.side_files`.
+
+        Args:
+            folder: Made when it is not there.
+            base_model: Folder or hub name of the model, for whoever loads the adapter; None takes where this device
+                read it.
+
+        Raises:
+            StorageError: The file system refused.
+        """
+        base_model = base_model or str(self.ends.folder)
+        save_side(self.network, self.head, self.side_config, folder, base_model=base_model)
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Copy an adapter's weights into the side network, which was made from its configuration, and the head.
+
+        Raises:
+            CheckpointError: Its tensors are not those of the network and head.
+        """
+        apply_side(adapter, self.network, self.head)
 
     def close(self) -> None:
         """Let go of the taps' source."""

@@ -20,6 +20,7 @@ F width of the state that the head reads. May import errors, `model` and librari
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, final, get_args
 
@@ -76,12 +77,14 @@ class SideConfig:
     def __post_init__(self) -> None:
         taps = self.taps
         rules: tuple[tuple[str, bool, str], ...] = (
-            ("reduction", self.reduction >= 1, "at least 1"),
-            ("taps", taps is None or (len(taps) > 0 and list(taps) == sorted(set(taps)) and taps[0] >= 0),
-             "None, or block numbers in ascending order, each once"),
+            ("reduction", _is_whole(self.reduction) and self.reduction >= 1, "a whole number of at least 1"),
+            ("taps", taps is None or (len(taps) > 0 and all(map(_is_whole, taps)) and list(taps) == sorted(set(taps))
+             and taps[0] >= 0), "None, or block numbers in ascending order, each once"),
             ("init", self.init in get_args(SideInit), f"one of {get_args(SideInit)}"),
             ("output", self.output in get_args(SideOutput), f"one of {get_args(SideOutput)}"),
-            ("temperature", self.temperature > 0, "more than 0"),
+            ("temperature", 0 < self.temperature < math.inf, "more than 0, and finite"),
+            ("seed", _is_whole(self.seed), "a whole number"),
+            ("zero_upsample", isinstance(self.zero_upsample, bool), "True or False"),
             ("zero_upsample", not (self.zero_upsample and self.output == "alone"),
              "False with output 'alone', which would be zero"),
         )  # fmt: skip
@@ -104,6 +107,10 @@ class SideConfig:
             )
             raise ConfigError(msg)
         return taps
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @final

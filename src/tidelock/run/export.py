@@ -27,7 +27,8 @@ from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
 from tidelock.peft.adapter import AdapterConfig
-from tidelock.peft.export import CONFIG_FILE, WEIGHTS_FILE, apply_adapter, load_adapter
+from tidelock.peft.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from tidelock.peft.export import apply_adapter, load_adapter
 from tidelock.peft.methods import check_config
 from tidelock.run.folder import RunFolder
 
@@ -36,8 +37,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from tidelock.peft.adapter import AdapterConfig
-from tidelock.peft.export import Adapter
+    from tidelock.peft.adapter_files import Adapter
 
 FORMS = ("peft", "adapter", "merged")
 # Of an earlier export; beside new files they would be loaded instead of them, or on top.
