@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from tidelock.errors import TidelockError
     from tidelock.peft.adapter import AdapterConfig
     from tidelock.peft.attach import attach_adapter
+    from tidelock.peft.attach_side import attach_side
     from tidelock.peft.core import CoreConfig
+    from tidelock.peft.side import SideConfig
     from tidelock.run.connect import connect
     from tidelock.schedule.schedule import Schedule
     from tidelock.wire.channel import Credentials
@@ -30,8 +32,10 @@ __all__ = [
     "KillRevive",
     "Ledger",
     "Schedule",
+    "SideConfig",
     "TidelockError",
     "attach_adapter",
+    "attach_side",
     "connect",
 ]
 
@@ -44,8 +48,10 @@ _HOMES = {
     "KillRevive": "tidelock.device.kill_revive",
     "Ledger": "tidelock.wire.ledger",
     "Schedule": "tidelock.schedule.schedule",
+    "SideConfig": "tidelock.peft.side",
     "TidelockError": "tidelock.errors",
     "attach_adapter": "tidelock.peft.attach",
+    "attach_side": "tidelock.peft.attach_side",
     "connect": "tidelock.run.connect",
 }
 

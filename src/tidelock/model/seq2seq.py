@@ -10,7 +10,6 @@ May import errors, `model` and libraries.
 from __future__ import annotations
 
 import copy
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast, final
 
@@ -21,9 +20,10 @@ from tidelock.errors import ModelError
 from tidelock.model.call import call_decoder
 from tidelock.model.ends import GivenState
 from tidelock.model.taps import Taps
+from tidelock.model.watch import reading, watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -71,10 +71,6 @@ def encoder_decoder_family(config: PretrainedConfig) -> EncoderDecoderFamily:
         )
         raise ModelError(msg)
     return family
-
-
-# What the blocks give in the thread that runs them, while someone reads it.
-_READ: ContextVar[dict[int, Tensor] | None] = ContextVar("tidelock_read", default=None)
 
 
 @final
@@ -133,14 +129,10 @@ class FrozenSeq2Seq:
     ) -> Taps:
         layout = rows.layout(self._device)
         dtype = next(stack.parameters()).dtype
-        read: dict[int, Tensor] = {}
-        token = _READ.set(read)
-        try:
+        with reading() as read:
             final_BTD = call_decoder(
                 stack, layout.unpack(embeddings_NE.to(self._device, dtype)), layout.mask_BT, more=more
             )
-        finally:
-            _READ.reset(token)
         return Taps(tuple(layout.pack(read[block]) for block in blocks), layout.pack(final_BTD))
 
     @property
@@ -149,8 +141,7 @@ class FrozenSeq2Seq:
 
     def _hook(self, stack: nn.Module) -> int:
         blocks = cast("nn.ModuleList", stack.get_submodule(self.family.blocks))
-        for index, block in enumerate(blocks):
-            block.register_forward_hook(_keep(index))
+        watch(blocks)
         return len(blocks)
 
 
@@ -203,12 +194,3 @@ def _with_stub(module: nn.Module, path: str) -> nn.Module:
     shallow = copy.copy(module)
     shallow.__dict__["_modules"] = {**module._modules, name: child}  # noqa: SLF001
     return shallow
-
-
-def _keep(index: int) -> Callable[[nn.Module, object, Any], None]:
-    def hook(_block: nn.Module, _args: object, output: Any) -> None:  # noqa: ANN401  (as blocks have it)
-        read = _READ.get()
-        if read is not None:
-            read[index] = output[0] if isinstance(output, tuple) else output
-
-    return hook
