@@ -101,7 +101,7 @@ def test_beams_are_those_without_a_cache(name: str, tiny_models: Path, tmp_path:
     ids=["sliding blocks only", "full blocks only", "alone"],
 )
 @pytest.mark.parametrize("name", SOME)
-def test_options_sampling_and_several_answers_too(name: str, config: SideConfig, tiny_models: Path, tmp_path: Path):
+def test_options_and_ways_to_generate(name: str, config: SideConfig, tiny_models: Path, tmp_path: Path):
     ours, plain = attached(tiny_models / name, tmp_path, config)
     batch = token_batch("left", seed=9, lengths=(9, 5))
     settings = GenerationSettings(max_new_tokens=NEW_TOKENS)
@@ -109,6 +109,8 @@ def test_options_sampling_and_several_answers_too(name: str, config: SideConfig,
     for more in ({"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}):
         answers = [generated(plain, batch, use_cache=use_cache, **more) for use_cache in (True, False)]
         assert torch.equal(*answers)
+    row = token_batch("none", seed=9, lengths=(9,))
+    assert torch.equal(generated(plain, row, prompt_lookup_num_tokens=3), generated(plain, row))
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -207,7 +209,7 @@ def test_a_cache_that_it_cannot_use_is_refused(tiny_models: Path, tmp_path: Path
     with torch.no_grad():
         before(ids, **{CACHE: filled})
     _, plain = attached(tiny_models / "llama", tmp_path)
-    with pytest.raises(ConfigError, match=r"A cache beside a side network: .* got one that was filled without it"):
+    with pytest.raises(ConfigError, match=r"A cache beside a side network: .* got one with 11 positions"):
         plain(ids[:, :1], **{CACHE: filled})
     with pytest.raises(ConfigError, match=r"A cache beside a side network: .* got StaticCache"):
         generated(plain, token_batch("left"), cache_implementation="static")
@@ -215,7 +217,7 @@ def test_a_cache_that_it_cannot_use_is_refused(tiny_models: Path, tmp_path: Path
 
 def test_what_does_not_belong_together_is_refused(tiny_models: Path, tmp_path: Path):
     _, plain = attached(tiny_models / "llama", tmp_path / "side")
-    with pytest.raises(ConfigError, match=r"Attaching a side network: .* got a model that has one"):
+    with pytest.raises(ConfigError, match=r"Attaching a side network: .* got one with it"):
         tidelock.attach_side(plain, tmp_path / "side")
     with pytest.raises(CheckpointError, match=r"Adapter weight"):
         tidelock.attach_side(plain_model(tiny_models / "gpt2"), tmp_path / "side")

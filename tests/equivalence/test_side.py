@@ -94,6 +94,7 @@ def test_options_too(name: str, config: SideConfig, tiny_models: Path):
 @pytest.mark.parametrize("num_labels", [1, 3], ids=["regression", "classification"])
 @pytest.mark.parametrize("name", ALL_MODELS)
 def test_with_a_head_for_whole_texts_too(name: str, num_labels: int, tiny_models: Path):
+    torch.manual_seed(0)  # the head begins by the global generator
     model = side_model(tiny_models / name, RANDOM, num_labels)
     randomise_side(model)
     plain = PlainSide(tiny_models / name, model)
@@ -122,7 +123,8 @@ def assert_same_pass(model: SideModel, plain: PlainSide, batch: TokenBatch) -> N
             assert name.endswith(("k_proj.bias", "query_key_value.bias", "c_attn.bias")), name
             assert float(parameter.grad.norm()) < 1e-6, name
         else:
-            assert relative_error(parameter.grad, expected) <= GRADIENT_TOLERANCE, name
+            size = max(float(expected.norm()), 1e-2 if parameter.ndim == 0 else 0.0)  # a gate's is a sum that cancels
+            assert float((parameter.grad - expected).norm()) <= GRADIENT_TOLERANCE * size, name
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)

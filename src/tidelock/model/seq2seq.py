@@ -25,7 +25,7 @@ from tidelock.model.watch import reading, watch
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import Cache, PretrainedConfig, PreTrainedModel
 
     from tidelock.model.rows import Rows
 
@@ -96,14 +96,23 @@ class FrozenSeq2Seq:
         """Return the encoder's taps; their final state is the encoder's, at every token."""
         return self._run(self.encoder, embeddings_NE, rows, blocks)
 
-    def decode(self, embeddings_KE: Tensor, rows: Rows, source: tuple[Tensor, Rows], blocks: Sequence[int]) -> Taps:
+    def decode(
+        self,
+        embeddings_KE: Tensor,
+        rows: Rows,
+        source: tuple[Tensor, Rows],
+        blocks: Sequence[int],
+        cache: Cache | None = None,
+    ) -> Taps:
         """Return the decoder's taps at the tokens that it is given (teacher forcing).
 
         Args:
             embeddings_KE: Word embeddings of the decoder's inputs.
-            rows: Where they are.
+            rows: Where they are; with a filled cache, where the first ones were.
             source: The encoder's final state, shape (N, D), and where its tokens are.
             blocks: The tapped blocks of the decoder.
+            cache: Keys and values of the targets before these, and of the source, extended in place. When it holds
+                some, there is one target more in every row.
         """
         state_ND, source_rows = source
         layout = source_rows.layout(self._device)
@@ -116,6 +125,7 @@ class FrozenSeq2Seq:
                 "encoder_hidden_states": layout.unpack(state_ND.to(self._device)),
                 "encoder_attention_mask": layout.mask_BT,
             },
+            cache,
         )
 
     @torch.no_grad()
@@ -126,12 +136,14 @@ class FrozenSeq2Seq:
         rows: Rows,
         blocks: Sequence[int],
         more: Mapping[str, Tensor] | None = None,
+        cache: Cache | None = None,
     ) -> Taps:
-        layout = rows.layout(self._device)
+        past = 0 if cache is None else cache.get_seq_length()
+        layout = rows.next_layout(past, self._device) if past else rows.layout(self._device)
         dtype = next(stack.parameters()).dtype
         with reading() as read:
             final_BTD = call_decoder(
-                stack, layout.unpack(embeddings_NE.to(self._device, dtype)), layout.mask_BT, more=more
+                stack, layout.unpack(embeddings_NE.to(self._device, dtype)), layout.mask_BT, cache=cache, more=more
             )
         return Taps(tuple(layout.pack(read[block]) for block in blocks), layout.pack(final_BTD))
 

@@ -125,6 +125,7 @@ class SideNetwork(nn.Module):
     Attributes:
         config: As given.
         blocks: The tapped blocks of the backbone, by number.
+        family: Where the backbone's parts are.
         side: The stack of side blocks.
         head: From the side state to the state that the frozen head reads.
 
@@ -138,7 +139,7 @@ class SideNetwork(nn.Module):
         text_config = model_config.get_text_config()
         self.config = config
         self.blocks = config.blocks(geometry.num_blocks)
-        self._family = geometry.family
+        self.family = geometry.family
         self._backbone_config = text_config
         small = reduced_config(text_config, config.reduction, self.blocks)
         with torch.random.fork_rng(devices=[]):
@@ -159,10 +160,10 @@ class SideNetwork(nn.Module):
             ConfigError: Fisher scores without examples.
             ModelError: The family's blocks are not understood.
         """
-        decoder = model.get_submodule(self._family.decoder)
+        decoder = model.get_submodule(self.family.decoder)
         scores = start_scores(self.config.init, model, [decoder], examples)
         if scores is not None:
-            self.side.start_from(Stack(decoder, self._family.blocks, self._backbone_config), self.blocks, scores)
+            self.side.start_from(Stack(decoder, self.family.blocks, self._backbone_config), self.blocks, scores)
 
     def new_cache(self) -> Cache:
         """Return an empty cache for the side blocks' keys and values."""
