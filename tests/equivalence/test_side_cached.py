@@ -69,10 +69,11 @@ def test_cached_gradients_are_the_uncached_ones_bit_for_bit(name: str, padding: 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "opt", "bloom"])
 def test_order_and_size_of_batches_change_nothing(name: str, connect: Connect):
     whole, model = token_batch("right", lengths=LENGTHS), connect(name)
-    for rows in ((0, 1, 2), (3,)):
-        gradients(model, rows_of(whole, rows))
+    for first in ((0, 1, 2), (3,)):
+        gradients(model, rows_of(whole, first))
     plain = connect(name, cached=False)
-    for rows in ((3, 1), (2, 0, 1, 3), (2,), (0, 0, 3)):
+    orders: tuple[tuple[int, ...], ...] = ((3, 1), (2, 0, 1, 3), (2,), (0, 0, 3))
+    for rows in orders:
         assert_equal(gradients(model, rows_of(whole, rows)), gradients(plain, rows_of(whole, rows)))
     assert model.source.computed == len(LENGTHS)
 
@@ -167,7 +168,7 @@ def test_announced_batches_are_read_before_they_are_asked_for(connect: Connect, 
     for future, _ in list(cache._ahead.values()):
         future.result()
     reads: list[object] = []
-    monkeypatch.setattr(cache, "_read", lambda path: reads.append(path))
+    monkeypatch.setattr(cache, "_read", reads.append)
     assert_equal(gradients(model, rows_of(whole, (0, 1))), expected[0])
     assert_equal(gradients(model, rows_of(whole, (2, 3))), expected[1])
     assert reads == []
@@ -178,10 +179,10 @@ def test_released_blocks_are_opened_again_when_they_are_needed(connect: Connect,
     batch, model = token_batch("right", lengths=LENGTHS), connect("llama")
     gradients(model, batch)
     assert isinstance(model.source._backbone, LocalBackbone)
-    closed: list[object] = []
-    monkeypatch.setattr(LocalBackbone, "close", lambda self: closed.append(self))
+    closed: list[bool] = []
+    monkeypatch.setattr(LocalBackbone, "close", lambda _self: closed.append(True))
     model.source.release()
-    assert len(closed) == 1
+    assert closed == [True]
     gradients(model, batch)
     assert not model.source.has_backbone
     model(**token_batch("right", seed=7).arguments())
@@ -190,9 +191,9 @@ def test_released_blocks_are_opened_again_when_they_are_needed(connect: Connect,
 
 def test_a_cache_without_room_is_refused_and_keeps_what_it_has(tiny_models: Path, tmp_path: Path):
     batch = token_batch("right", lengths=LENGTHS)
-    config = CacheConfig(tmp_path / "taps", limit_bytes=20_000, key=tmp_path / "key")
+    config = CacheConfig(tmp_path / "taps", limit_bytes=12_000, key=tmp_path / "key")
     model = connect_side("local", model=tiny_models / "llama", side_config=SideConfig(init="random"), cache=config)
-    with pytest.raises(StorageError, match=r"within its limit of 20.0 kB"):
+    with pytest.raises(StorageError, match=r"within its limit of 12.0 kB"):
         model(**batch.arguments())
     examples = model.examples_of(batch.arguments())
     assert model.source.cache is not None

@@ -167,7 +167,7 @@ def test_every_side_weight_is_a_part_of_the_backbones_and_t5s_positions_are_thos
     whole = tiny_seq2seq(name)
     model = side_seq2seq(whole, SideConfig(output="alone", zero_upsample=False, taps=(1, 2)))
     model.network.start(whole)
-    family = model.network._family
+    family = model.network.family
     for path, side in ((family.encoder, model.network.encoder), (family.decoder, model.network.decoder)):
         stack = whole.get_submodule(path)
         everything = torch.cat([parameter.flatten() for parameter in stack.parameters()])

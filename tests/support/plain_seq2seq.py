@@ -90,7 +90,7 @@ class PlainSideSeq2Seq(nn.Module):
         self.network = copy.deepcopy(like.network)
         self._masks: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
-        family = like.network._family
+        family = like.network.family
         decoder = self.whole.get_submodule(family.decoder)
         for name, path, tapped, side in (
             ("encoder", family.encoder, self.network.encoder_blocks, self.network.encoder),

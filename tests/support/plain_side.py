@@ -1,7 +1,8 @@
 """The oracle of the side method: the whole model in one graph, with hooks, as someone would write it who has no cut.
 
 Every frozen block is watched by a hook; the side decoder's layers are called through a wrapper that mixes; what comes
-out is added to the input of the language-model head. Loss and shifting are `transformers`' own.
+out is added to the input of the head, that for language or that for whole texts. Loss, shifting and pooling are
+`transformers`' own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutput
 
 from tests.support.parity import TokenBatch, plain_model
 from tidelock.backbone.local import LocalBackbone
@@ -26,11 +27,11 @@ from tidelock.model.load import ModelChoice, load_cut_model
 from tidelock.peft.side import SideConfig
 
 
-def side_model(folder: Path, config: SideConfig) -> SideModel:
+def side_model(folder: Path, config: SideConfig, num_labels: int | None = None) -> SideModel:
     """Return a side model over frozen blocks in this process."""
     checkpoint = Checkpoint.open(str(folder))
     backbone = LocalBackbone(load_cut_model(checkpoint, ModelChoice(str(folder))))
-    return SideModel(Ends(read_config(folder), checkpoint), TapSource(lambda: backbone), config)
+    return SideModel(Ends(read_config(folder), checkpoint), TapSource(lambda: backbone), config, num_labels=num_labels)
 
 
 @torch.no_grad()
@@ -52,7 +53,13 @@ class PlainSide(nn.Module):
     def __init__(self, folder: Path, like: SideModel) -> None:
         super().__init__()
         # Not a submodule: its parameters are none of the side network's.
-        self.__dict__["whole"] = plain_model(folder).requires_grad_(requires_grad=False)
+        num_labels = None if like.head is None else like.head.out_features
+        self.__dict__["whole"] = plain_model(folder, num_labels).requires_grad_(requires_grad=False)
+        head = self.whole.get_output_embeddings()
+        if like.head is not None:
+            head = self.head = cast("nn.Linear", self.whole.get_submodule("score"))
+            head.load_state_dict(like.head.state_dict())
+            head.requires_grad_()
         self.network = copy.deepcopy(like.network)
         family, geometry = like.ends.geometry.family, like.ends.geometry
         self._mask: Tensor | None = None
@@ -62,7 +69,7 @@ class PlainSide(nn.Module):
         blocks = cast("nn.ModuleList", decoder.get_submodule(family.blocks))
         for index in self.network.blocks:
             blocks[index].register_forward_hook(self._keep(f"block {index}"))
-        self.whole.get_output_embeddings().register_forward_pre_hook(self._add_side)
+        head.register_forward_pre_hook(self._add_side)
         side_blocks = cast("nn.ModuleList", self.network.side.stack.get_submodule(family.blocks))
         assert len(side_blocks) == len(self.network.blocks) <= geometry.num_blocks
         for index, block in enumerate(side_blocks):
@@ -72,9 +79,9 @@ class PlainSide(nn.Module):
 
     whole: PreTrainedModel
 
-    def forward(self, batch: TokenBatch) -> CausalLMOutput:
+    def forward(self, batch: TokenBatch) -> CausalLMOutput | SequenceClassifierOutput:
         self._mask = batch.attention_mask
-        output: CausalLMOutput = self.whole(**batch.arguments(), use_cache=False)
+        output: CausalLMOutput | SequenceClassifierOutput = self.whole(**batch.arguments(), use_cache=False)
         return output
 
     def _keep(self, name: str) -> Callable[..., None]:

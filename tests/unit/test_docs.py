@@ -11,6 +11,7 @@ import math
 import re
 import shlex
 import xml.etree.ElementTree as ET
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from tidelock.errors import INTERRUPTED_EXIT_CODE, TidelockError
 from tidelock.model.ends import empty_model
 from tidelock.model.families import FAMILIES
 from tidelock.model.geometry import Place, geometry_of
+from tidelock.peft.side import SideConfig
 from tidelock.run.config import BACKBONES, CODECS, METHODS, TASKS
 from tidelock.run.folder import RunFolder
 from tidelock.wire import limits
@@ -151,6 +153,12 @@ def test_python_blocks_are_python_and_what_they_use_of_tidelock_exists(page: Pat
                     resolve(f"{node.module}.{alias.name}")
             if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("tidelock."):
                 resolve(ast.unparse(node))
+
+
+def test_a_side_networks_settings_are_listed():
+    rows = table(section(ROOT / "docs" / "side.md", "Settings"))[1:]
+    shown = {row[0].strip("`"): row[1].strip("`") for row in rows}
+    assert shown == {field.name: str(field.default) for field in fields(SideConfig)}
 
 
 @every_page

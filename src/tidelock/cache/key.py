@@ -55,7 +55,10 @@ class CacheKey:
             mode, text = path.stat().st_mode, path.read_text(encoding="ascii", errors="replace")
         except OSError as error:
             reason = error.strerror or error
-            msg = f"Cache key: expected a file that can be read or made, got {reason} ({path}). Choose another --cache-key."
+            msg = (
+                f"Cache key: expected a file that can be read or made, got {reason} ({path}). Choose another "
+                "--cache-key."
+            )
             raise StorageError(msg) from error
         if mode & (stat.S_IRWXG | stat.S_IRWXO):
             msg = (
@@ -64,7 +67,10 @@ class CacheKey:
             )
             raise ConfigError(msg)
         if not _HEX_KEY.fullmatch(text):
-            msg = f"Cache key: expected 64 hex digits, got something else ({path}). Restore it, or choose another --cache-key."
+            msg = (
+                f"Cache key: expected 64 hex digits, got something else ({path}). Restore it, or choose another "
+                "--cache-key."
+            )
             raise ConfigError(msg)
         return cls(path, bytes.fromhex(text.strip()))
 

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 ACTIONS = ("info", "verify", "clear")
 # What an entry depends on, and where it is computed and kept.
 _KNOBS = (
-    *("split", "eval_data", "eval_split", "task", "num_labels", "model", "backbone", "cloud", "token_file", "ca"),
-    *("client_cert", "client_key", "insecure", "codec", "in_flight", "patience", "layer", "tap_width"),
+    *("split", "eval_data", "eval_split", "task", "num_labels", "model", "layer", "tap_width"),
     *("cache_codec", "cache_limit", "cache_key", "max_length", "truncate", "threads"),
 )
 
@@ -53,10 +52,9 @@ def _refuse_others(action: str, knobs: dict[str, Any], *, remove: bool) -> None:
     others = [name for name, value in knobs.items() if value != defaults[name] and name not in taken]
     others += ["remove"] if remove and action != "verify" else []
     if others:
-        msg = (
-            f"Cache: expected {action} with FOLDER{' and --cache-key, --remove' if action == 'verify' else ''} only, got "
-            f"{', '.join(f'--{name.replace(chr(95), chr(45))}' for name in others)}. Leave it out."
-        )
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        own = " and --cache-key, --remove" if action == "verify" else ""
+        msg = f"Cache: expected {action} with FOLDER{own} only, got {flags}. Leave it out."
         raise ConfigError(msg)
 
 
@@ -71,8 +69,7 @@ def _fill(data: str, folder: Path, knobs: dict[str, Any], output: Output, *, rem
     cached: Cached = module.cache_ahead(config, output.say, functools.partial(output.progress, "Example"))
     output.result(
         {"event": "cached", **asdict(cached)},
-        f"{cached.examples:,} examples are in {folder}, {cached.computed:,} of them new. Crossed the wire: "
-        f"{format_bytes(cached.sent_bytes)} sent, {format_bytes(cached.received_bytes)} received.",
+        f"{cached.examples:,} examples are in {folder}, {cached.computed:,} of them new.",
     )
 
 

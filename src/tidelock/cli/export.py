@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from tidelock.cli.output import Output
-from tidelock.run.folder import RunFolder
 from tidelock.units import format_bytes
-
-if TYPE_CHECKING:
-    from tidelock.run.config import RunConfig
-
-_HOW_TO_LOAD = {
-    "peft": 'peft.PeftModel.from_pretrained({model}.from_pretrained(MODEL{labels}), "{folder}")',
-    "adapter": 'tidelock.attach_adapter({model}.from_pretrained(MODEL{labels}), "{folder}")',
-    "merged": 'transformers.{model}.from_pretrained("{folder}")',
-}
 
 
 def command(
@@ -28,7 +18,8 @@ def command(
     to: Annotated[
         str,
         typer.Option(
-            "--to", help="peft: LoRA alone; adapter: a serial adapter; merged: a plain model with LoRA inside."
+            "--to",
+            help="peft: LoRA alone; adapter: a serial adapter or side network; merged: a plain model with LoRA inside.",
         ),
     ],
     *,
@@ -44,22 +35,15 @@ def command(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON objects only.")] = False,
 ) -> None:
-    """Write a run's adapter for use elsewhere: in PEFT's format, or merged into a plain model (fp32)."""
+    """Write a run's adapter for use elsewhere: alone, or merged into a plain model (fp32)."""
     output = Output(json=json)
     # Loads torch, which --help must not wait for.
     exporting = import_module("tidelock.run.export")
     output.quiet_libraries()
-    files: list[Path] = exporting.export(exporting.ExportOrder(run, to, out, model, force, all_modules), output.say)
+    order = exporting.ExportOrder(run, to, out, model, force, all_modules)
+    files: list[Path] = exporting.export(order, output.say)
     size = sum(path.stat().st_size for path in files)
     output.result(
         {"event": "exported", "form": to, "folder": str(out), "files": [str(path) for path in files], "bytes": size},
-        f"Wrote {len(files)} files, {format_bytes(size)}, to {out}. Load it with:\n"
-        f"  {_how_to_load(to, out, RunFolder.open(run).config())}",
+        f"Wrote {len(files)} files, {format_bytes(size)}, to {out}. Load it with:\n  {exporting.how_to_load(order)}",
     )
-
-
-def _how_to_load(form: str, folder: Path, config: RunConfig) -> str:
-    if config.task == "causal-lm":
-        return _HOW_TO_LOAD[form].format(folder=folder, model="AutoModelForCausalLM", labels="")
-    labels = f", num_labels={config.num_labels or 1}"
-    return _HOW_TO_LOAD[form].format(folder=folder, model="AutoModelForSequenceClassification", labels=labels)

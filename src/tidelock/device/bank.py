@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tidelock.errors import NonFiniteError, WireError
 from tidelock.peft.core import CoreConfig
-from tidelock.peft.methods import SiteModule, module_at, targets_of
+from tidelock.peft.methods import SiteModule, at_sites, module_at, targets_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -40,11 +40,12 @@ class Bank(nn.Module):
         activity: What a schedule knows of the modules; saved with them.
 
     Raises:
-        ConfigError: The configuration targets nothing, or something that is not a site.
+        ConfigError: The configuration targets nothing, or something that is not a site, or is that of a side network.
     """
 
     def __init__(self, config: MethodConfig, geometry: Geometry) -> None:
         super().__init__()
+        config = at_sites(config)
         self.targets = targets_of(config, geometry)
         self.blocks = nn.ModuleDict({str(block): nn.ModuleDict() for block in self.numbers})
         for site, names in self.targets.items():

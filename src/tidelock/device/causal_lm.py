@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tidelock.backbone.protocol import Generation
     from tidelock.model.ends import Ends
     from tidelock.model.geometry import Geometry
-    from tidelock.peft.export import Adapter
+    from tidelock.peft.adapter_files import Adapter
 
 logger = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from tidelock.device.in_flight import BatchPass
 from tidelock.errors import WireError
 from tidelock.model.walk import Batch
 from tidelock.peft.export import apply_adapter, save_adapter
+from tidelock.peft.methods import at_sites
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from tidelock.backbone.protocol import Backbone, Generation
     from tidelock.model.ends import Ends
     from tidelock.model.rows import Rows
-    from tidelock.peft.export import Adapter
+    from tidelock.peft.adapter_files import Adapter
     from tidelock.peft.methods import MethodConfig
 
 
@@ -90,7 +91,7 @@ class DeviceModel(DeviceCausalLM):
         num_labels: int | None = None,
     ) -> None:
         super().__init__(ends)
-        self.peft_config = peft_config
+        self.peft_config = at_sites(peft_config)
         self.bank = Bank(peft_config, ends.geometry)
         self.head = None if num_labels is None else fresh_head(ends.config, ends.geometry, num_labels)
         self.backbone = backbone

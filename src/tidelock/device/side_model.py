@@ -1,7 +1,7 @@
 """The side method's model: a frozen backbone that is only read, and a trained side network beside it.
 
-A sibling of `device.model`: any training loop for causal language models can train it. No gradient goes through the
-backbone, so a pass asks it for its taps once, forward, and the rest happens here.
+A sibling of `device.model`: any training loop for causal language models, or for classifiers, can train it. No gradient
+goes through the backbone, so a pass asks it for its taps once, forward, and the rest happens here.
 
 Shapes: B rows, T positions, N real tokens, M tokens whose final state is wanted, F width of that state.
 May import `backbone`, `peft`, `model`, `device`, errors and libraries.
@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 
-from tidelock.device.causal_lm import DeviceCausalLM, packed_ids
+from tidelock.device.causal_lm import DeviceCausalLM, fresh_head, packed_ids
 from tidelock.device.loss import labelled_tokens, last_tokens
 from tidelock.device.tap_source import examples_of
 from tidelock.errors import ConfigError
 from tidelock.model.walk import Batch
 from tidelock.peft.side import SideNetwork
+from tidelock.peft.side_files import apply_side, save_side
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -32,17 +34,19 @@ if TYPE_CHECKING:
     from tidelock.model.ends import Ends
     from tidelock.model.rows import Rows
     from tidelock.model.taps import Taps
+    from tidelock.peft.adapter_files import Adapter
     from tidelock.peft.side import SideConfig
 
 
 @final
 class SideModel(DeviceCausalLM):
-    """A causal language model whose side network is trained beside its frozen blocks.
+    """A causal language model, or a classifier, whose side network is trained beside its frozen blocks.
 
     Args:
         ends: The model's embedding and head.
         source: Gives the frozen blocks' outputs.
         config: What the side network is like.
+        num_labels: Classes of whole texts, 1 for a number; a head for them is trained too. None is a model of language.
 
     Attributes:
         side_config: As given.
@@ -54,13 +58,14 @@ class SideModel(DeviceCausalLM):
         ModelError: The family's class does not take the reduced widths.
     """
 
-    def __init__(self, ends: Ends, source: TapSource, config: SideConfig) -> None:
+    def __init__(self, ends: Ends, source: TapSource, config: SideConfig, *, num_labels: int | None = None) -> None:
         super().__init__(ends)
         self.side_config = config
         self.network = SideNetwork(config, ends.config, ends.geometry)
+        self.head = None if num_labels is None else fresh_head(ends.config, ends.geometry, num_labels)
         self.source = source
         self._has_start = config.init == "random"
-        self.register_load_state_dict_post_hook(_note_start)
+        self.register_load_state_dict_post_hook(_note_start)  # type: ignore[no-untyped-call]
 
     def start(self, model: PreTrainedModel, examples: Iterable[Mapping[str, Tensor]] | None = None) -> None:
         """Begin as the configuration says; arguments and errors as `SideNetwork.start`."""
@@ -127,6 +132,29 @@ class SideModel(DeviceCausalLM):
     def take_times(self) -> TimeSplit:
         """Return what passes have waited for since the last call, in seconds on the clock."""
         return self.source.take_times()
+
+    def save_adapter(self, folder: Path, base_model: str | None = None) -> None:
+        """Write the side network, and the head of whole texts, as an adapter; see `peft.side_files`.
+
+        Args:
+            folder: Made when it is not there.
+            base_model: Folder or hub name of the model, for whoever loads the adapter; None takes where this device
+                read it.
+
+        Raises:
+            StorageError: The file system refused.
+        """
+        base_model = base_model or str(self.ends.folder)
+        save_side(self.network, self.head, self.side_config, folder, base_model=base_model)
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Copy an adapter's weights into the side network, which was made from its configuration, and the head.
+
+        Raises:
+            CheckpointError: Its tensors are not those of the network and head.
+        """
+        apply_side(adapter, self.network, self.head)
+        self._has_start = True
 
     def close(self) -> None:
         """Let go of the taps' source."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, final
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from tidelock.device.causal_lm import packed_ids, read_rows, spread
@@ -21,16 +21,19 @@ from tidelock.device.generate import GenerationSettings, choose_tokens, stop_ids
 from tidelock.device.loss import causal_loss
 from tidelock.errors import ConfigError
 from tidelock.model.rows import Rows
+from tidelock.peft.side_files import apply_side, save_side
 from tidelock.peft.side_seq2seq import SideSeq2Seq
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
-    from transformers import PretrainedConfig
+    from transformers import Cache, PretrainedConfig
 
     from tidelock.model.rows import Layout
     from tidelock.model.seq2seq import Seq2SeqEnds
     from tidelock.model.taps import Taps
+    from tidelock.peft.adapter_files import Adapter
     from tidelock.peft.side import SideConfig
 
 _IGNORED = -100
@@ -49,8 +52,15 @@ class Seq2SeqTapSource(Protocol):
         """Return the encoder's taps and its final state at every token."""
         ...
 
-    def decode(self, embeddings_KE: Tensor, rows: Rows, source: tuple[Tensor, Rows], blocks: Sequence[int]) -> Taps:
-        """Return the decoder's taps and its final state at every token that it is given."""
+    def decode(
+        self,
+        embeddings_KE: Tensor,
+        rows: Rows,
+        source: tuple[Tensor, Rows],
+        blocks: Sequence[int],
+        cache: Cache | None = None,
+    ) -> Taps:
+        """Return the decoder's taps and its final state at every token that it is given; a cache is extended."""
         ...
 
 
@@ -132,8 +142,6 @@ class SideSeq2SeqModel(nn.Module):
     ) -> Tensor:
         """Return the answers to sources, int64 of shape (B, new tokens), without the start id.
 
-        No keys and values are kept: every token runs the decoder over all that came before it.
-
         Args:
             input_ids: Sources, shape (B, T).
             attention_mask: 1 at real tokens; None means that all are real.
@@ -143,7 +151,7 @@ class SideSeq2SeqModel(nn.Module):
         ids_BT, rows = self._read_source(input_ids, attention_mask, {})
         any_label_B1 = torch.zeros(len(ids_BT), 1, dtype=torch.long, device=self.device)
         start_BE = self.ends.embed(self.ends.decoder_ids(any_label_B1)[:, 0])
-        run = _Recomputing(self, self._encode(ids_BT, rows), start_BE)
+        run = _Generation(self, self._encode(ids_BT, rows), start_BE)
         stops = stop_ids(self.generation_config, settings)
         return torch.stack(list(choose_tokens(run, self.ends, stops, self.device, settings)), 1)
 
@@ -161,11 +169,50 @@ class SideSeq2SeqModel(nn.Module):
         layout = rows.layout(self.device)
         return _Source(taps.final_MD, rows, self.network.encode(embeddings_NE, taps, layout), layout)
 
-    def decode(self, embeddings_KE: Tensor, targets: Rows, source: _Source, select_M: Tensor) -> Tensor:
-        """Return the states that the head reads at the selected targets, shape (M, D)."""
-        taps = self.source.decode(embeddings_KE, targets, (source.frozen_ND, source.rows), self.network.decoder_blocks)
-        layout = targets.layout(self.device)
-        return self.network.decode(embeddings_KE, taps, layout, (source.side_BTS, source.layout), select_M)
+    def decode(
+        self,
+        embeddings_KE: Tensor,
+        targets: Rows,
+        source: _Source,
+        select_M: Tensor,
+        caches: tuple[Cache, Cache] | None = None,
+    ) -> Tensor:
+        """Return the states that the head reads at the selected targets, shape (M, D).
+
+        Args:
+            embeddings_KE: Word embeddings of the decoder's inputs.
+            targets: Where they are; with filled caches, where the first ones were.
+            source: What both encoders made of the source.
+            select_M: Which of the K tokens are wanted, int64.
+            caches: Keys and values of the frozen blocks and of the side blocks, extended in place.
+        """
+        frozen, side = (None, None) if caches is None else caches
+        past = 0 if side is None else side.get_seq_length()
+        layout = targets.next_layout(past, self.device) if past else targets.layout(self.device)
+        blocks = self.network.decoder_blocks
+        taps = self.source.decode(embeddings_KE, targets, (source.frozen_ND, source.rows), blocks, frozen)
+        return self.network.decode(embeddings_KE, taps, layout, (source.side_BTS, source.layout), select_M, side)
+
+    def save_adapter(self, folder: Path, base_model: str | None = None) -> None:
+        """Write the side network as an adapter; see `peft.side_files`.
+
+        Args:
+            folder: Made when it is not there.
+            base_model: Folder or hub name of the model, for whoever loads the adapter; None takes the configuration's.
+
+        Raises:
+            StorageError: The file system refused.
+        """
+        base_model = base_model or str(self.config.name_or_path)
+        save_side(self.network, None, self.side_config, folder, base_model=base_model)
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Copy an adapter's weights into the side network, which was made from its configuration.
+
+        Raises:
+            CheckpointError: Its tensors are not those of the network.
+        """
+        apply_side(adapter, self.network, None)
 
 
 @final
@@ -187,28 +234,28 @@ class _Source:
 
 
 @final
-class _Recomputing:
-    """Targets that grow by one token at a time; see `backbone.protocol.Generation`."""
+class _Generation:
+    """Targets that grow by one token at a time, with keys and values kept; see `backbone.protocol.Generation`."""
 
     def __init__(self, model: SideSeq2SeqModel, source: _Source, start_BE: Tensor) -> None:
         self._model = model
         self._source = source
-        self._embeddings: list[Tensor] = []
+        self._caches = self._new_caches()
         self.final_BD = self.extend(start_BE)
 
     def extend(self, embeddings_BE: Tensor) -> Tensor:
         """Return the final states of the last token of each row, shape (B, D), with one more token in each."""
-        self._embeddings.append(embeddings_BE)
-        count, length = len(embeddings_BE), len(self._embeddings)
-        targets = Rows((0,) * count, (length,) * count, length)
-        embeddings_KE = torch.stack(self._embeddings, 1).flatten(0, 1)
-        last_B = torch.arange(1, count + 1) * length - 1
-        self.final_BD = self._model.decode(embeddings_KE, targets, self._source, last_B)
+        count = len(embeddings_BE)
+        start = Rows((0,) * count, (1,) * count, 1)
+        self.final_BD = self._model.decode(embeddings_BE, start, self._source, torch.arange(count), self._caches)
         return self.final_BD
 
     def close(self) -> None:
-        """Forget the targets."""
-        self._embeddings.clear()
+        """Free all keys and values."""
+        self._caches = self._new_caches()
+
+    def _new_caches(self) -> tuple[Cache, Cache]:
+        return EncoderDecoderCache(DynamicCache(), DynamicCache()), self._model.network.new_cache()
 
 
 def _target_rows(labels_BT: Tensor | None, count: int) -> Rows:

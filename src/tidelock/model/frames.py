@@ -75,21 +75,20 @@ class Frames:
         """Return A, shape (r, D), and B, shape (W, r), of each named projection of an attention."""
         return [self._one(site, name, rank) for name in names]
 
-    def of_tap(self, block: int, hidden_width: int, width: int) -> Tensor:
-        """Return the projection of a block's output, shape (D, W): orthonormal columns, of which a smaller W has the first.
+    def narrow(self, block: int, tap_ND: Tensor, width: int | None) -> Tensor:
+        """Return a block's output at W numbers a token, shape (N, W); None leaves it as it is.
 
-        Args:
-            block: The tapped block.
-            hidden_width: D, numbers per token that it gives.
-            width: W, at most that.
+        It is projected to W orthonormal directions, of which a smaller W has the first.
         """
+        if width is None:
+            return tap_ND
         with self._lock:
-            drawn = self._of_taps.get(block)
-            if drawn is None or drawn.shape[1] < width:
+            drawn_DW = self._of_taps.get(block)
+            if drawn_DW is None or drawn_DW.shape[1] < width:
                 name = f"{self._geometry.block_path(block)} tap"
-                drawn = _orthonormal(name, hidden_width, width).to(self._device, self._dtype)
-                self._of_taps[block] = drawn
-        return drawn[:, :width]
+                drawn_DW = _orthonormal(name, tap_ND.shape[1], width).to(self._device, self._dtype)
+                self._of_taps[block] = drawn_DW
+        return tap_ND @ drawn_DW[:, :width]
 
     def _one(self, site: SiteId, name: str, rank: int) -> tuple[Tensor, Tensor]:
         with self._lock:

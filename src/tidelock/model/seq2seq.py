@@ -10,7 +10,6 @@ May import errors, `model` and libraries.
 from __future__ import annotations
 
 import copy
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast, final
 
@@ -21,11 +20,12 @@ from tidelock.errors import ModelError
 from tidelock.model.call import call_decoder
 from tidelock.model.ends import GivenState
 from tidelock.model.taps import Taps
+from tidelock.model.watch import reading, watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import Cache, PretrainedConfig, PreTrainedModel
 
     from tidelock.model.rows import Rows
 
@@ -73,10 +73,6 @@ def encoder_decoder_family(config: PretrainedConfig) -> EncoderDecoderFamily:
     return family
 
 
-# What the blocks give in the thread that runs them, while someone reads it.
-_READ: ContextVar[dict[int, Tensor] | None] = ContextVar("tidelock_read", default=None)
-
-
 @final
 class FrozenSeq2Seq:
     """A frozen encoder-decoder whose blocks can be tapped; safe to use from several threads at once.
@@ -100,14 +96,23 @@ class FrozenSeq2Seq:
         """Return the encoder's taps; their final state is the encoder's, at every token."""
         return self._run(self.encoder, embeddings_NE, rows, blocks)
 
-    def decode(self, embeddings_KE: Tensor, rows: Rows, source: tuple[Tensor, Rows], blocks: Sequence[int]) -> Taps:
+    def decode(
+        self,
+        embeddings_KE: Tensor,
+        rows: Rows,
+        source: tuple[Tensor, Rows],
+        blocks: Sequence[int],
+        cache: Cache | None = None,
+    ) -> Taps:
         """Return the decoder's taps at the tokens that it is given (teacher forcing).
 
         Args:
             embeddings_KE: Word embeddings of the decoder's inputs.
-            rows: Where they are.
+            rows: Where they are; with a filled cache, where the first ones were.
             source: The encoder's final state, shape (N, D), and where its tokens are.
             blocks: The tapped blocks of the decoder.
+            cache: Keys and values of the targets before these, and of the source, extended in place. When it holds
+                some, there is one target more in every row.
         """
         state_ND, source_rows = source
         layout = source_rows.layout(self._device)
@@ -120,6 +125,7 @@ class FrozenSeq2Seq:
                 "encoder_hidden_states": layout.unpack(state_ND.to(self._device)),
                 "encoder_attention_mask": layout.mask_BT,
             },
+            cache,
         )
 
     @torch.no_grad()
@@ -130,17 +136,15 @@ class FrozenSeq2Seq:
         rows: Rows,
         blocks: Sequence[int],
         more: Mapping[str, Tensor] | None = None,
+        cache: Cache | None = None,
     ) -> Taps:
-        layout = rows.layout(self._device)
+        past = 0 if cache is None else cache.get_seq_length()
+        layout = rows.next_layout(past, self._device) if past else rows.layout(self._device)
         dtype = next(stack.parameters()).dtype
-        read: dict[int, Tensor] = {}
-        token = _READ.set(read)
-        try:
+        with reading() as read:
             final_BTD = call_decoder(
-                stack, layout.unpack(embeddings_NE.to(self._device, dtype)), layout.mask_BT, more=more
+                stack, layout.unpack(embeddings_NE.to(self._device, dtype)), layout.mask_BT, cache=cache, more=more
             )
-        finally:
-            _READ.reset(token)
         return Taps(tuple(layout.pack(read[block]) for block in blocks), layout.pack(final_BTD))
 
     @property
@@ -149,8 +153,7 @@ class FrozenSeq2Seq:
 
     def _hook(self, stack: nn.Module) -> int:
         blocks = cast("nn.ModuleList", stack.get_submodule(self.family.blocks))
-        for index, block in enumerate(blocks):
-            block.register_forward_hook(_keep(index))
+        watch(blocks)
         return len(blocks)
 
 
@@ -203,12 +206,3 @@ def _with_stub(module: nn.Module, path: str) -> nn.Module:
     shallow = copy.copy(module)
     shallow.__dict__["_modules"] = {**module._modules, name: child}  # noqa: SLF001
     return shallow
-
-
-def _keep(index: int) -> Callable[[nn.Module, object, Any], None]:
-    def hook(_block: nn.Module, _args: object, output: Any) -> None:  # noqa: ANN401  (as blocks have it)
-        read = _READ.get()
-        if read is not None:
-            read[index] = output[0] if isinstance(output, tuple) else output
-
-    return hook

@@ -45,7 +45,7 @@ class TapPass:
         cut: The frozen decoder.
         batch: What to run; its sites stay as they are, active or not.
         blocks: The tapped blocks, ascending.
-        width: W, numbers per token to which each tap is projected (see `Frames.of_tap`); None leaves it whole.
+        width: W, numbers per token to which each tap is projected (see `Frames.narrow`); None leaves it whole.
         on_tap: Given each tap as soon as it is there, and then it is not kept; None keeps all.
         between_blocks: Called between blocks, so that a server can let another user compute.
     """
@@ -87,7 +87,7 @@ class TapPass:
                     self._between_blocks()
                 hidden_BTD = call(hidden_BTD)
                 if index in self._blocks:
-                    tap = self._project(index, layout.pack(hidden_BTD))
+                    tap = self._cut.frames.narrow(index, layout.pack(hidden_BTD), self._width)
                     if self._on_tap is None:
                         taps.append(tap)
                     else:
@@ -100,9 +100,3 @@ class TapPass:
         )
         final_MD = layout.pack(final_BTD).index_select(0, select_M.to(final_BTD.device))
         return Taps(tuple(taps), final_MD)
-
-    def _project(self, block: int, tap_ND: Tensor) -> Tensor:
-        """Return a tap as narrow as it is wanted, shape (N, W)."""
-        if self._width is None:
-            return tap_ND
-        return tap_ND @ self._cut.frames.of_tap(block, tap_ND.shape[1], self._width)

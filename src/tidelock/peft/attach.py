@@ -15,6 +15,7 @@ from tidelock.model.ends import empty_model
 from tidelock.model.geometry import geometry_of
 from tidelock.peft.adapter import AdapterConfig, SerialAdapter, adapter_targets
 from tidelock.peft.export import apply_adapter, load_adapter
+from tidelock.peft.side import SideConfig
 
 if TYPE_CHECKING:
     import os
@@ -47,10 +48,12 @@ def attach_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> nn
     """
     adapter = load_adapter(Path(folder))
     if not isinstance(adapter.config, AdapterConfig):
-        msg = (
-            f"Attaching an adapter: expected a serial one, got LoRA ({folder}). peft reads that: "
-            "PeftModel.from_pretrained(model, folder)."
+        got, reader = (
+            ("a side network", "tidelock.attach_side(model, folder)")
+            if isinstance(adapter.config, SideConfig)
+            else ("LoRA", "PeftModel.from_pretrained(model, folder)")
         )
+        msg = f"Attaching an adapter: expected a serial one, got {got} ({folder}). What reads that is {reader}."
         raise ConfigError(msg)
     # The places of blocks and linears are the causal model's, whatever head this one has.
     geometry = geometry_of(empty_model(model.config))

@@ -20,6 +20,7 @@ F width of the state that the head reads. May import errors, `model` and librari
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, final, get_args
 
@@ -59,7 +60,7 @@ class SideConfig:
         zero_upsample: Start with an upsampling of zero, so that the first step's loss is the backbone's.
         output: `add` the side network's output to the backbone's final state, or let it stand `alone`.
         tap_width: W: numbers per token to which each tap is projected before it is read; None leaves it whole. The
-            projection is drawn, not trained (`Frames.of_tap`), so that taps can be narrow from where they come.
+            projection is drawn, not trained (`Frames.narrow`), so that taps can be narrow from where they come.
         temperature: T of the gates.
         seed: Fixes the random part of the start.
 
@@ -79,13 +80,16 @@ class SideConfig:
     def __post_init__(self) -> None:
         taps = self.taps
         rules: tuple[tuple[str, bool, str], ...] = (
-            ("reduction", self.reduction >= 1, "at least 1"),
-            ("taps", taps is None or (len(taps) > 0 and list(taps) == sorted(set(taps)) and taps[0] >= 0),
-             "None, or block numbers in ascending order, each once"),
+            ("reduction", _is_whole(self.reduction) and self.reduction >= 1, "a whole number of at least 1"),
+            ("taps", taps is None or (len(taps) > 0 and all(map(_is_whole, taps)) and list(taps) == sorted(set(taps))
+             and taps[0] >= 0), "None, or block numbers in ascending order, each once"),
             ("init", self.init in get_args(SideInit), f"one of {get_args(SideInit)}"),
             ("output", self.output in get_args(SideOutput), f"one of {get_args(SideOutput)}"),
-            ("tap_width", self.tap_width is None or self.tap_width >= 1, "None or at least 1"),
-            ("temperature", self.temperature > 0, "more than 0"),
+            ("tap_width", self.tap_width is None or (_is_whole(self.tap_width) and self.tap_width >= 1),
+             "None, or a whole number of at least 1"),
+            ("temperature", 0 < self.temperature < math.inf, "more than 0, and finite"),
+            ("seed", _is_whole(self.seed), "a whole number"),
+            ("zero_upsample", isinstance(self.zero_upsample, bool), "True or False"),
             ("zero_upsample", not (self.zero_upsample and self.output == "alone"),
              "False with output 'alone', which would be zero"),
         )  # fmt: skip
@@ -110,6 +114,10 @@ class SideConfig:
         return taps
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 @final
 class SideNetwork(nn.Module):
     """The side network of a decoder; its parameters are all that the side method trains.
@@ -123,6 +131,7 @@ class SideNetwork(nn.Module):
         config: As given.
         blocks: The tapped blocks of the backbone, by number.
         tap_width: Numbers per token of each tap.
+        family: Where the backbone's parts are.
         side: The stack of side blocks.
         head: From the side state to the state that the frozen head reads.
 
@@ -136,7 +145,7 @@ class SideNetwork(nn.Module):
         text_config = model_config.get_text_config()
         self.config = config
         self.blocks = config.blocks(geometry.num_blocks)
-        self._family = geometry.family
+        self.family = geometry.family
         self._backbone_config = text_config
         self.tap_width = config.tap_width or text_config.hidden_size
         if self.tap_width > text_config.hidden_size:
@@ -164,10 +173,10 @@ class SideNetwork(nn.Module):
             ConfigError: Fisher scores without examples.
             ModelError: The family's blocks are not understood.
         """
-        decoder = model.get_submodule(self._family.decoder)
+        decoder = model.get_submodule(self.family.decoder)
         scores = start_scores(self.config.init, model, [decoder], examples)
         if scores is not None:
-            self.side.start_from(Stack(decoder, self._family.blocks, self._backbone_config), self.blocks, scores)
+            self.side.start_from(Stack(decoder, self.family.blocks, self._backbone_config), self.blocks, scores)
 
     def new_cache(self) -> Cache:
         """Return an empty cache for the side blocks' keys and values."""

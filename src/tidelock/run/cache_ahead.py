@@ -34,14 +34,10 @@ class Cached:
     Attributes:
         examples: Different ones that are in the cache now.
         computed: Those of them that went through the frozen blocks for it.
-        sent_bytes: Sent for that.
-        received_bytes: Received for it.
     """
 
     examples: int
     computed: int
-    sent_bytes: int
-    received_bytes: int
 
 
 def cache_ahead(config: RunConfig, say: Callable[[str], None], track: Track) -> Cached:
@@ -58,11 +54,10 @@ def cache_ahead(config: RunConfig, say: Callable[[str], None], track: Track) -> 
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    ledger = Ledger()
     examples, eval_examples = read_run_examples(config)
     examples = [*examples, *eval_examples]
     config = with_classes_counted(config, examples)
-    model = open_model(config, ledger, None if config.cache is None else Path(config.cache))
+    model = open_model(config, Ledger(), None if config.cache is None else Path(config.cache))
     try:
         if not isinstance(model, SideModel) or model.source.cache is None:
             msg = f"Filling a cache: expected a run with one, got --method {config.method}. Choose side, with a cache."
@@ -76,7 +71,6 @@ def cache_ahead(config: RunConfig, say: Callable[[str], None], track: Track) -> 
                 some = left[first : first + config.batch_size]
                 model.read_taps(Collator(0)(some))
                 tracker.advance(len(some))
-        sent, received = (sum(ledger.totals().get(way, {}).values()) for way in ("sent", "received"))
-        return Cached(len(different), model.source.computed, sent, received)
+        return Cached(len(different), model.source.computed)
     finally:
         model.close()

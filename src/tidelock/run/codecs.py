@@ -40,16 +40,6 @@ def describe_codecs(
     )
 
 
-def describe_tap_codec(codecs: Codecs, widths: Sequence[int]) -> str:
-    """Return what crosses once for a token beside a side network, against fp32, and how far it can be off.
-
-    Args:
-        codecs: Those of the run.
-        widths: Numbers of a token's embedding, of each of its taps and of its final state.
-    """
-    return f"On the wire, once for each example: {_describe(codecs.activation, widths, stochastic=False)}"
-
-
 def _describe(codec: Codec, widths: Sequence[int], *, stochastic: bool) -> str:
     if codec is Codec.FP32:
         return "fp32, exact"

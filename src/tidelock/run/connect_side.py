@@ -1,4 +1,4 @@
-"""Joins a device's side network to whatever gives its taps: frozen blocks here or in a cloud, and a cache of them.
+"""Joins a device's side network to whatever gives its taps: the frozen blocks, and a cache of what they gave.
 
 A sibling of `run.connect`. May import everything below `run`.
 """
@@ -7,38 +7,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, final
+from typing import TYPE_CHECKING, final
 
 import torch
 
-from tidelock.backbone.connection import Connection
 from tidelock.backbone.local import LocalBackbone
-from tidelock.backbone.remote import RemoteBackbone
 from tidelock.cache.identity import CacheIdentity
 from tidelock.device.side_model import SideModel
 from tidelock.device.tap_source import TapSource
-from tidelock.errors import ConfigError, ModelMismatch
+from tidelock.errors import ConfigError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import Ends, read_config, tokenizer_sha256
 from tidelock.model.load import ModelChoice, load_cut_model, load_model
 from tidelock.model.memory import give_back_memory
 from tidelock.peft.side import SideConfig
-from tidelock.run.connect import NOT_THE_MODEL, ends_for, num_outputs, require_model
-from tidelock.wire.address import parse_url
-from tidelock.wire.channel import Credentials
-from tidelock.wire.codec import Codecs
-from tidelock.wire.egress import Egress
-from tidelock.wire.ledger import Ledger
+from tidelock.run.connect import NOT_THE_MODEL, num_outputs, require_model
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
 
-    from tidelock.backbone.protocol import TappedBackbone
     from tidelock.cache.config import CacheConfig
 
 
@@ -51,33 +41,21 @@ def connect_side(  # noqa: PLR0913  (the public door: every argument has a defau
     side_config: SideConfig | None = None,
     start: bool = True,
     cache: CacheConfig | None = None,
-    credentials: Credentials | None = None,
-    token: str | None = None,
-    ca: str | os.PathLike[str] | None = None,
-    codec: str = "fp32",
-    in_flight: int | None = None,
-    patience_seconds: float = 120.0,
-    ledger: Ledger | None = None,
 ) -> SideModel:
-    """Return a model whose side network is trained here, beside frozen blocks that run wherever `where` says.
+    """Return a model whose side network is trained beside frozen blocks.
 
     No gradient goes through the blocks: they are asked for their outputs, forward only, and with a cache once for each
     example.
 
     Args:
-        where: As for `connect`.
-        model: As for `connect`. With `local`, the blocks are loaded when they are first needed.
+        where: `local`.
+        model: Folder or hub name of the model. The blocks are loaded when they are first needed.
         task: As for `connect`.
         num_labels: As for `connect`.
         side_config: What the side network is like; None is `SideConfig()`.
         start: Begin the network as `side_config.init` says, which reads the whole model once. False leaves that to
             `start_side`, which Fisher scores need, or to a state that is loaded.
         cache: Where the blocks' outputs are kept; None computes them each time.
-        credentials: As for `connect`, as are `token` and `ca`.
-        codec: How embeddings and taps cross: `fp32`, `bf16`, `int8`, `int4`.
-        in_flight: Examples on their way through the blocks at once; None is 2 with a cloud and 1 with `local`.
-        patience_seconds: As for `connect`.
-        ledger: As for `connect`.
 
     Raises:
         ConfigError: An argument cannot be honoured.
@@ -92,20 +70,13 @@ def connect_side(  # noqa: PLR0913  (the public door: every argument has a defau
     """
     config = side_config or SideConfig()
     num_labels = num_outputs(task, num_labels)
-    if where == "local":
-        blocks: _Blocks = _LocalBlocks(require_model(model))
-    else:
-        credentials = credentials or Credentials(token or "", Path(ca) if ca is not None else None)
-        egress, codecs = Egress(ledger or Ledger()), Codecs.named(codec)
-        blocks = _CloudBlocks(
-            partial(
-                Connection, parse_url(where), credentials, egress, codecs=codecs, patience_seconds=patience_seconds
-            ),
-            None if model is None else str(model),
-        )
+    if where != "local":
+        msg = f"Side network: expected its frozen blocks to be local, got {where!r}. A cloud cannot give taps yet."
+        raise ConfigError(msg)
+    blocks = _LocalBlocks(require_model(model))
     ends = blocks.ends
     kept = None if cache is None else cache.open(_identity(blocks, config, cache.codec))
-    source = TapSource(blocks, kept, at_once=in_flight or (1 if where == "local" else 2))
+    source = TapSource(blocks, kept)
     try:
         device_model = SideModel(ends, source, config, num_labels=num_labels)
         if start:
@@ -144,35 +115,16 @@ def start_side(
     give_back_memory()
 
 
-class _Blocks(Protocol):
-    """Frozen blocks that can be had when they are called for.
-
-    Attributes:
-        ends: The model's ends.
-        fingerprint: Of its weights.
-        dtype: In what the blocks compute.
-        codec: How their outputs cross to this process; fp32 where they do not.
-    """
-
-    ends: Ends
-    fingerprint: str
-    dtype: str
-    codec: str
-
-    def __call__(self) -> TappedBackbone:
-        """Return the blocks, ready."""
-        ...
-
-
 @final
 class _LocalBlocks:
     """Loads the frozen blocks of a model, folder or hub name, into this process."""
 
     def __init__(self, model: str) -> None:
         self._model, self._checkpoint = model, Checkpoint.open(model)
+        self._checkpoint.materialise()  # from then on it has a fingerprint
         self.ends = Ends(read_config(self._checkpoint.folder), self._checkpoint)
-        self.fingerprint = self._checkpoint.fingerprint()
-        self.dtype = self.codec = "fp32"
+        self.fingerprint = str(self._checkpoint.fingerprint())
+        self.dtype = "fp32"
 
     def __call__(self) -> LocalBackbone:
         """Return the blocks, loaded."""
@@ -180,39 +132,7 @@ class _LocalBlocks:
         return LocalBackbone(load_cut_model(self._checkpoint, ModelChoice(self._model, self.dtype, torch_device)))
 
 
-@final
-class _CloudBlocks:
-    """Connects to the frozen blocks in a cloud, whose model is the one in `model` where that is given."""
-
-    def __init__(self, connect: Callable[[], Connection], model: str | None) -> None:
-        self._connect = connect
-        connection = connect()
-        try:
-            self.ends = ends_for(connection, model)
-        finally:
-            connection.close()
-        self.fingerprint, self.dtype = connection.description.fingerprint, connection.description.backbone_dtype
-        self.codec = connection.codecs.activation.value
-
-    def __call__(self) -> RemoteBackbone:
-        """Return the blocks, connected.
-
-        Raises:
-            ModelMismatch: The cloud holds another model than it did before.
-        """
-        connection = self._connect()
-        found = connection.description.fingerprint
-        if found != self.fingerprint:
-            connection.close()
-            msg = (
-                f"Cloud at {connection.address.url}: expected the model with fingerprint {self.fingerprint[:12]} that "
-                f"it held before, got {found[:12]}. Start it with that model."
-            )
-            raise ModelMismatch(msg)
-        return RemoteBackbone(connection, self.ends.geometry)
-
-
-def _identity(blocks: _Blocks, config: SideConfig, codec: str) -> CacheIdentity:
+def _identity(blocks: _LocalBlocks, config: SideConfig, codec: str) -> CacheIdentity:
     """Return what a cache of the blocks' outputs is of.
 
     The hash that stands for the model covers its configuration too, which says how the weights are used.
@@ -227,5 +147,4 @@ def _identity(blocks: _Blocks, config: SideConfig, codec: str) -> CacheIdentity:
         taps=config.blocks(ends.geometry.num_blocks),
         tap_width=config.tap_width,
         codec=codec,
-        wire_codec=blocks.codec,
     )

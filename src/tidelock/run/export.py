@@ -27,8 +27,11 @@ from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
 from tidelock.peft.adapter import AdapterConfig
-from tidelock.peft.export import CONFIG_FILE, WEIGHTS_FILE, apply_adapter, load_adapter
+from tidelock.peft.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from tidelock.peft.export import apply_adapter, load_adapter
 from tidelock.peft.methods import check_config
+from tidelock.peft.side import SideConfig, SideNetwork
+from tidelock.peft.side_files import apply_side
 from tidelock.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -36,10 +39,21 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from tidelock.peft.adapter import AdapterConfig
-from tidelock.peft.export import Adapter
+    from tidelock.peft.adapter_files import Adapter
 
 FORMS = ("peft", "adapter", "merged")
+# Of what is neither LoRA nor can be written as such: its method, its forms, and why no others.
+_FORMS_OF: dict[type, tuple[str, tuple[str, ...], str]] = {
+    AdapterConfig: ("adapter", ("adapter",), " No weight can take in what is no linear function of its input."),
+    SideConfig: ("side", ("adapter",), " A side network is beside the weights and cannot be merged into them."),
+}
+# The expression that loads what was exported, by form; by kind for the forms of ours.
+_LOADERS = {
+    "peft": 'peft.PeftModel.from_pretrained({model}.from_pretrained(MODEL{labels}), "{folder}")',
+    "merged": 'transformers.{model}.from_pretrained("{folder}")',
+    AdapterConfig: 'tidelock.attach_adapter({model}.from_pretrained(MODEL{labels}), "{folder}")',
+    SideConfig: 'model = {model}.from_pretrained(MODEL{labels}); tidelock.attach_side(model, "{folder}")',
+}
 # Of an earlier export; beside new files they would be loaded instead of them, or on top.
 _REPLACED = ("*.safetensors", "*.safetensors.index.json", CONFIG_FILE)
 # The tokenizer's files and the like; what describes the weights is written anew.
@@ -54,7 +68,7 @@ class ExportOrder:
 
     Attributes:
         run: The run folder.
-        form: `peft` (LoRA), `adapter` (a serial adapter, see `peft.export`) or `merged` (LoRA).
+        form: `peft` or `merged` for LoRA and cores, `adapter` for the formats of ours: serial adapters, side networks.
         out: The folder to write.
         model: Folder or hub name of the model that the adapter belongs to; None is the run's own.
         force: Write into a folder that has something in it.
@@ -107,13 +121,22 @@ def export(order: ExportOrder, on_progress: Callable[[str], None]) -> list[Path]
     return sorted(order.out / name for name in (CONFIG_FILE, WEIGHTS_FILE))
 
 
+def how_to_load(order: ExportOrder) -> str:
+    """Return the Python that loads what was exported, for people."""
+    config = RunFolder.open(order.run).config()
+    name, labels = "AutoModelForCausalLM", ""
+    if config.task != "causal-lm":
+        name, labels = "AutoModelForSequenceClassification", f", num_labels={config.num_labels or 1}"
+    kind = type(load_adapter(order.out).config) if order.form == "adapter" else order.form
+    return _LOADERS[kind].format(model=name, labels=labels, folder=order.out)
+
+
 def _require_form(form: str, adapter: Adapter) -> None:
     check_config(adapter.config)
-    is_serial = isinstance(adapter.config, AdapterConfig)
-    if is_serial is not (form == "adapter"):
-        # What a serial adapter adds is no linear function of its input, so that no weight can take it in.
-        method, known = ("adapter", "adapter") if is_serial else ("lora and core", "peft or merged")
-        msg = f"--to: expected {known} for what --method {method} trained, got {form}. Choose that."
+    method, forms, why = _FORMS_OF.get(type(adapter.config), ("lora and core", ("peft", "merged"), ""))
+    if form not in forms:
+        known = " or ".join(forms)
+        msg = f"--to: expected {known} for what --method {method} trained, got {form}.{why} Choose that."
         raise ConfigError(msg)
 
 
@@ -165,8 +188,11 @@ def _require_fit(adapter: Adapter, checkpoint: Checkpoint) -> None:
     """Refuse an adapter of another model; `peft` would leave out, or make up, what does not fit."""
     config = read_config(checkpoint.folder)
     geometry = geometry_of(empty_model(config))
-    bank = Bank(adapter.config, geometry)
     head = None if adapter.num_labels is None else fresh_head(config, geometry, adapter.num_labels)
+    if isinstance(adapter.config, SideConfig):
+        apply_side(adapter, SideNetwork(adapter.config, config, geometry), head)
+        return
+    bank = Bank(adapter.config, geometry)
     apply_adapter(adapter, {site: bank.at(site) for site in bank.targets}, geometry, head)
 
 

@@ -54,16 +54,7 @@ def open_model(config: RunConfig, ledger: Ledger, cache: Path | None = None) -> 
         )
         raise ConfigError(msg)
     where = "local" if config.cloud is None else config.cloud
-    shared: dict[str, Any] = {
-        "model": config.model,
-        "task": config.task,
-        "num_labels": config.num_labels,
-        "credentials": _credentials(config),
-        "codec": config.codec,
-        "in_flight": config.in_flight,
-        "patience_seconds": config.patience,
-        "ledger": ledger,
-    }
+    shared: dict[str, Any] = {"model": config.model, "task": config.task, "num_labels": config.num_labels}
     model: DeviceCausalLM
     peft_config = _method_config(config) if adapter is None else adapter.config
     if isinstance(peft_config, SideConfig):
@@ -75,6 +66,11 @@ def open_model(config: RunConfig, ledger: Ledger, cache: Path | None = None) -> 
             peft_config=peft_config,
             gradient_codec=config.gradient_codec,
             stochastic_rounding=config.stochastic_rounding,
+            credentials=_credentials(config),
+            codec=config.codec,
+            in_flight=config.in_flight,
+            patience_seconds=config.patience,
+            ledger=ledger,
             **shared,
         )
     if adapter is not None:
@@ -136,7 +132,7 @@ def _side_config(config: RunConfig) -> SideConfig:
     return SideConfig(
         reduction=config.reduction,
         taps=None if config.layer is None else tuple(sorted(set(config.layer))),
-        init=cast("SideInit", config.side_init or ("magnitude" if config.cloud is None else "random")),
+        init=cast("SideInit", config.side_init),
         zero_upsample=upsample == "zero",
         output=cast("SideOutput", config.side_output),
         tap_width=config.tap_width,

@@ -18,7 +18,7 @@ from tidelock.data.batch import Collator
 from tidelock.device.kill_revive import KillRevive
 from tidelock.device.model import DeviceModel
 from tidelock.device.side_model import SideModel
-from tidelock.run.codecs import describe_codecs, describe_tap_codec
+from tidelock.run.codecs import describe_codecs
 from tidelock.run.examples import encode_examples, read_run_examples, with_classes_counted
 from tidelock.run.facts import facts_of
 from tidelock.run.folder import RunFolder
@@ -195,13 +195,9 @@ def _finish(  # noqa: PLR0913  (what a run is made of)
 
 def _say_codecs(config: RunConfig, model: DeviceCausalLM, observer: Observer) -> None:
     """Tell what the codecs save and what they may cost, where anything crosses."""
-    if config.cloud is None:
-        return
-    codecs = Codecs.named(config.codec, config.gradient_codec, stochastic_rounding=config.stochastic_rounding)
-    if isinstance(model, DeviceModel):
+    if config.cloud is not None and isinstance(model, DeviceModel):
+        codecs = Codecs.named(config.codec, config.gradient_codec, stochastic_rounding=config.stochastic_rounding)
         observer.say(f"{describe_codecs(codecs, model.ends.geometry, model.bank.targets, model.bank.rank)}.")
-    elif isinstance(model, SideModel):
-        observer.say(f"{describe_tap_codec(codecs, model.token_widths)}.")
 
 
 def _record_distortion(folder: RunFolder, ledger: Ledger, step: int) -> dict[str, dict[str, float]]:

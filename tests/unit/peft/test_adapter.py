@@ -19,8 +19,9 @@ from tidelock.errors import CheckpointError, ConfigError
 from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import Geometry, Place, SiteId, geometry_of
 from tidelock.peft.adapter import AdapterConfig, SerialAdapter, adapter_targets
+from tidelock.peft.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from tidelock.peft.attach import attach_adapter
-from tidelock.peft.export import CONFIG_FILE, WEIGHTS_FILE, apply_adapter, load_adapter, save_adapter
+from tidelock.peft.export import apply_adapter, load_adapter, save_adapter
 from tidelock.peft.methods import check_config
 
 _HOULSBY = AdapterConfig(bottleneck=4, places=("attn-out", "mlp"))

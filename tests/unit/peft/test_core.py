@@ -15,16 +15,10 @@ from tidelock.device.bank import Bank
 from tidelock.errors import CheckpointError, ConfigError
 from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import Geometry, geometry_of
+from tidelock.peft.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from tidelock.peft.core import CoreConfig, CoreModule, core_targets
-from tidelock.peft.export import (
-    CONFIG_FILE,
-    CORE_CONFIG_FILE,
-    CORE_WEIGHTS_FILE,
-    WEIGHTS_FILE,
-    apply_adapter,
-    load_adapter,
-    save_adapter,
-)
+from tidelock.peft.core_files import CORE_CONFIG_FILE, CORE_WEIGHTS_FILE
+from tidelock.peft.export import apply_adapter, load_adapter, save_adapter
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import Geometry, SiteId, geometry_of
 from tidelock.model.rows import Rows
 from tidelock.model.walk import Batch, Walk
-from tidelock.peft.export import CONFIG_FILE, WEIGHTS_FILE, apply_adapter, load_adapter, save_adapter
+from tidelock.peft.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from tidelock.peft.export import apply_adapter, load_adapter, save_adapter
 from tidelock.peft.lora import ALL_PROJECTIONS, LoraModule
 
 FAMILIES = ["llama", "gpt2", "gpt_neox", "bloom", "opt", "phi3", "gemma2"]

@@ -27,6 +27,11 @@ def network(name="llama", **settings):
     ("field", "value"),
     [
         ("reduction", 0),
+        ("reduction", 2.5),
+        ("taps", (0, 1.5)),
+        ("seed", None),
+        ("zero_upsample", 1),
+        ("temperature", float("inf")),
         ("taps", ()),
         ("taps", (2, 1)),
         ("taps", (1, 1)),

@@ -16,7 +16,8 @@ from tidelock.device.bank import Bank
 from tidelock.errors import CheckpointError, ConfigError, ModelError, NonFiniteError, StorageError
 from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
-from tidelock.peft.export import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from tidelock.peft.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from tidelock.peft.export import load_adapter, save_adapter
 from tidelock.peft.lora import ALL_PROJECTIONS
 from tidelock.run.config import RunConfig
 from tidelock.run.export import ExportOrder, export

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from tests.support.run_folder import new_run_folder
 from tests.support.sites import attn
 from tests.unit.run.conftest import Notes
+from tidelock.device.model import DeviceModel
 from tidelock.errors import ConfigError, DataError
 from tidelock.run.folder import RunFolder
 from tidelock.run.open_model import load_tokenizer, open_model
@@ -108,6 +109,7 @@ def test_resuming_a_run_that_has_no_checkpoint_begins_again(make_config, notes: 
 def test_the_adapter_trained_is_the_one_asked_for(make_config, notes: Notes) -> None:
     knobs = {"rank": 3, "alpha": 5.0, "rslora": True, "target": ["q_proj"], "layer": [0, 2]}
     model = open_model(make_config(**knobs), Ledger())
+    assert isinstance(model, DeviceModel)
     assert isinstance(model.peft_config, LoraConfig)
     assert (model.peft_config.r, model.peft_config.lora_alpha, model.peft_config.use_rslora) == (3, 5.0, True)
     assert model.bank.targets == {attn(0): ("q_proj",), attn(2): ("q_proj",)}

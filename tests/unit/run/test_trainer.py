@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.unit.run.conftest import Notes
 from tidelock.device.model import DeviceModel
 from tidelock.errors import CloudUnreachable, StorageError
-from tidelock.peft.export import WEIGHTS_FILE
+from tidelock.peft.adapter_files import WEIGHTS_FILE
 from tidelock.run.folder import RunFolder, read_rows
 from tidelock.run.train import train
 from tidelock.run.trainer import Journal, RunTrainer, StopFlag
