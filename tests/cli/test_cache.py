@@ -110,7 +110,10 @@ def test_damaged_entries_that_cannot_be_removed_are_an_error(
     assert "Check permissions." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("args", [("data.jsonl", "--remove"), ("info", "--remove"), ("clear", "--cache-key", "k"), ("verify", "--tap-width", 8)])
+@pytest.mark.parametrize(
+    "args",
+    [("data.jsonl", "--remove"), ("info", "--remove"), ("clear", "--cache-key", "k"), ("verify", "--tap-width", 8)],
+)
 def test_other_actions_and_options_are_refused(capsys: Capture, cache: Path, args: tuple[str, ...]) -> None:
     action, *options = args
     assert tide(action, cache, *options) == ConfigError.exit_code

@@ -20,7 +20,7 @@ from tidelock.run.connect_side import connect_side
 from tidelock.wire.codec import Codec
 
 Connect = Callable[..., SideModel]
-LENGTHS = (11, 7, 9, 5)
+LENGTHS = (11, 7, 9, 8)
 
 
 @pytest.fixture
