@@ -81,8 +81,9 @@ def test_loss_and_gradients_are_those_of_the_whole_model_in_one_graph(name: str,
         SideConfig(init="random", zero_upsample=False, taps=(1, 3)),
         SideConfig(init="random", zero_upsample=False, reduction=2, taps=(0,)),
         SideConfig(init="random", zero_upsample=False, output="alone"),
+        SideConfig(init="random", zero_upsample=False, tap_width=5, taps=(0, 2, 3)),
     ],
-    ids=["chosen taps", "half the width", "alone"],
+    ids=["chosen taps", "half the width", "alone", "narrow taps"],
 )
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "smollm3", "gpt2"])
 def test_options_too(name: str, config: SideConfig, tiny_models: Path):

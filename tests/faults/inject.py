@@ -29,6 +29,11 @@ class Place(Enum):
     HALF_SAVED = ("tidelock.run.trainer", "RunTrainer", "_save_rng_state")
     UNMARKED = ("tidelock.run.folder", "RunFolder", "mark_complete")
     SAVED = ("tidelock.run.trainer", "Journal", "on_save")
+    # Of a side network only.
+    BATCH_ANNOUNCED = ("tidelock.device.side_model", "SideModel", "announce")
+    TAPS_READ = ("tidelock.device.tap_source", "TapSource", "read")
+    EXAMPLE_CACHED = ("tidelock.cache.store", "ActivationCache", "put")
+    LET_GO = ("tidelock.device.tap_source", "TapSource", "release")
 
 
 def strike(place: Place, count: int, number: signal.Signals, pid: int | None = None, times: int = 1) -> Hook:

@@ -49,13 +49,21 @@ class World:
 
     def train(self, name: str, address: str, *options: object, hook: Hook | None = None) -> Run:
         """Start the run that every test makes, with further options."""
+        cloud = ["--backbone", "cloud", "--cloud", address, "--token-file", self.folder / "token"]
+        trust = ["--ca", self.certificates.ca]
+        lora = ["--rank", 4, "--dropout", 0.3, "--in-flight", 1]
+        return self._train(name, *cloud, *trust, *lora, *options, hook=hook)
+
+    def train_side(self, name: str, *options: object, hook: Hook | None = None) -> Run:
+        """Start the like with a side network beside blocks in the same process."""
+        return self._train(name, "--method", "side", "--reduction", 2, *options, hook=hook)
+
+    def _train(self, name: str, *options: object, hook: Hook | None) -> Run:
         out = self.folder / name
         data = [self.folder / "facts.jsonl", "--eval-data", self.folder / "asked.jsonl", "--model", self.model]
-        cloud = ["--backbone", "cloud", "--cloud", address, "--token-file", self.folder / "token"]
-        size = ["--epochs", 4, "--batch-size", 2, "--accumulate", 2, "--rank", 4, "--dropout", 0.3]
-        rest = ["--learning-rate", 0.01, "--save-every", 2, "--keep", 1, "--threads", 1, "--in-flight", 1, "--out", out]
-        trust = ["--ca", self.certificates.ca]
-        return Run(out, self.start(name, "train", *data, *cloud, *trust, *size, *rest, *options, hook=hook))
+        size = ["--epochs", 4, "--batch-size", 2, "--accumulate", 2]
+        rest = ["--learning-rate", 0.01, "--save-every", 2, "--keep", 1, "--threads", 1, "--out", out]
+        return Run(out, self.start(name, "train", *data, *size, *rest, *options, hook=hook))
 
     def resume(self, run: Run, *, hook: Hook | None = None) -> Run:
         args = ["train", "--resume", "--out", run.out]

@@ -23,6 +23,7 @@ from tidelock.device.side_model import SideModel
 from tidelock.device.tap_source import TapSource
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import Ends, read_config
+from tidelock.model.frames import Frames
 from tidelock.model.load import ModelChoice, load_cut_model
 from tidelock.peft.side import SideConfig
 
@@ -64,6 +65,7 @@ class PlainSide(nn.Module):
         family, geometry = like.ends.geometry.family, like.ends.geometry
         self._mask: Tensor | None = None
         self._outputs: dict[str, Tensor] = {}
+        self._frames = Frames(geometry, torch.device("cpu"), torch.float32)
         decoder = self.whole.get_submodule(family.decoder)
         self.whole.get_input_embeddings().register_forward_hook(self._keep("embeddings"))
         blocks = cast("nn.ModuleList", decoder.get_submodule(family.blocks))
@@ -94,7 +96,12 @@ class PlainSide(nn.Module):
         def forward(*args: Any, **kwargs: Any) -> Any:
             state = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
             mu = torch.sigmoid(self.network.side.gates[index] / 0.1)
-            read = self.network.side.taps[index](self._outputs[f"block {self.network.blocks[index]}"])
+            number = self.network.blocks[index]
+            tap = self._outputs[f"block {number}"]
+            if self.network.config.tap_width is not None:
+                shape = (*tap.shape[:-1], self.network.config.tap_width)
+                tap = self._frames.narrow(number, tap.flatten(0, -2), self.network.config.tap_width).reshape(shape)
+            read = self.network.side.taps[index](tap)
             return block(mu * state + (1 - mu) * read, *args[1:], **kwargs)
 
         return forward

@@ -69,7 +69,7 @@ class Frames:
         self._dtype = dtype
         self._lock = threading.Lock()
         self._drawn: dict[tuple[SiteId, str], tuple[Tensor, Tensor]] = {}
-        self._of_taps: dict[int, Tensor] = {}
+        self._of_taps: dict[tuple[int, int], Tensor] = {}
 
     def at(self, site: SiteId, names: Sequence[str], rank: int) -> list[tuple[Tensor, Tensor]]:
         """Return A, shape (r, D), and B, shape (W, r), of each named projection of an attention."""
@@ -82,12 +82,15 @@ class Frames:
         """
         if width is None:
             return tap_ND
+        # In powers of two, since a QR of other columns rounds otherwise: what a tap is must not depend on which widths
+        # were asked for before. So few are kept, too.
+        count = min(1 << (width - 1).bit_length(), tap_ND.shape[1])
         with self._lock:
-            drawn_DW = self._of_taps.get(block)
-            if drawn_DW is None or drawn_DW.shape[1] < width:
+            drawn_DW = self._of_taps.get((block, count))
+            if drawn_DW is None:
                 name = f"{self._geometry.block_path(block)} tap"
-                drawn_DW = _orthonormal(name, tap_ND.shape[1], width).to(self._device, self._dtype)
-                self._of_taps[block] = drawn_DW
+                drawn_DW = _orthonormal(name, tap_ND.shape[1], count).to(self._device, self._dtype)
+                self._of_taps[block, count] = drawn_DW
         return tap_ND @ drawn_DW[:, :width]
 
     def _one(self, site: SiteId, name: str, rank: int) -> tuple[Tensor, Tensor]:

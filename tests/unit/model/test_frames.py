@@ -12,6 +12,7 @@ from tidelock.model.ends import empty_model, read_config
 from tidelock.model.frames import MAX_RANK, Frames, draw_frames, largest_rank
 from tidelock.model.geometry import Geometry, geometry_of
 
+WIDTH = 32  # of the tiny model
 PATH = "model.layers.0.self_attn.q_proj"
 # Of that path, 8 numbers in, 5 out, rank 2.
 EXPECTED_A = [
@@ -76,3 +77,22 @@ def test_a_models_frames_are_kept_and_grow(geometry: Geometry) -> None:
 def test_the_largest_rank_is_that_of_the_narrowest_projection(geometry: Geometry) -> None:
     assert largest_rank(geometry) == 16  # keys and values of two heads
     assert MAX_RANK >= 64
+
+
+def test_a_narrowed_tap_is_the_tap_along_orthonormal_directions(geometry: Geometry) -> None:
+    tap_ND = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
+    frames = Frames(geometry, torch.device("cpu"), torch.float32)
+    assert frames.narrow(0, tap_ND, None) is tap_ND
+    whole = frames.narrow(0, tap_ND, WIDTH)
+    # As many directions as there are numbers turn the tap, and lose nothing.
+    torch.testing.assert_close(whole @ whole.T, tap_ND @ tap_ND.T, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(frames.narrow(0, tap_ND, 3), whole[:, :3], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(frames.narrow(1, tap_ND, 3), whole[:, :3])
+
+
+def test_a_narrowed_tap_does_not_depend_on_what_was_asked_before(geometry: Geometry) -> None:
+    tap_ND = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
+    fresh, used = (Frames(geometry, torch.device("cpu"), torch.float32) for _ in range(2))
+    for width in (2, WIDTH, 9):
+        used.narrow(0, tap_ND, width)
+    assert torch.equal(used.narrow(0, tap_ND, 5), fresh.narrow(0, tap_ND, 5))

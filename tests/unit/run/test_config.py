@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 import tidelock
 from tidelock.errors import CheckpointError, ConfigError
-from tidelock.run.config import _METHODS_OF, CODECS, LR_SCHEDULES, METHODS, TASKS, RunConfig
+from tidelock.run.config import (
+    _METHODS_OF,
+    CACHE_CODECS,
+    CODECS,
+    LR_SCHEDULES,
+    METHODS,
+    SIDE_OUTPUTS,
+    SIDE_STARTS,
+    TASKS,
+    UPSAMPLES,
+    RunConfig,
+)
 from tidelock.schedule.schedule import Schedule
 
 WHERE = Path("run") / "run.toml"
@@ -24,7 +35,7 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "gradient_codec": ([None, *CODECS], ["fp16"]),
     "task": (list(TASKS), ["ranking"]),
     "num_labels": ([2], [1, 0]),
-    "method": (["lora"], ["side"]),
+    "method": (["lora"], ["prefix"]),
     "lr_schedule": (list(LR_SCHEDULES), ["step"]),
     "in_flight": ([None, 1], [0]),
     "patience": ([0.0, 1e9], [-0.1, math.inf, math.nan]),
@@ -42,6 +53,13 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "core_rank": ([1], [0]),
     "core_scale": ([1e-9, 4.0], [0.0, -1.0, math.inf, math.nan]),
     "place": ([["mlp"], ["attn-out", "mlp"]], [[], ["attn"], ["mlp", "head"]]),
+    "reduction": ([1], [0]),
+    "side_init": (list(SIDE_STARTS), ["lottery"]),
+    "fisher_examples": ([1], [0]),
+    "upsample": ([None, *UPSAMPLES], ["one"]),
+    "side_output": (list(SIDE_OUTPUTS), ["merge"]),
+    "tap_width": ([1], [0]),
+    "cache_codec": (list(CACHE_CODECS), ["int4"]),
     "clip": ([0.0], [-0.1, math.inf]),
     "max_length": ([1], [0]),
     "seed": ([0, 2**32 - 1], [-1, 2**32]),
@@ -80,6 +98,10 @@ def test_a_knob_keeps_its_rule(name: str) -> None:
         ("core_rank", 8, "lora"),
         ("dropout", 0.1, "core"),
         ("target", ["q_proj"], "adapter"),
+        ("reduction", 4, "lora"),
+        ("cache", "taps", "adapter"),
+        ("budget", 4, "side"),
+        ("gradient_codec", "int8", "side"),
     ],
 )
 def test_a_knob_that_the_method_would_not_read_is_refused(name: str, value: object, other: str) -> None:
@@ -99,6 +121,8 @@ def test_a_knob_that_the_method_would_not_read_is_refused(name: str, value: obje
         ({"num_labels": 2}, "--num-labels: expected it with --task classification only, got --task causal-lm"),
         ({"num_labels": 2, "task": "regression"}, "only, got --task regression"),
         ({"schedule": "sleep"}, "Schedule's name: expected one of full, early-kill"),
+        ({"method": "side", "no_cache": True, "cache_limit": "1GB"}, "--no-cache: expected no other option of a cache"),
+        ({"method": "side", "cache_limit": "much"}, "Size: expected a number with a unit"),
         ({"budget": 4}, "Schedule's budget: expected none with the schedule full, got 4"),
         ({"schedule": "kill-revive", "exchange": 0.0}, "Schedule's exchange: expected more than 0 and at most 1"),
     ],
