@@ -138,7 +138,7 @@ def test_the_first_step_is_the_backbones_when_the_upsampling_is_zero(name: str, 
         torch.testing.assert_close(model(**batch.arguments()).loss, expected, rtol=LOSS_TOLERANCE, atol=0)
         final = model.final_states(ids, rows, torch.arange(rows.num_tokens))
         whole = Batch(model.ends.embed(packed_ids(ids, rows)), rows, torch.arange(rows.num_tokens), {}, training=False)
-        assert torch.equal(final, model.source.read(packed_ids(ids, rows), whole, ()).final_MD)
+        assert torch.equal(final, model._read(packed_ids(ids, rows), whole).final_MD)
     model(**batch.arguments()).loss.backward()
     assert model.network.head.up.weight.grad is not None
     assert float(model.network.head.up.weight.grad.norm()) > 0
@@ -148,8 +148,8 @@ def test_the_first_step_is_the_backbones_when_the_upsampling_is_zero(name: str, 
 def test_the_backbone_gets_no_gradient_and_does_not_change(name: str, tiny_models: Path):
     model = side_model(tiny_models / name, RANDOM)
     model(**token_batch("right").arguments())
-    assert isinstance(model.source._backbone, LocalBackbone)
-    cut = model.source._backbone._cut
+    assert isinstance(model.source._blocks, LocalBackbone)
+    cut = model.source._blocks._cut
     frozen = [*cut.parameters(), *model.ends._head_model.parameters(), *model.ends._embedding.parameters()]
     before = [parameter.clone() for parameter in frozen]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -173,7 +173,7 @@ def test_the_backbone_is_in_eval_mode_though_the_model_trains(tmp_path: Path):
     rows = Rows.from_mask(batch.attention_mask)
     ids = packed_ids(batch.input_ids, rows)
     asked = Batch(model.ends.embed(ids), rows, torch.arange(3), active={}, training=False)
-    first, second = (model.source.read(ids, asked, (0, 3)) for _ in range(2))
+    first, second = (model._read(ids, asked) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.blocks, second.blocks, strict=True))
     # The side network drops out as its family does, which shows that the model did train.
     assert not torch.equal(model(**batch.arguments()).loss, model(**batch.arguments()).loss)

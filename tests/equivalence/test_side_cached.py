@@ -29,6 +29,7 @@ def connect(tiny_models: Path, tmp_path: Path) -> Connect:
         config = SideConfig(init="random", zero_upsample=False, **settings)  # type: ignore[arg-type]
         cache = CacheConfig(tmp_path / "taps", codec=codec, key=tmp_path / "key") if cached else None
         model = connect_side("local", model=tiny_models / name, side_config=config, cache=cache)
+        assert isinstance(model, SideModel)
         randomise_side(model)
         return model.eval()  # some families' side blocks drop out
 
@@ -63,7 +64,7 @@ def test_cached_gradients_are_the_uncached_ones_bit_for_bit(name: str, padding: 
     again = connect(name)
     assert_equal(gradients(again, batch), expected)
     assert again.source.computed == 0
-    assert not again.source.has_backbone
+    assert not again.source.has_blocks
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "opt", "bloom"])
@@ -178,15 +179,15 @@ def test_announced_batches_are_read_before_they_are_asked_for(connect: Connect, 
 def test_released_blocks_are_opened_again_when_they_are_needed(connect: Connect, monkeypatch: pytest.MonkeyPatch):
     batch, model = token_batch("right", lengths=LENGTHS), connect("llama")
     gradients(model, batch)
-    assert isinstance(model.source._backbone, LocalBackbone)
+    assert isinstance(model.source._blocks, LocalBackbone)
     closed: list[bool] = []
     monkeypatch.setattr(LocalBackbone, "close", lambda _self: closed.append(True))
     model.source.release()
     assert closed == [True]
     gradients(model, batch)
-    assert not model.source.has_backbone
+    assert not model.source.has_blocks
     model(**token_batch("right", seed=7).arguments())
-    assert model.source.has_backbone
+    assert model.source.has_blocks
 
 
 def test_a_cache_without_room_is_refused_and_keeps_what_it_has(tiny_models: Path, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -20,9 +21,11 @@ from tests.support.plain_seq2seq import (
 )
 from tests.support.plain_side import randomise_side
 from tests.support.tiny_models import VOCAB
+from tidelock.backbone.local_seq2seq import LocalSeq2Seq
 from tidelock.device.causal_lm import packed_ids
 from tidelock.device.generate import GenerationSettings
 from tidelock.device.side_seq2seq import SideSeq2SeqModel
+from tidelock.device.tap_source import TapSource
 from tidelock.errors import ConfigError, ModelError, NonFiniteError
 from tidelock.model.rows import Rows
 from tidelock.model.seq2seq import FrozenSeq2Seq, Seq2SeqEnds
@@ -51,7 +54,7 @@ def pairs(seed: int = 0, *, padding: str = "right") -> dict[str, Tensor]:
 def test_taps_are_what_hooks_on_the_plain_model_see(name: str, padding: str):
     plain = tiny_seq2seq(name)
     frozen = FrozenSeq2Seq(tiny_seq2seq(name))
-    ends = Seq2SeqEnds(tiny_seq2seq(name))
+    ends = Seq2SeqEnds(tiny_seq2seq(name), Path("here"))
     family = frozen.family
     seen: list[Tensor] = []
     for path in (family.encoder, family.decoder):
@@ -108,7 +111,9 @@ def test_loss_and_gradients_are_those_of_the_whole_model_in_one_graph(name: str,
             if float(expected.norm()) < 1e-7:  # a key's bias moves no softmax
                 assert key.endswith("k_proj.bias"), key
             else:
-                assert relative_error(parameter.grad, expected) <= GRADIENT_TOLERANCE, key
+                # Those of queries and keys are what is left of larger sums.
+                size = max(float(expected.norm()), 1e-3)
+                assert float((parameter.grad - expected).norm()) <= GRADIENT_TOLERANCE * size, key
 
 
 @pytest.mark.parametrize("name", TINY_SEQ2SEQ)
@@ -153,7 +158,7 @@ def test_at_the_full_width_a_started_network_is_the_backbone(name: str, init: st
     model = side_seq2seq(whole, config)
     batch = pairs()
     examples = [{key: value[row : row + 1] for key, value in batch.items()} for row in range(2)]
-    model.network.start(whole, examples)
+    model.start(whole, examples)
     with torch.no_grad():
         for stack in (model.network.encoder, model.network.decoder):
             stack.gates.fill_(10.0)  # only the side state counts
@@ -166,7 +171,7 @@ def test_at_the_full_width_a_started_network_is_the_backbone(name: str, init: st
 def test_every_side_weight_is_a_part_of_the_backbones_and_t5s_positions_are_those_of_its_first_block(name: str):
     whole = tiny_seq2seq(name)
     model = side_seq2seq(whole, SideConfig(output="alone", zero_upsample=False, taps=(1, 2)))
-    model.network.start(whole)
+    model.start(whole)
     family = model.network.family
     for path, side in ((family.encoder, model.network.encoder), (family.decoder, model.network.decoder)):
         stack = whole.get_submodule(path)
@@ -180,7 +185,7 @@ def test_every_side_weight_is_a_part_of_the_backbones_and_t5s_positions_are_thos
 def test_the_frozen_model_gets_no_gradient_does_not_change_and_drops_nothing_out():
     whole = tiny_seq2seq("bart", dropout=0.5)
     frozen = FrozenSeq2Seq(whole)
-    model = SideSeq2SeqModel(Seq2SeqEnds(whole), frozen, ALONE).train()
+    model = SideSeq2SeqModel(Seq2SeqEnds(whole, Path("here")), TapSource(lambda: LocalSeq2Seq(frozen)), ALONE).train()
     before = {key: value.clone() for key, value in whole.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     for _ in range(2):
@@ -214,7 +219,7 @@ def test_greedy_generation_predicts_what_teacher_forcing_predicts(name: str):
 
 def test_the_ends_do_not_keep_the_blocks_alive():
     whole = tiny_seq2seq("bart")
-    ends = Seq2SeqEnds(whole)
+    ends = Seq2SeqEnds(whole, Path("here"))
     held = {id(parameter) for parameter in ends._head_model.parameters()}
     assert held == {id(whole.get_input_embeddings().weight)}
 
@@ -223,7 +228,7 @@ def test_the_ends_do_not_keep_the_blocks_alive():
 def test_trainer_trains_it_and_the_loss_falls(name: str, tmp_path):
     whole = tiny_seq2seq(name)
     model = side_seq2seq(whole, SideConfig(output="alone", zero_upsample=False, reduction=2))
-    model.network.start(whole)
+    model.start(whole)
     batch = pairs()
     rows = [{key: value[row] for key, value in batch.items()} for row in range(3)]
     before = float(model(**batch).loss.detach())

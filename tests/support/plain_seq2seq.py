@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast, final
 
 import torch
@@ -16,7 +17,10 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from tests.support.tiny_models import VOCAB, randomise
+from tidelock.backbone.local_seq2seq import LocalSeq2Seq
+from tidelock.backbone.protocol import Seq2SeqBackbone
 from tidelock.device.side_seq2seq import SideSeq2SeqModel
+from tidelock.device.tap_source import TapSource
 from tidelock.model.seq2seq import FrozenSeq2Seq, Seq2SeqEnds
 from tidelock.peft.side import SideConfig
 
@@ -71,10 +75,11 @@ def tiny_seq2seq(name: str, **changes: Any) -> PreTrainedModel:
     return model
 
 
-def side_seq2seq(model: PreTrainedModel, config: SideConfig) -> SideSeq2SeqModel:
+def side_seq2seq(model: PreTrainedModel, config: SideConfig, num_labels: int | None = None) -> SideSeq2SeqModel:
     """Return a side model beside a copy of an encoder-decoder."""
     model = copy.deepcopy(model)
-    return SideSeq2SeqModel(Seq2SeqEnds(model), FrozenSeq2Seq(model), config)
+    source: TapSource[Seq2SeqBackbone] = TapSource(lambda: LocalSeq2Seq(FrozenSeq2Seq(model)))
+    return SideSeq2SeqModel(Seq2SeqEnds(model, Path("here")), source, config, num_labels=num_labels)
 
 
 @final

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+    from transformers import Cache
 
     from tidelock.backbone.pass_times import TimeSplit
     from tidelock.model.geometry import Geometry
+    from tidelock.model.rows import Rows
     from tidelock.model.taps import Taps
     from tidelock.model.walk import Batch, Sites
     from tidelock.schedule.schedule import Decision, Schedule, ScoreTable
@@ -137,4 +139,39 @@ class TappedBackbone(Protocol):
 
     def close(self) -> None:
         """Let go of the model or of the connection."""
+        ...
+
+
+class Seq2SeqBackbone(Protocol):
+    """The frozen stacks of one encoder-decoder, for a side network: run forward only."""
+
+    def take_times(self) -> TimeSplit:
+        """Return what passes have waited for since the last call, in seconds on the clock."""
+        ...
+
+    def encode(self, embeddings_NE: Tensor, rows: Rows, blocks: Sequence[int]) -> Taps:
+        """Return the encoder's taps and its final state at every token."""
+        ...
+
+    def decode(
+        self,
+        embeddings_KE: Tensor,
+        rows: Rows,
+        source: tuple[Tensor, Rows],
+        blocks: Sequence[int],
+        cache: Cache | None = None,
+    ) -> Taps:
+        """Return the decoder's taps and its final state at every token that it is given.
+
+        Args:
+            embeddings_KE: Word embeddings of the decoder's inputs.
+            rows: Where they are; with a filled cache, where the first ones were.
+            source: The encoder's final state, shape (N, D), and where its tokens are.
+            blocks: The tapped blocks of the decoder.
+            cache: Keys and values of the targets before these, and of the source; extended in place.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the model."""
         ...

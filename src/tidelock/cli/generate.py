@@ -34,10 +34,10 @@ def command(
     output = Output(json=json)
     folder = RunFolder.open(run)
     config = folder.config().elsewhere(cloud, token_file, ca)
-    if config.task != "causal-lm":
+    if config.num_labels is not None or config.task == "regression":
         msg = (
-            f"Generating: expected a run with --task causal-lm, got {config.task} ({run}). Measure it with "
-            "tidelock eval."
+            f"Generating: expected a run with --task causal-lm or text-to-text, got {config.task} ({run}). Measure it "
+            "with tidelock eval."
         )
         raise ConfigError(msg)
     # These load torch, which --help must not wait for.
@@ -50,7 +50,8 @@ def command(
     model = module.open_trained(folder, config)
     try:
         tokenizer = import_module("tidelock.run.open_model").load_tokenizer(model)
-        ids = module.raw_prompt(tokenizer, prompt) if raw else module.chat_prompt(tokenizer, prompt)
+        is_plain = raw or config.task == "text-to-text"
+        ids = module.raw_prompt(tokenizer, prompt) if is_plain else module.chat_prompt(tokenizer, prompt)
         pieces: list[str] = []
         for piece in module.stream(model, tokenizer, ids, settings):
             pieces.append(piece)

@@ -1,4 +1,4 @@
-"""What every model on the device has in common: a language model, or a classifier, between its own two ends.
+"""What every decoder's model on the device has in common: a language model, or a classifier, between its own two ends.
 
 Ids, mask and labels are checked, the states that the head reads come from whoever a subclass asks, and head and loss
 are computed here, only where there is a label. For whole texts the head is a new one, which is trained.
@@ -10,34 +10,28 @@ May import `backbone`, `peft`, `model`, `device` and libraries.
 
 from __future__ import annotations
 
-import logging
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
 
+from tidelock.device.device_lm import DeviceLM
 from tidelock.device.generate import GenerationSettings, generate
-from tidelock.device.loss import causal_loss, labelled_tokens, last_tokens, sequence_loss
+from tidelock.device.loss import causal_loss, labelled_tokens, last_tokens
 from tidelock.errors import ConfigError
 from tidelock.model.rows import Rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from transformers import PretrainedConfig
 
-    from tidelock.backbone.pass_times import TimeSplit
     from tidelock.backbone.protocol import Generation
     from tidelock.model.ends import Ends
     from tidelock.model.geometry import Geometry
-    from tidelock.peft.adapter_files import Adapter
-
-logger = logging.getLogger(__name__)
 
 # Of a head, where the configuration has no `initializer_range` (OPT: `init_std`, the same).
 _INIT_STD = 0.02
@@ -45,32 +39,21 @@ _INIT_STD = 0.02
 _HARMLESS = frozenset({"use_cache", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep"})
 
 
-class DeviceCausalLM(nn.Module, ABC):
-    """A language model or classifier whose parameters are what is trained, and nothing else.
+class DeviceCausalLM(DeviceLM):
+    """A decoder's language model or classifier.
 
     Args:
         ends: The model's embedding and head.
-
-    Attributes:
-        config: The model's Hugging Face configuration.
-        generation_config: How the model's makers would have it generate.
-        ends: As given.
-        head: The trained head of whole texts, a linear without bias as in `LlamaForSequenceClassification`; it learns
-            whatever a schedule does. None for a model of language, and until a subclass makes one.
+        num_labels: As for `DeviceLM`; the head is a linear without bias, as in `LlamaForSequenceClassification`.
     """
 
-    # Read by `transformers.Trainer`: our loss divides by `num_items_in_batch`, as its own models' do.
-    accepts_loss_kwargs = True
     base_model_prefix = "base_model"
 
+    ends: Ends
     head: nn.Linear | None
 
-    def __init__(self, ends: Ends) -> None:
-        super().__init__()
-        self.config: PretrainedConfig = ends.config
-        self.generation_config = GenerationConfig.from_model_config(ends.config)
-        self.ends = ends
-        self.head = None
+    def __init__(self, ends: Ends, num_labels: int | None = None) -> None:
+        super().__init__(ends, num_labels)
 
     @abstractmethod
     def final_states(self, ids_BT: Tensor, rows: Rows, select_M: Tensor) -> Tensor:
@@ -81,49 +64,6 @@ class DeviceCausalLM(nn.Module, ABC):
     def open_generation(self, ids_BT: Tensor, rows: Rows, select_B: Tensor) -> Generation:
         """Run prompts padded at the left; `select_B` says which of the N tokens are the rows' last."""
         ...
-
-    @abstractmethod
-    def save_adapter(self, folder: Path, base_model: str | None = None) -> None:
-        """Write what is trained as an adapter; see `peft.export`.
-
-        Args:
-            folder: Made when it is not there.
-            base_model: Folder or hub name of the model, for whoever loads the adapter; None takes where this device
-                read it.
-
-        Raises:
-            StorageError: The file system refused.
-        """
-        ...
-
-    @abstractmethod
-    def load_adapter(self, adapter: Adapter) -> None:
-        """Copy an adapter's weights into this model, which was made from its configuration.
-
-        Raises:
-            CheckpointError: Its tensors are not those of this model.
-        """
-        ...
-
-    @abstractmethod
-    def take_times(self) -> TimeSplit:
-        """Return what training passes have waited for since the last call, in seconds on the clock."""
-        ...
-
-    @abstractmethod
-    def close(self) -> None:
-        """Let go of whatever runs the frozen blocks."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where the trained parameters, the embedding and the head are."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the trained parameters."""
-        return next(self.parameters()).dtype
 
     def forward(
         self,
@@ -156,7 +96,8 @@ class DeviceCausalLM(nn.Module, ABC):
         """
         ids_BT, rows = self._read_batch(input_ids, attention_mask, kwargs)
         if self.head is not None:
-            return self._forward_texts(self.head, ids_BT, rows, labels, num_items_in_batch)
+            final_BD = self.final_states(ids_BT, rows, last_tokens(rows))
+            return self._texts_output(self.head, final_BD, labels, num_items_in_batch)
         if labels is None:
             select_N = torch.arange(rows.num_tokens)
             final_MD = self.final_states(ids_BT, rows, select_N)
@@ -167,18 +108,9 @@ class DeviceCausalLM(nn.Module, ABC):
         loss = causal_loss(logits_MV, targets_M, num_items_in_batch)
         return CausalLMOutput(loss=loss, logits=spread(logits_MV, rows, select_M, ids_BT.shape[1]))
 
-    def _forward_texts(
-        self,
-        head: nn.Linear,
-        ids_BT: Tensor,
-        rows: Rows,
-        labels_B: Tensor | None,
-        num_items_in_batch: Tensor | int | None,
-    ) -> SequenceClassifierOutput:
-        final_BD = self.final_states(ids_BT, rows, last_tokens(rows))
-        logits_BC = head(final_BD.to(head.weight)).float()
-        loss = None if labels_B is None else sequence_loss(logits_BC, labels_B, num_items_in_batch)
-        return SequenceClassifierOutput(loss=loss, logits=logits_BC)
+    def targets_of(self, labels: Tensor) -> Tensor:
+        """Return the labels that have a loss: all but each row's first, which no token comes before to predict it."""
+        return labels if self.head is not None else labels[:, 1:]
 
     def base_model(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
@@ -215,16 +147,6 @@ class DeviceCausalLM(nn.Module, ABC):
         """Yield the continuations token by token, each int64 of shape (B,); arguments as for `generate`."""
         ids_BT, rows = self._read_batch(input_ids, attention_mask, {})
         return generate(self, ids_BT, rows, settings or GenerationSettings())
-
-    def add_model_tags(self, tags: list[str] | str) -> None:
-        """Take the tags that TRL gives to models for their model cards; a device model has none, so they are let go."""
-        logger.debug("Model tags %s are not kept: a device model has no model card.", tags)
-
-    def activation_checkpointing_enable(self, **_kwargs: Any) -> None:
-        """Say that there is nothing to recompute here; TRL's default settings ask for it."""
-        logger.info("Activation checkpointing has no effect: the frozen blocks' activations are not on this device.")
-
-    gradient_checkpointing_enable = activation_checkpointing_enable
 
     def _read_batch(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, kwargs: dict[str, Any]

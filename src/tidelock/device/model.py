@@ -90,7 +90,7 @@ class DeviceModel(DeviceCausalLM):
         in_flight: int = 1,
         num_labels: int | None = None,
     ) -> None:
-        super().__init__(ends)
+        super().__init__(ends, num_labels)
         self.peft_config = at_sites(peft_config)
         self.bank = Bank(peft_config, ends.geometry)
         self.head = None if num_labels is None else fresh_head(ends.config, ends.geometry, num_labels)

@@ -9,37 +9,31 @@ May import `backbone`, `peft`, `model`, `device`, errors and libraries.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 
+from tidelock.device.beside_blocks import BesideBlocks
 from tidelock.device.causal_lm import DeviceCausalLM, fresh_head, packed_ids
 from tidelock.device.loss import labelled_tokens, last_tokens
-from tidelock.device.tap_source import examples_of
-from tidelock.errors import ConfigError
+from tidelock.model.rows import Rows
+from tidelock.model.taps import Taps
 from tidelock.model.walk import Batch
 from tidelock.peft.side import SideNetwork
-from tidelock.peft.side_files import apply_side, save_side
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from pathlib import Path
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch import Tensor
-    from transformers import PreTrainedModel
 
-    from tidelock.backbone.pass_times import TimeSplit
-    from tidelock.backbone.protocol import Generation, TapGeneration
+    from tidelock.backbone.protocol import Generation, TapGeneration, TappedBackbone
     from tidelock.device.tap_source import ExampleIds, TapSource
     from tidelock.model.ends import Ends
-    from tidelock.model.rows import Rows
-    from tidelock.model.taps import Taps
-    from tidelock.peft.adapter_files import Adapter
     from tidelock.peft.side import SideConfig
 
 
 @final
-class SideModel(DeviceCausalLM):
+class SideModel(BesideBlocks, DeviceCausalLM):
     """A causal language model, or a classifier, whose side network is trained beside its frozen blocks.
 
     Args:
@@ -48,29 +42,24 @@ class SideModel(DeviceCausalLM):
         config: What the side network is like.
         num_labels: Classes of whole texts, 1 for a number; a head for them is trained too. None is a model of language.
 
-    Attributes:
-        side_config: As given.
-        network: The side network.
-        source: As given.
-
     Raises:
         ConfigError: The configuration names blocks that the model does not have.
         ModelError: The family's class does not take the reduced widths.
     """
 
-    def __init__(self, ends: Ends, source: TapSource, config: SideConfig, *, num_labels: int | None = None) -> None:
-        super().__init__(ends)
-        self.side_config = config
-        self.network = SideNetwork(config, ends.config, ends.geometry)
-        self.head = None if num_labels is None else fresh_head(ends.config, ends.geometry, num_labels)
-        self.source = source
-        self._has_start = config.init == "random"
-        self.register_load_state_dict_post_hook(_note_start)  # type: ignore[no-untyped-call]
+    network: SideNetwork
+    source: TapSource[TappedBackbone]
 
-    def start(self, model: PreTrainedModel, examples: Iterable[Mapping[str, Tensor]] | None = None) -> None:
-        """Begin as the configuration says; arguments and errors as `SideNetwork.start`."""
-        self.network.start(model, examples)
-        self._has_start = True
+    def __init__(
+        self, ends: Ends, source: TapSource[TappedBackbone], config: SideConfig, *, num_labels: int | None = None
+    ) -> None:
+        super().__init__(ends, source, SideNetwork(config, ends.config, ends.geometry), num_labels)
+        self.head = None if num_labels is None else fresh_head(ends.config, ends.geometry, num_labels)
+
+    @property
+    def tapped(self) -> tuple[int, ...]:
+        """The blocks that are read, by number."""
+        return self.network.blocks
 
     def final_states(self, ids_BT: Tensor, rows: Rows, select_M: Tensor) -> Tensor:
         """Return the states that the head reads at the selected tokens, shape (M, F).
@@ -88,77 +77,31 @@ class SideModel(DeviceCausalLM):
     def open_generation(self, ids_BT: Tensor, rows: Rows, select_B: Tensor) -> Generation:
         """Run prompts padded at the left; frozen and side blocks keep keys and values."""
         batch = self._open_batch(packed_ids(ids_BT, rows), rows, select_B)
-        return _SideGeneration(
-            self.network, batch, self.source.generate(batch, self.network.blocks, self.side_config.tap_width)
-        )
+        taps = self.source.blocks().generate_taps(batch, self.network.blocks, self.side_config.tap_width)
+        return _SideGeneration(self.network, batch, taps)
 
     def examples_of(self, batch: Mapping[str, Tensor]) -> list[ExampleIds]:
-        """Return what the taps of each row of a batch depend on, as a cache has it.
+        """Return for each row of a batch its token ids; where it begins, and which of its tokens are selected.
 
         Args:
             batch: What `forward` takes.
         """
-        return examples_of(*self._selection(batch))
-
-    @property
-    def token_widths(self) -> tuple[int, ...]:
-        """Numbers of a token's embedding, of each of its taps, and of its final state."""
-        geometry = self.ends.geometry
-        taps = (self.network.tap_width,) * len(self.network.blocks)
-        return (geometry.embedding_width, *taps, geometry.final_width)
+        return _examples_of(*self._selection(batch))
 
     def tap_shapes(self, example: ExampleIds) -> list[tuple[int, int]]:
         """Return the shapes (tokens, width) of what a cache keeps of an example: its taps, and the final states."""
-        (ids, (_, *selected)), (_, *taps, final) = example, self.token_widths
-        return [*((len(ids), width) for width in taps), (len(selected), final)]
+        ids, (_, *selected) = example
+        taps = [(len(ids), self.network.tap_width)] * len(self.network.blocks)
+        return [*taps, (len(selected), self.ends.geometry.final_width)]
 
-    def announce(self, batch: Mapping[str, Tensor]) -> None:
-        """Say that a batch will be asked for, so that its taps are read from the cache meanwhile.
-
-        Args:
-            batch: What `forward` will take.
-        """
-        self.source.announce(*self._selection(batch))
-
-    def read_taps(self, batch: Mapping[str, Tensor]) -> Taps:
-        """Return a batch's taps, and have those that are new cached; the side network is not asked.
+    def read_taps(self, batch: Mapping[str, Tensor]) -> None:
+        """Have the taps of a batch that are new computed and cached; the side network is not asked.
 
         Args:
             batch: What `forward` takes.
         """
         ids_N, rows, select_M = self._selection(batch)
-        return self._read(ids_N, self._open_batch(ids_N, rows, select_M))
-
-    def take_times(self) -> TimeSplit:
-        """Return what passes have waited for since the last call, in seconds on the clock."""
-        return self.source.take_times()
-
-    def save_adapter(self, folder: Path, base_model: str | None = None) -> None:
-        """Write the side network, and the head of whole texts, as an adapter; see `peft.side_files`.
-
-        Args:
-            folder: Made when it is not there.
-            base_model: Folder or hub name of the model, for whoever loads the adapter; None takes where this device
-                read it.
-
-        Raises:
-            StorageError: The file system refused.
-        """
-        base_model = base_model or str(self.ends.folder)
-        save_side(self.network, self.head, self.side_config, folder, base_model=base_model)
-
-    def load_adapter(self, adapter: Adapter) -> None:
-        """Copy an adapter's weights into the side network, which was made from its configuration, and the head.
-
-        Raises:
-            CheckpointError: Its tensors are not those of the network and head.
-        """
-        apply_side(adapter, self.network, self.head)
-        self._has_start = True
-
-    def close(self) -> None:
-        """Let go of the taps' source."""
-        self.source.close()
+        self._read(ids_N, self._open_batch(ids_N, rows, select_M))
 
     def _selection(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Rows, Tensor]:
         """Return the ids of a batch's real tokens, where these are, and which of them are selected."""
@@ -172,24 +115,20 @@ class SideModel(DeviceCausalLM):
             select_M, _ = labelled_tokens(labels, rows)
         return packed_ids(ids_BT, rows), rows, select_M
 
-    def _require_start(self) -> None:
-        if not self._has_start:
-            msg = (
-                f"Side network: expected it to have begun as init={self.side_config.init!r} says, got no start yet. "
-                "Call start(model) with the whole causal model, load a state, or choose init='random'."
-            )
-            raise ConfigError(msg)
-
     def _read(self, ids_N: Tensor, batch: Batch) -> Taps:
-        return self.source.read(ids_N, batch, self.network.blocks, self.side_config.tap_width)
+        """Return the taps of a batch, whose selected tokens are in ascending order."""
+        examples, alone = _examples_of(ids_N, batch.rows, batch.select_M), _split(batch)
+
+        def compute(backbone: TappedBackbone, number: int) -> tuple[Tensor, ...]:
+            taps = backbone.read_taps(alone[number], self.network.blocks, self.side_config.tap_width)
+            return (*taps.blocks, taps.final_MD)
+
+        parts = self.source.read(examples, compute)
+        *taps_ND, final_MF = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return Taps(tuple(taps_ND), final_MF)
 
     def _open_batch(self, ids_N: Tensor, rows: Rows, select_M: Tensor) -> Batch:
         return Batch(self.ends.embed(ids_N), rows, select_M, active={}, training=False)
-
-
-def _note_start(model: SideModel, _keys: Any) -> None:  # noqa: ANN401  (as torch has it)
-    """A state that is loaded is a start."""
-    model._has_start = True  # noqa: SLF001
 
 
 @final
@@ -218,3 +157,48 @@ class _SideGeneration:
         """Free all keys and values."""
         self._taps.close()
         self._cache = self._network.new_cache()
+
+
+def _examples_of(ids_N: Tensor, rows: Rows, select_M: Tensor) -> list[ExampleIds]:
+    """Return what the taps of each row of a batch depend on.
+
+    Args:
+        ids_N: Ids of the real tokens.
+        rows: Where they are.
+        select_M: Which of them are selected, ascending.
+    """
+    ids = ids_N.tolist()
+    return [
+        (tuple(ids[tokens]), (start, *select.tolist()))
+        for start, tokens, select in zip(rows.starts, _tokens(rows), _select(rows, select_M), strict=True)
+    ]
+
+
+def _split(batch: Batch) -> list[Batch]:
+    """Return each row of a batch as one of its own."""
+    return [
+        Batch(batch.embeddings_NE[tokens], Rows((start,), (length,), start + length), select, {}, training=False)
+        for start, length, tokens, select in zip(
+            batch.rows.starts,
+            batch.rows.lengths,
+            _tokens(batch.rows),
+            _select(batch.rows, batch.select_M),
+            strict=True,
+        )
+    ]
+
+
+def _tokens(rows: Rows) -> Iterator[slice]:
+    """Yield where among the packed tokens those of each row are."""
+    first = 0
+    for length in rows.lengths:
+        yield slice(first, first + length)
+        first += length
+
+
+def _select(rows: Rows, select_M: Tensor) -> Iterator[Tensor]:
+    """Yield the selected tokens of each row, counted from its first."""
+    ends = torch.tensor(rows.lengths).cumsum(0)
+    select_M = select_M.cpu()
+    groups: Iterable[Tensor] = select_M.tensor_split(torch.searchsorted(select_M, ends)[:-1])
+    return (group - (end - length) for group, end, length in zip(groups, ends, rows.lengths, strict=True))

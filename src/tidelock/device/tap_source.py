@@ -3,42 +3,49 @@
 An example goes through the blocks by itself. So its taps depend on nothing but the example: with a cache, epochs give
 what they give without one, bit for bit on a CPU, in whatever order and in batches of whatever size.
 
-Shapes: N real tokens, M tokens whose final state is wanted.
 May import `backbone`, `cache`, `model` and libraries.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeAlias, final
-
-import torch
+from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar, final
 
 from tidelock.backbone.pass_times import TimeSplit
 from tidelock.model.memory import give_back_memory
-from tidelock.model.rows import Rows
-from tidelock.model.taps import Taps
-from tidelock.model.walk import Batch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from tidelock.backbone.protocol import TapGeneration, TappedBackbone
     from tidelock.cache.store import ActivationCache
 
-# What an example's taps depend on, as a cache has it: its token ids; where its row begins, and which of its tokens'
-# final states are wanted.
-ExampleIds: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+# What an example's taps depend on, as a cache has it: its token ids, and whatever else (see `SideModel.examples_of`).
+ExampleIds: TypeAlias = tuple[tuple[int, ...], ...]
+
+
+class FrozenBlocks(Protocol):
+    """What gives taps."""
+
+    def take_times(self) -> TimeSplit:
+        """Return what passes have waited for since the last call, in seconds on the clock."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the model or of the connection."""
+        ...
+
+
+BlocksT = TypeVar("BlocksT", bound=FrozenBlocks)
 
 
 @final
-class TapSource:
-    """Gives the taps of batches, from a cache where there is one and from the frozen blocks where there is not.
+class TapSource(Generic[BlocksT]):
+    """Gives what frozen blocks make of examples: from a cache where it is there, from the blocks where it is not.
 
     Args:
-        open_backbone: Called when the blocks are needed and not at hand: at first, and after `release`.
+        open_blocks: Called when the blocks are needed and not at hand: at first, and after `release`.
         cache: Keeps the taps of examples; None computes them each time.
         at_once: Examples on their way through the blocks at the same time.
 
@@ -48,70 +55,66 @@ class TapSource:
     """
 
     def __init__(
-        self,
-        open_backbone: Callable[[], TappedBackbone],
-        cache: ActivationCache | None = None,
-        *,
-        at_once: int = 1,
+        self, open_blocks: Callable[[], BlocksT], cache: ActivationCache | None = None, *, at_once: int = 1
     ) -> None:
         self.cache = cache
         self.computed = 0
-        self._open_backbone = open_backbone
-        self._backbone: TappedBackbone | None = None
+        self._open_blocks = open_blocks
+        self._blocks: BlocksT | None = None
         self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="taps")
         # Batches that were announced and not read yet.
         self._announced: list[list[ExampleIds]] = []
 
     @property
-    def has_backbone(self) -> bool:
+    def has_blocks(self) -> bool:
         """Whether the blocks are at hand."""
-        return self._backbone is not None
+        return self._blocks is not None
 
-    def read(self, ids_N: Tensor, batch: Batch, blocks: Sequence[int], width: int | None = None) -> Taps:
-        """Return the taps of a batch.
+    def blocks(self) -> BlocksT:
+        """Return the blocks, which are opened if they are not at hand."""
+        if self._blocks is None:
+            self._blocks = self._open_blocks()
+        return self._blocks
+
+    def read(
+        self, examples: list[ExampleIds], compute: Callable[[BlocksT, int], tuple[Tensor, ...]]
+    ) -> list[tuple[Tensor, ...]]:
+        """Return the tensors of each example.
 
         Args:
-            ids_N: Ids of the real tokens.
-            batch: The same tokens, embedded; the selected ones in ascending order.
-            blocks: The tapped blocks.
-            width: Numbers per token to which each tap is projected; None is as many as the block gives.
+            examples: The examples of a batch.
+            compute: Given the blocks and an example's number in the batch, returns its tensors, each (rows, width).
 
         Raises:
             StorageError: The cache has no room, or the file system refused.
-            TidelockError: As the backbone.
+            TidelockError: As the blocks.
         """
-        wanted = examples_of(ids_N, batch.rows, batch.select_M)
-        found = [None if self.cache is None else self.cache.get(ids) for ids in wanted]
-        self._drop_announced(wanted)
+        found = [None if self.cache is None else self.cache.get(ids) for ids in examples]
+        self._drop_announced(examples)
         missing = [number for number, tensors in enumerate(found) if tensors is None]
         if missing:
-            backbone, examples = self._at_hand(), _split(batch)
-            passes = self._threads.map(lambda number: backbone.read_taps(examples[number], blocks, width), missing)
-            for number, taps in zip(missing, passes, strict=True):
-                found[number] = self._keep(wanted[number], taps)
+            blocks = self.blocks()
+            passes = self._threads.map(lambda number: compute(blocks, number), missing)
+            for number, tensors in zip(missing, passes, strict=True):
+                found[number] = self._keep(examples[number], tensors)
                 self.computed += 1
-        *taps_ND, final_MD = (torch.cat(parts) for parts in zip(*filter(None, found), strict=True))
-        return Taps(tuple(taps_ND), final_MD)
+        return [tensors for tensors in found if tensors is not None]
 
-    def announce(self, ids_N: Tensor, rows: Rows, select_M: Tensor) -> None:
+    def announce(self, examples: list[ExampleIds]) -> None:
         """Say what batch will be asked for after those that were announced before, so that it is read meanwhile."""
         if self.cache is not None:
-            self._announced.append(examples_of(ids_N, rows, select_M))
+            self._announced.append(examples)
             self.cache.read_ahead(ids for batch in self._announced for ids in batch)
-
-    def generate(self, batch: Batch, blocks: Sequence[int], width: int | None = None) -> TapGeneration:
-        """Run prompts padded at the left, and keep keys and values for more tokens."""
-        return self._at_hand().generate_taps(batch, blocks, width)
 
     def take_times(self) -> TimeSplit:
         """Return what was waited for since the last call, in seconds on the clock."""
-        return TimeSplit() if self._backbone is None else self._backbone.take_times()
+        return TimeSplit() if self._blocks is None else self._blocks.take_times()
 
     def release(self) -> None:
         """Let go of the blocks, and of their memory, until they are needed again."""
-        if self._backbone is not None:
-            self._backbone.close()
-            self._backbone = None
+        if self._blocks is not None:
+            self._blocks.close()
+            self._blocks = None
             give_back_memory()
 
     def close(self) -> None:
@@ -121,65 +124,14 @@ class TapSource:
             self.cache.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _at_hand(self) -> TappedBackbone:
-        if self._backbone is None:
-            self._backbone = self._open_backbone()
-        return self._backbone
-
     def _drop_announced(self, batch: list[ExampleIds]) -> None:
         """Forget a batch that is read now, and what was announced before it and is read no more."""
         if batch in self._announced:
             del self._announced[: self._announced.index(batch) + 1]
 
-    def _keep(self, ids: ExampleIds, taps: Taps) -> tuple[Tensor, ...]:
-        tensors = (*taps.blocks, taps.final_MD)
+    def _keep(self, ids: ExampleIds, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if self.cache is None:
-            return tensors
+            return tuple(tensors)
         self.cache.put(ids, tensors)
         # What a later epoch reads, so that this one learns from the same.
         return self.cache.as_stored(tensors)
-
-
-def examples_of(ids_N: Tensor, rows: Rows, select_M: Tensor) -> list[ExampleIds]:
-    """Return what the taps of each row of a batch depend on.
-
-    Args:
-        ids_N: Ids of the real tokens.
-        rows: Where they are.
-        select_M: Which of them are selected, ascending.
-    """
-    ids = ids_N.tolist()
-    return [
-        (tuple(ids[tokens]), (start, *select.tolist()))
-        for start, tokens, select in zip(rows.starts, _tokens(rows), _select(rows, select_M), strict=True)
-    ]
-
-
-def _split(batch: Batch) -> list[Batch]:
-    """Return each row of a batch as one of its own."""
-    return [
-        Batch(batch.embeddings_NE[tokens], Rows((start,), (length,), start + length), select, {}, training=False)
-        for start, length, tokens, select in zip(
-            batch.rows.starts,
-            batch.rows.lengths,
-            _tokens(batch.rows),
-            _select(batch.rows, batch.select_M),
-            strict=True,
-        )
-    ]
-
-
-def _tokens(rows: Rows) -> Iterator[slice]:
-    """Yield where among the packed tokens those of each row are."""
-    first = 0
-    for length in rows.lengths:
-        yield slice(first, first + length)
-        first += length
-
-
-def _select(rows: Rows, select_M: Tensor) -> Iterator[Tensor]:
-    """Yield the selected tokens of each row, counted from its first."""
-    ends = torch.tensor(rows.lengths).cumsum(0)
-    select_M = select_M.cpu()
-    groups: Iterable[Tensor] = select_M.tensor_split(torch.searchsorted(select_M, ends)[:-1])
-    return (group - (end - length) for group, end, length in zip(groups, ends, rows.lengths, strict=True))

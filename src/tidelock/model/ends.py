@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from tidelock.errors import ModelError
@@ -72,6 +72,11 @@ def tokenizer_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def model_class(config: PretrainedConfig) -> Any:  # noqa: ANN401  (transformers' own have no common type)
+    """Return the class that makes a configuration's language model."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
 @final
 class _EmptyWeights(TorchFunctionMode):
     """Has modules make their weights on the meta device, and their buffers as always.
@@ -88,14 +93,14 @@ class _EmptyWeights(TorchFunctionMode):
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the causal model of a configuration with weights on the meta device, which take no memory.
+    """Return the language model of a configuration with weights on the meta device, which take no memory.
 
     Raises:
-        ModelError: The configuration is not one of a causal language model.
+        ModelError: The configuration is not one of a causal language model, nor of an encoder-decoder.
     """
     try:
         with _EmptyWeights():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            model = model_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
     except ValueError as error:
         msg = (
             f"Model type {config.model_type!r}: expected a causal language model, got one that transformers has no "
@@ -145,8 +150,7 @@ class Ends:
         # Asked for while the decoder is there: without it the model no longer finds its own parts.
         self.head = cast("nn.Linear", model.get_output_embeddings())
         self._head_model = model
-        self.stored_names = end_tensors(model, source)
-        _load_ends(model, source, self.stored_names)
+        self.stored_names = load_ends(model, source)
         parent, _, name = self.geometry.family.decoder.rpartition(".")
         setattr(model.get_submodule(parent), name, GivenState())
         self._embedding.eval().requires_grad_(requires_grad=False)
@@ -157,6 +161,11 @@ class Ends:
         """Move both ends."""
         self._embedding.to(device)
         cast("nn.Module", self._head_model).to(device)
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most positions that the model was made for, where there is a limit."""
+        return self.geometry.max_positions
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
@@ -215,25 +224,42 @@ def _stored_name(path: str, prefix: str, source: TensorSource) -> str:
         if candidate in names:
             return candidate
     msg = f"Tensor {path!r}: expected it among the model's {len(names)} stored tensors, got none of that name "
-    msg += f"({source.folder}). Is this the whole checkpoint of a causal language model?"
+    msg += f"({source.folder}). Is this the whole checkpoint of a language model?"
     raise ModelError(msg)
 
 
-def _load_ends(model: PreTrainedModel, source: TensorSource, names: Mapping[str, str]) -> None:
+def load_ends(model: PreTrainedModel, source: TensorSource) -> dict[str, str]:
+    """Read the parameters of the ends into a model that is on the meta device; return their names as `end_tensors`.
+
+    Raises:
+        ModelError: One is missing or has the wrong shape.
+    """
+    names = end_tensors(model, source)
     embedding, head = model.get_input_embeddings(), cast("nn.Module", model.get_output_embeddings())
     for path, stored in names.items():
         owner, _, name = path.rpartition(".")
         expected = model.get_submodule(owner).get_parameter(name).shape
-        tensor = source.read(stored)
-        if tensor.shape != expected:
-            msg = (
-                f"Tensor {stored!r}: expected shape {tuple(expected)} as config.json has it, got "
-                f"{tuple(tensor.shape)} ({source.folder}). Configuration and weights are of different models."
-            )
-            raise ModelError(msg)
-        setattr(model.get_submodule(owner), name, nn.Parameter(tensor.to(torch.float32), requires_grad=False))
+        tensor = read_as(source, stored, expected)
+        setattr(model.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
     if head.get_parameter("weight").is_meta:
         setattr(head, "weight", embedding.get_parameter("weight"))  # noqa: B010  (a tied head is the embedding)
+    return names
+
+
+def read_as(source: TensorSource, stored: str, shape: torch.Size) -> Tensor:
+    """Return a stored tensor in fp32.
+
+    Raises:
+        ModelError: Its shape is another.
+    """
+    tensor = source.read(stored)
+    if tensor.shape != shape:
+        msg = (
+            f"Tensor {stored!r}: expected shape {tuple(shape)} as config.json has it, got {tuple(tensor.shape)} "
+            f"({source.folder}). Configuration and weights are of different models."
+        )
+        raise ModelError(msg)
+    return tensor.to(torch.float32)
 
 
 def write_device_folder(source: TensorSource, names: Mapping[str, str], folder: Path) -> None:

@@ -142,6 +142,12 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
     Raises:
         ModelError: The model has no head or its parts are not where its family keeps them.
     """
+    if model.config.is_encoder_decoder:
+        msg = (
+            f"Cutting {type(model).__name__}: expected a decoder, got an encoder-decoder. Beside one of those there "
+            "can be a side network (--method side); use a decoder for other methods."
+        )
+        raise ModelError(msg)
     family = family_of(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not (isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear)):

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from tidelock.errors import ConfigError, ModelError
 from tidelock.model.cut import CutModel
+from tidelock.model.ends import model_class, read_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,14 +67,15 @@ def load_cut_model(checkpoint: Checkpoint, choice: ModelChoice) -> CutModel:
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return the whole causal model, in eval mode, every weight of which was stored.
+    """Return the whole language model, in eval mode, every weight of which was stored.
 
     Raises:
         ModelError: It cannot be loaded.
     """
     folder = checkpoint.materialise()
+    kind = model_class(read_config(folder))
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
@@ -84,7 +85,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Pr
         )
     except (OSError, ValueError, KeyError, RuntimeError, ArithmeticError) as error:
         msg = (
-            f"Loading the model: expected a causal language model that transformers knows, with safetensors weights, "
+            f"Loading the model: expected a language model that transformers knows, with safetensors weights, "
             f"got {type(error).__name__}: {error} ({folder}). Check the folder."
         )
         raise ModelError(msg) from error

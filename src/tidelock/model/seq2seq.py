@@ -18,15 +18,17 @@ from torch import Tensor, nn
 
 from tidelock.errors import ModelError
 from tidelock.model.call import call_decoder
-from tidelock.model.ends import GivenState
+from tidelock.model.ends import GivenState, empty_model, load_ends, read_as
 from tidelock.model.taps import Taps
 from tidelock.model.watch import reading, watch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from transformers import Cache, PretrainedConfig, PreTrainedModel
 
+    from tidelock.model.checkpoint import TensorSource
     from tidelock.model.rows import Rows
 
 
@@ -47,6 +49,9 @@ class EncoderDecoderFamily:
     decoder: str
     blocks: str
 
+
+# Of BART: added to the logits.
+_BIAS = "final_logits_bias"
 
 ENCODER_DECODERS: dict[str, EncoderDecoderFamily] = {
     family.name: family
@@ -90,7 +95,8 @@ class FrozenSeq2Seq:
         self.config = model.config
         self.encoder = model.get_submodule(self.family.encoder)
         self.decoder = model.get_submodule(self.family.decoder)
-        self.num_blocks = (self._hook(self.encoder), self._hook(self.decoder))
+        for stack in (self.encoder, self.decoder):
+            watch(cast("nn.ModuleList", stack.get_submodule(self.family.blocks)))
 
     def encode(self, embeddings_NE: Tensor, rows: Rows, blocks: Sequence[int]) -> Taps:
         """Return the encoder's taps; their final state is the encoder's, at every token."""
@@ -151,32 +157,54 @@ class FrozenSeq2Seq:
     def _device(self) -> torch.device:
         return next(self.encoder.parameters()).device
 
-    def _hook(self, stack: nn.Module) -> int:
-        blocks = cast("nn.ModuleList", stack.get_submodule(self.family.blocks))
-        watch(blocks)
-        return len(blocks)
-
 
 @final
 class Seq2SeqEnds:
     """An encoder-decoder's word embedding and head, which do not keep the blocks alive.
 
     Args:
-        model: The whole model.
+        model: The whole model; of its blocks none need be loaded.
+        folder: Where its configuration and the tokenizer's files are.
 
     Attributes:
         config: The model's configuration.
+        folder: As given.
         width: Numbers per token of the embedding and of the state that the head reads.
+        num_blocks: How many blocks its encoder and its decoder have.
+        max_positions: The most positions that the model was made for, where there is a limit.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
         family = encoder_decoder_family(model.config)
         self.config = model.config
+        self.folder = folder
         self.width: int = model.config.hidden_size
-        self._embedding = model.get_input_embeddings()
+        self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
+        encoder, decoder = (
+            len(cast("nn.ModuleList", model.get_submodule(f"{path}.{family.blocks}")))
+            for path in (family.encoder, family.decoder)
+        )
+        self.num_blocks = (encoder, decoder)
+        self._embedding = model.get_input_embeddings().eval().requires_grad_(requires_grad=False)
         without_encoder = _with_stub(model, family.encoder)
         # The model's own forward around a stub, so that T5's scaling and BART's bias are done.
         self._head_model = cast("Any", _with_stub(without_encoder, family.decoder))
+        self._head_model.eval().requires_grad_(requires_grad=False)
+
+    @classmethod
+    def read(cls, config: PretrainedConfig, source: TensorSource) -> Seq2SeqEnds:
+        """Return the ends of a stored model, of which no more is read.
+
+        Raises:
+            ModelError: Its family is not known, or a tensor of the ends is missing or has the wrong shape.
+        """
+        encoder_decoder_family(config)
+        model = empty_model(config)
+        load_ends(model, source)
+        bias = dict(model.named_buffers()).get(_BIAS)
+        if bias is not None and _BIAS in source.names():
+            model.register_buffer(_BIAS, read_as(source, _BIAS, bias.shape))
+        return cls(model, source.folder)
 
     def to(self, device: torch.device) -> None:
         """Move both ends."""

@@ -51,7 +51,8 @@ def attach_side(model: PreTrainedModel, folder: str | os.PathLike[str]) -> nn.Mo
     Args:
         model: The whole model that the side network was trained beside: an `AutoModelForCausalLM` or
             `AutoModelForSeq2SeqLM`, or for an adapter with a head for whole texts an
-            `AutoModelForSequenceClassification` of a decoder with as many labels, whose `score` becomes that head.
+            `AutoModelForSequenceClassification` with as many labels, whose `score` or `classification_head` becomes
+            that head.
         folder: The adapter's, as a side model's `save_adapter` or `tidelock export --to adapter` wrote it.
 
     Returns:
@@ -69,13 +70,12 @@ def attach_side(model: PreTrainedModel, folder: str | os.PathLike[str]) -> nn.Mo
         model.generate(**inputs)
     """
     adapter = load_adapter(Path(folder))
-    score = getattr(model, "score", None)
-    head = score if isinstance(score, nn.Linear) else None
+    head = _head_for_texts(model)
     if hasattr(model, _NAME) or (head is None and model.get_output_embeddings() is None):
         got = "one with it" if hasattr(model, _NAME) else type(model).__name__
         msg = (
-            "Attaching a side network: expected a causal or sequence-to-sequence model, or a decoder's sequence "
-            f"classifier, without a side network, got {got} ({folder}). Load such a model anew."
+            "Attaching a side network: expected a causal or sequence-to-sequence model, or a sequence classifier, "
+            f"without a side network, got {got} ({folder}). Load such a model anew."
         )
         raise ConfigError(msg)
     if not isinstance(adapter.config, SideConfig):
@@ -98,16 +98,27 @@ def attach_side(model: PreTrainedModel, folder: str | os.PathLike[str]) -> nn.Mo
     return network
 
 
+def _head_for_texts(model: PreTrainedModel) -> nn.Module | None:
+    """Return a sequence classifier's head: a decoder's linear, or an encoder-decoder's own kind."""
+    head = getattr(model, "classification_head" if model.config.is_encoder_decoder else "score", None)
+    return head if isinstance(head, nn.Module) else None
+
+
 def _network_for(model: PreTrainedModel, config: SideConfig) -> SideNetwork | SideSeq2Seq:
     if not model.config.is_encoder_decoder:
         # The places of the blocks are the causal model's, whatever head this one has.
         return SideNetwork(config, model.config, geometry_of(empty_model(model.config)))
     family = encoder_decoder_family(model.config)
-    encoder, decoder = (
-        len(cast("nn.ModuleList", model.get_submodule(f"{path}.{family.blocks}")))
-        for path in (family.encoder, family.decoder)
-    )
+    encoder, decoder = (len(cast("nn.ModuleList", stack.get_submodule(family.blocks))) for stack in _stacks(model))
     return SideSeq2Seq(config, model.config, (encoder, decoder))
+
+
+def _stacks(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """Return the encoder and the decoder of an encoder-decoder, whatever head it has."""
+    family = encoder_decoder_family(model.config)
+    # T5's sequence classifier has them one level deeper than its language model.
+    within = getattr(model, "transformer", model)
+    return within.get_submodule(family.encoder), within.get_submodule(family.decoder)
 
 
 def _beside_decoder(model: PreTrainedModel, network: SideNetwork) -> None:
@@ -137,14 +148,14 @@ def _beside_decoder(model: PreTrainedModel, network: SideNetwork) -> None:
 def _beside_encoder_decoder(model: PreTrainedModel, network: SideSeq2Seq) -> None:
     """Have the model's encoder hand on the side encoder's state too, and its decoder give the side network's."""
     family, embedding, width = network.family, model.get_input_embeddings(), int(model.config.hidden_size)
-    encoder, decoder = model.get_submodule(family.encoder), model.get_submodule(family.decoder)
+    encoder, decoder = _stacks(model)
     frozen_encoder = FrozenStack(encoder, family.blocks, embedding)
     frozen_decoder = FrozenStack(decoder, family.blocks, embedding)
 
     @functools.wraps(encoder.forward)
     def encode(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (as the encoder has it)
         run = frozen_encoder.run(network.encoder_blocks, args, kwargs)
-        side_NS = network.encode(run.embeddings_NE, run.taps, run.layout).flatten(0, 1)
+        side_NS = network.encode(run.embeddings_NE, run.taps.blocks, run.layout).flatten(0, 1)
         return run.output_with(torch.cat([run.taps.final_MD, side_NS.to(run.taps.final_MD)], 1))
 
     @functools.wraps(decoder.forward)

@@ -30,7 +30,7 @@ from tidelock.peft.core_files import CORE_CONFIG_FILE, CORE_WEIGHTS_FILE, core_f
 from tidelock.peft.lora_files import LORA, LORA_HEAD, lora_config_file, lora_parameters, read_lora_config
 from tidelock.peft.serial_files import SERIAL_ADAPTER, serial_config_file, serial_parameters
 from tidelock.peft.side import SideConfig
-from tidelock.peft.side_files import SIDE
+from tidelock.peft.side_files import OUTPUT_OF_HEAD, SIDE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,6 +87,8 @@ def load_adapter(folder: Path) -> Adapter:
     """
     config = _read_config(folder)
     tensors = read_weights(folder / (CORE_WEIGHTS_FILE if isinstance(config, CoreConfig) else WEIGHTS_FILE))
+    if isinstance(config, SideConfig) and OUTPUT_OF_HEAD in tensors:
+        return Adapter(folder, config, tensors, OUTPUT_OF_HEAD)
     return Adapter(folder, config, tensors, _head_name(config))
 
 

@@ -22,7 +22,7 @@ from tidelock.peft.prune import Stack
 from tidelock.peft.side_stack import SideHead, SideStack, start_scores
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from transformers import Cache, PretrainedConfig, PreTrainedModel
 
@@ -101,15 +101,15 @@ class SideSeq2Seq(nn.Module):
         """Return an empty cache for the keys and values of the decoder side's blocks."""
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
-    def encode(self, embeddings_NE: Tensor, taps: Taps, layout: Layout) -> Tensor:
+    def encode(self, embeddings_NE: Tensor, taps_ND: Sequence[Tensor], layout: Layout) -> Tensor:
         """Return the encoder side's final state, shape (B, T, S).
 
         Args:
             embeddings_NE: Word embeddings of the source.
-            taps: What the encoder's blocks gave for them.
+            taps_ND: What the encoder's tapped blocks gave for them.
             layout: How these tokens lie in the padded batch.
         """
-        state_BTS: Tensor = self.encoder(embeddings_NE, taps.blocks, layout)
+        state_BTS: Tensor = self.encoder(embeddings_NE, taps_ND, layout)
         return state_BTS
 
     def decode(
@@ -125,7 +125,7 @@ class SideSeq2Seq(nn.Module):
 
         Args:
             embeddings_KE: Word embeddings of the decoder's inputs.
-            taps: What the decoder's blocks gave for them, and its final states.
+            taps: What the decoder's blocks gave for them, and its final states at the selected tokens.
             layout: How these tokens lie in the padded batch.
             source: What `encode` returned, and the layout of the source.
             select_M: Which of the K tokens are wanted, int64.
@@ -134,7 +134,6 @@ class SideSeq2Seq(nn.Module):
         source_BTS, source_layout = source
         more = {"encoder_hidden_states": source_BTS, "encoder_attention_mask": source_layout.mask_BT}
         state_BTS: Tensor = self.decoder(embeddings_KE, taps.blocks, layout, cache, more)
-        select_M = select_M.to(state_BTS.device)
-        state_MS = layout.pack(state_BTS).index_select(0, select_M)
-        final_MD: Tensor = self.head(state_MS, taps.final_MD.index_select(0, select_M.to(taps.final_MD.device)))
+        state_MS = layout.pack(state_BTS).index_select(0, select_M.to(state_BTS.device))
+        final_MD: Tensor = self.head(state_MS, taps.final_MD)
         return final_MD

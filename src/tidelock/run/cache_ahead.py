@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, final
 import torch
 
 from tidelock.data.batch import Collator
-from tidelock.device.side_model import SideModel
+from tidelock.device.beside_blocks import BesideBlocks
 from tidelock.errors import ConfigError
 from tidelock.run.examples import encode_examples, read_run_examples, with_classes_counted
 from tidelock.run.open_model import load_tokenizer, open_model
@@ -59,7 +59,7 @@ def cache_ahead(config: RunConfig, say: Callable[[str], None], track: Track) -> 
     config = with_classes_counted(config, examples)
     model = open_model(config, Ledger(), None if config.cache is None else Path(config.cache))
     try:
-        if not isinstance(model, SideModel) or model.source.cache is None:
+        if not isinstance(model, BesideBlocks) or model.source.cache is None:
             msg = f"Filling a cache: expected a run with one, got --method {config.method}. Choose side, with a cache."
             raise ConfigError(msg)
         rows = encode_examples(config, model, load_tokenizer(model), examples)

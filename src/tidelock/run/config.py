@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # ruff: noqa: RUF009, FBT003  (_knob is dataclasses.field with our metadata)
 
 BACKBONES = ("local", "cloud")
-TASKS = ("causal-lm", "classification", "regression")
+TASKS = ("causal-lm", "text-to-text", "classification", "regression")
 METHODS = ("lora", "adapter", "core", "side")
 PLACES = ("mlp", "attn-out")
 CODECS = ("fp32", "bf16", "int8", "int4")
@@ -116,7 +116,7 @@ class RunConfig:
     split: str | None = _knob(None, "Only rows whose 'split' is this (of a hub data set: its split).")
     eval_data: str | None = _knob(None, "Examples to measure the loss on, not learned from.")
     eval_split: str | None = _knob(None, "Likewise: only rows of this split (of --eval-data, or else of DATA).")
-    task: str = _knob("causal-lm", "What is learned: to go on with a text, or a label of it.", _one_of(TASKS))
+    task: str = _knob("causal-lm", "What is learned: to go on with a text, an answer, or a label.", _one_of(TASKS))
     num_labels: int | None = _knob(None, "Classes there are; by default as the data has.", _AT_LEAST_2)
     model: str | None = _knob(None, "Model folder or hub name; left out, a cloud's own model is used.")
     backbone: str = _knob("local", "Where the frozen blocks run: local or cloud.", _one_of(BACKBONES))

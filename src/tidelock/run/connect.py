@@ -115,6 +115,7 @@ def num_outputs(task: str, num_labels: int | None) -> int | None:
     """
     fits = {
         "causal-lm": num_labels is None,
+        "text-to-text": num_labels is None,
         "classification": num_labels is not None and num_labels >= 2,
         "regression": num_labels in {None, 1},
     }

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 
 from tidelock.backbone.local import LocalBackbone
+from tidelock.backbone.local_seq2seq import LocalSeq2Seq
 from tidelock.cache.identity import CacheIdentity
 from tidelock.device.side_model import SideModel
+from tidelock.device.side_seq2seq import SideSeq2SeqModel
 from tidelock.device.tap_source import TapSource
 from tidelock.errors import ConfigError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import Ends, read_config, tokenizer_sha256
 from tidelock.model.load import ModelChoice, load_cut_model, load_model
 from tidelock.model.memory import give_back_memory
+from tidelock.model.seq2seq import FrozenSeq2Seq, Seq2SeqEnds
 from tidelock.peft.side import SideConfig
 from tidelock.run.connect import NOT_THE_MODEL, num_outputs, require_model
 
@@ -27,9 +30,11 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Mapping
 
-    from torch import Tensor
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
     from tidelock.cache.config import CacheConfig
+    from tidelock.device.beside_blocks import BesideBlocks
 
 
 def connect_side(  # noqa: PLR0913  (the public door: every argument has a default)
@@ -41,8 +46,8 @@ def connect_side(  # noqa: PLR0913  (the public door: every argument has a defau
     side_config: SideConfig | None = None,
     start: bool = True,
     cache: CacheConfig | None = None,
-) -> SideModel:
-    """Return a model whose side network is trained beside frozen blocks.
+) -> SideModel | SideSeq2SeqModel:
+    """Return a model whose side network is trained beside frozen blocks: a decoder's, or T5's or BART's.
 
     No gradient goes through the blocks: they are asked for their outputs, forward only, and with a cache once for each
     example.
@@ -50,7 +55,7 @@ def connect_side(  # noqa: PLR0913  (the public door: every argument has a defau
     Args:
         where: `local`.
         model: Folder or hub name of the model. The blocks are loaded when they are first needed.
-        task: As for `connect`.
+        task: As for `connect`; of T5 and BART `text-to-text` in the place of `causal-lm`.
         num_labels: As for `connect`.
         side_config: What the side network is like; None is `SideConfig()`.
         start: Begin the network as `side_config.init` says, which reads the whole model once. False leaves that to
@@ -75,10 +80,16 @@ def connect_side(  # noqa: PLR0913  (the public door: every argument has a defau
         raise ConfigError(msg)
     blocks = _LocalBlocks(require_model(model))
     ends = blocks.ends
-    kept = None if cache is None else cache.open(_identity(blocks, config, cache.codec))
-    source = TapSource(blocks, kept)
-    try:
+    _check_task(task, ends)
+    source: TapSource[Any] = TapSource(blocks)
+    device_model: SideModel | SideSeq2SeqModel
+    if isinstance(ends, Ends):
         device_model = SideModel(ends, source, config, num_labels=num_labels)
+    else:
+        device_model = SideSeq2SeqModel(ends, source, config, num_labels=num_labels)
+    if cache is not None:
+        source.cache = cache.open(_identity(blocks, device_model, cache.codec))
+    try:
         if start:
             start_side(device_model, None if model is None else str(model))
     except BaseException:
@@ -88,14 +99,15 @@ def connect_side(  # noqa: PLR0913  (the public door: every argument has a defau
 
 
 def start_side(
-    side_model: SideModel, model: str | None, examples: Iterable[Mapping[str, Tensor]] | None = None
+    side_model: BesideBlocks, model: str | None, examples: Iterable[Mapping[str, Tensor]] | None = None
 ) -> None:
     """Begin a side network as its configuration says.
 
     Args:
         side_model: Whose network it is.
         model: Folder or hub name of the whole model; read unless the start is random.
-        examples: For Fisher scores: `input_ids` and `labels` of one example each, of shape (1, T).
+        examples: For Fisher scores: `input_ids` and `labels` of one example each, of shape (1, T), as the whole model
+            takes them.
 
     Raises:
         ConfigError: No model, or Fisher scores without examples.
@@ -115,6 +127,18 @@ def start_side(
     give_back_memory()
 
 
+def _check_task(task: str, ends: Ends | Seq2SeqEnds) -> None:
+    """Refuse the other kind of model's task of language."""
+    wrong, right = ("text-to-text", "causal-lm") if isinstance(ends, Ends) else ("causal-lm", "text-to-text")
+    if task == wrong:
+        kind = "a decoder" if isinstance(ends, Ends) else "an encoder-decoder"
+        msg = (
+            f"Task: expected {right}, classification or regression of {kind} ({ends.config.model_type}), got {task}. "
+            "Choose one of those with --task."
+        )
+        raise ConfigError(msg)
+
+
 @final
 class _LocalBlocks:
     """Loads the frozen blocks of a model, folder or hub name, into this process."""
@@ -122,29 +146,33 @@ class _LocalBlocks:
     def __init__(self, model: str) -> None:
         self._model, self._checkpoint = model, Checkpoint.open(model)
         self._checkpoint.materialise()  # from then on it has a fingerprint
-        self.ends = Ends(read_config(self._checkpoint.folder), self._checkpoint)
+        config = read_config(self._checkpoint.folder)
+        kind = Seq2SeqEnds.read if config.is_encoder_decoder else Ends
+        self.ends: Ends | Seq2SeqEnds = kind(config, self._checkpoint)
         self.fingerprint = str(self._checkpoint.fingerprint())
         self.dtype = "fp32"
 
-    def __call__(self) -> LocalBackbone:
+    def __call__(self) -> LocalBackbone | LocalSeq2Seq:
         """Return the blocks, loaded."""
         torch_device = "cuda" if torch.cuda.is_available() else "cpu"
-        return LocalBackbone(load_cut_model(self._checkpoint, ModelChoice(self._model, self.dtype, torch_device)))
+        if isinstance(self.ends, Ends):
+            return LocalBackbone(load_cut_model(self._checkpoint, ModelChoice(self._model, self.dtype, torch_device)))
+        whole = cast("nn.Module", load_model(self._checkpoint)).to(torch_device)
+        return LocalSeq2Seq(FrozenSeq2Seq(cast("PreTrainedModel", whole)))
 
 
-def _identity(blocks: _LocalBlocks, config: SideConfig, codec: str) -> CacheIdentity:
+def _identity(blocks: _LocalBlocks, model: BesideBlocks, codec: str) -> CacheIdentity:
     """Return what a cache of the blocks' outputs is of.
 
     The hash that stands for the model covers its configuration too, which says how the weights are used.
     """
-    ends = blocks.ends
-    settings = json.loads(json.dumps(ends.config.to_dict(), default=str))
+    settings = json.loads(json.dumps(blocks.ends.config.to_dict(), default=str))
     settings = {name: value for name, value in settings.items() if name not in NOT_THE_MODEL}
     return CacheIdentity(
         model=hashlib.sha256(json.dumps([blocks.fingerprint, settings], sort_keys=True).encode()).hexdigest(),
-        tokenizer=tokenizer_sha256(ends.folder),
+        tokenizer=tokenizer_sha256(blocks.ends.folder),
         dtype=blocks.dtype,
-        taps=config.blocks(ends.geometry.num_blocks),
-        tap_width=config.tap_width,
+        taps=model.tapped,
+        tap_width=model.side_config.tap_width,
         codec=codec,
     )

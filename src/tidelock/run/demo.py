@@ -23,7 +23,7 @@ from tidelock.run.train import train
 from tidelock.wire.ledger import Ledger
 
 if TYPE_CHECKING:
-    from tidelock.device.causal_lm import DeviceCausalLM
+    from tidelock.device.device_lm import DeviceLM
     from tidelock.run.trainer import Observer
 
 _ANSWER_TOKENS = 16
@@ -163,7 +163,7 @@ def _new_run(runs: Path) -> Path:
     return path
 
 
-def _answer(model: DeviceCausalLM, questions: list[Question]) -> list[str]:
+def _answer(model: DeviceLM, questions: list[Question]) -> list[str]:
     tokenizer = load_tokenizer(model)
     prompts = [chat_prompt(tokenizer, question.text) for question in questions]
     return complete(model, tokenizer, prompts, GenerationSettings(max_new_tokens=_ANSWER_TOKENS))

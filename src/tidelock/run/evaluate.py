@@ -21,7 +21,7 @@ from tidelock.run.metrics import sequence_metrics
 from tidelock.run.open_model import load_tokenizer
 
 if TYPE_CHECKING:
-    from tidelock.device.causal_lm import DeviceCausalLM
+    from tidelock.device.device_lm import DeviceLM
     from tidelock.run.config import RunConfig
     from tidelock.run.examples import EncodedRows
     from tidelock.run.folder import RunFolder
@@ -82,7 +82,7 @@ def evaluate(folder: RunFolder, config: RunConfig, data: str, split: str | None,
 
 
 @torch.no_grad()
-def measure(model: DeviceCausalLM, rows: EncodedRows, batch_size: int, track: Track) -> Evaluation:
+def measure(model: DeviceLM, rows: EncodedRows, batch_size: int, track: Track) -> Evaluation:
     """Return how well a model does on encoded rows, with dropout off.
 
     Raises:
@@ -96,15 +96,14 @@ def measure(model: DeviceCausalLM, rows: EncodedRows, batch_size: int, track: Tr
             # Summed, so that every label counts alike, whatever batch it is in.
             output = model(**batch, num_items_in_batch=1)
             total += float(output.loss)
-            # The first token of a row is predicted by none.
-            targets = batch["labels"] if model.head is not None else batch["labels"][:, 1:]
+            targets = model.targets_of(batch["labels"])
             count += int((targets != NO_LOSS).sum())
-            if model.head is not None:
+            if model.num_labels is not None:
                 outputs.append(output.logits.cpu())
                 labels.append(targets)
             tracker.advance(len(targets))
     metrics = {"loss": total / count}
-    if model.head is None:
+    if model.num_labels is None:
         metrics["perplexity"] = float(torch.tensor(metrics["loss"], dtype=torch.float64).exp())
     else:
         metrics |= sequence_metrics(torch.cat(outputs).numpy(), torch.cat(labels).numpy())

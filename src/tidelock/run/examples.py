@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from tidelock.data.encode import Encoder, TokenRow, encode_all
+from tidelock.data.encode_pair import PairEncoder, PairRow
 from tidelock.data.encode_sequence import SequenceEncoder, SequenceRow, count_classes
 from tidelock.data.source import read_examples
 
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tidelock.data.example import Example
-    from tidelock.device.causal_lm import DeviceCausalLM
+    from tidelock.device.device_lm import DeviceLM
     from tidelock.run.config import RunConfig
 
-EncodedRows: TypeAlias = list[TokenRow] | list[SequenceRow]
+EncodedRows: TypeAlias = list[TokenRow] | list[PairRow] | list[SequenceRow]
 
 _FALLBACK_MAX_LENGTH = 2048
 
@@ -50,18 +51,20 @@ def with_classes_counted(config: RunConfig, examples: Sequence[Example]) -> RunC
 
 
 def encode_examples(
-    config: RunConfig, model: DeviceCausalLM, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+    config: RunConfig, model: DeviceLM, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> EncodedRows:
     """Return the rows that a model learns from or is measured on.
 
     Raises:
         TidelockError: As the encoders.
     """
-    limit = model.ends.geometry.max_positions
+    limit = model.ends.max_positions
     max_length = min(config.max_length or limit or _FALLBACK_MAX_LENGTH, limit or config.max_length or 1 << 30)
-    if model.head is None:
-        return list(encode_all(Encoder(tokenizer, max_length=max_length, truncate=config.truncate), examples))
-    encoder = SequenceEncoder(
-        tokenizer, max_length=max_length, truncate=config.truncate, num_labels=model.head.out_features
-    )
-    return list(encoder.encode_all(examples))
+    if model.num_labels is not None:
+        encoder = SequenceEncoder(
+            tokenizer, max_length=max_length, truncate=config.truncate, num_labels=model.num_labels
+        )
+        return list(encoder.encode_all(examples))
+    if config.task == "text-to-text":
+        return list(PairEncoder(tokenizer, max_length=max_length, truncate=config.truncate).encode_all(examples))
+    return list(encode_all(Encoder(tokenizer, max_length=max_length, truncate=config.truncate), examples))

@@ -22,16 +22,19 @@ from transformers.utils import logging
 
 from tidelock.device.bank import Bank
 from tidelock.device.causal_lm import fresh_head
+from tidelock.device.side_seq2seq import fresh_classification_head
 from tidelock.errors import ConfigError, ModelError, NonFiniteError, StorageError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
+from tidelock.model.seq2seq import Seq2SeqEnds
 from tidelock.peft.adapter import AdapterConfig
 from tidelock.peft.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from tidelock.peft.export import apply_adapter, load_adapter
 from tidelock.peft.methods import check_config
 from tidelock.peft.side import SideConfig, SideNetwork
 from tidelock.peft.side_files import apply_side
+from tidelock.peft.side_seq2seq import SideSeq2Seq
 from tidelock.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -124,8 +127,8 @@ def export(order: ExportOrder, on_progress: Callable[[str], None]) -> list[Path]
 def how_to_load(order: ExportOrder) -> str:
     """Return the Python that loads what was exported, for people."""
     config = RunFolder.open(order.run).config()
-    name, labels = "AutoModelForCausalLM", ""
-    if config.task != "causal-lm":
+    labels, name = "", {"causal-lm": "AutoModelForCausalLM", "text-to-text": "AutoModelForSeq2SeqLM"}.get(config.task)
+    if name is None:
         name, labels = "AutoModelForSequenceClassification", f", num_labels={config.num_labels or 1}"
     kind = type(load_adapter(order.out).config) if order.form == "adapter" else order.form
     return _LOADERS[kind].format(model=name, labels=labels, folder=order.out)
@@ -187,7 +190,13 @@ def _export_merged(
 def _require_fit(adapter: Adapter, checkpoint: Checkpoint) -> None:
     """Refuse an adapter of another model; `peft` would leave out, or make up, what does not fit."""
     config = read_config(checkpoint.folder)
-    geometry = geometry_of(empty_model(config))
+    model = empty_model(config)
+    if isinstance(adapter.config, SideConfig) and config.is_encoder_decoder:
+        network = SideSeq2Seq(adapter.config, config, Seq2SeqEnds(model, checkpoint.folder).num_blocks)
+        num_labels = adapter.num_labels
+        apply_side(adapter, network, None if num_labels is None else fresh_classification_head(config, num_labels))
+        return
+    geometry = geometry_of(model)
     head = None if adapter.num_labels is None else fresh_head(config, geometry, adapter.num_labels)
     if isinstance(adapter.config, SideConfig):
         apply_side(adapter, SideNetwork(adapter.config, config, geometry), head)

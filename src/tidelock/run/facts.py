@@ -10,19 +10,22 @@ import platform
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+import torch
+
+from tidelock.device.beside_blocks import BesideBlocks
 from tidelock.device.model import DeviceModel
-from tidelock.device.side_model import SideModel
+from tidelock.model.ends import Ends
 from tidelock.report.facts import DataFacts, ModelFacts, RunFacts, SiteFacts
 
 if TYPE_CHECKING:
-    from tidelock.device.causal_lm import DeviceCausalLM
+    from tidelock.device.device_lm import DeviceLM
     from tidelock.run.examples import EncodedRows
 
 _LIBRARIES = ("tidelock", "torch", "transformers", "peft", "grpcio", "protobuf", "safetensors")
 _IGNORED = -100
 
 
-def facts_of(model: DeviceCausalLM, rows: EncodedRows, eval_rows: EncodedRows) -> RunFacts:
+def facts_of(model: DeviceLM, rows: EncodedRows, eval_rows: EncodedRows) -> RunFacts:
     """Return the facts of a run.
 
     Args:
@@ -30,21 +33,26 @@ def facts_of(model: DeviceCausalLM, rows: EncodedRows, eval_rows: EncodedRows) -
         rows: The encoded examples to learn from.
         eval_rows: Those to measure on.
     """
-    geometry = model.ends.geometry
+    ends = model.ends
+    if isinstance(ends, Ends):
+        geometry = ends.geometry
+        num_blocks, widths = geometry.num_blocks, (geometry.embedding_width, geometry.final_width)
+    else:
+        num_blocks, widths = sum(ends.num_blocks), (ends.width, ends.width)
     return RunFacts(
         versions={"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         model=ModelFacts(
-            family=geometry.family.name,
-            num_blocks=geometry.num_blocks,
-            embedding_width=geometry.embedding_width,
-            final_width=geometry.final_width,
+            family=model.config.model_type,
+            num_blocks=num_blocks,
+            embedding_width=widths[0],
+            final_width=widths[1],
             trained_parameters=sum(parameter.numel() for parameter in model.parameters()),
             sites=_sites_of(model) if isinstance(model, DeviceModel) else (),
-            tapped=model.network.blocks if isinstance(model, SideModel) else (),
+            tapped=model.tapped if isinstance(model, BesideBlocks) else (),
         ),
-        train=_size_of(rows),
-        evaluation=_size_of(eval_rows),
+        train=_size_of(model, rows),
+        evaluation=_size_of(model, eval_rows),
     )
 
 
@@ -56,10 +64,12 @@ def _sites_of(model: DeviceModel) -> tuple[SiteFacts, ...]:
     return tuple(sites)
 
 
-def _size_of(rows: EncodedRows) -> DataFacts:
+def _size_of(model: DeviceLM, rows: EncodedRows) -> DataFacts:
     return DataFacts(
         examples=len(rows),
         tokens=sum(len(row["input_ids"]) for row in rows),
-        # No token of its row comes before the first, to predict it.
-        labelled=sum(sum(label != _IGNORED for label in row["labels"][1:]) if "labels" in row else 1 for row in rows),
+        labelled=sum(
+            int((model.targets_of(torch.tensor([row["labels"]])) != _IGNORED).sum()) if "labels" in row else 1
+            for row in rows
+        ),
     )

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from tidelock.device.causal_lm import DeviceCausalLM
+    from tidelock.device.device_lm import DeviceLM
     from tidelock.device.generate import GenerationSettings
     from tidelock.run.config import RunConfig
     from tidelock.run.folder import RunFolder
 
 
-def open_trained(folder: RunFolder, config: RunConfig, ledger: Ledger | None = None) -> DeviceCausalLM:
+def open_trained(folder: RunFolder, config: RunConfig, ledger: Ledger | None = None) -> DeviceLM:
     """Return a run's model with the adapter that it trained.
 
     Args:
@@ -76,23 +76,22 @@ def raw_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def complete(
-    model: DeviceCausalLM,
+    model: DeviceLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
 ) -> list[str]:
     """Return the continuation of every prompt, stripped, without special tokens."""
-    ids_BT, mask_BT = _pad_left(prompts)
-    with torch.no_grad():
-        new_BT = model.generate(ids_BT, mask_BT, settings)[:, ids_BT.shape[1] :]
+    ids_BT, mask_BT = _pad(prompts, model.padding_side)
+    new_BT = torch.stack(list(model.stream(ids_BT, mask_BT, settings)), 1)
     return [_text(tokenizer, row.tolist()).strip() for row in new_BT]
 
 
 def stream(
-    model: DeviceCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], settings: GenerationSettings
+    model: DeviceLM, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], settings: GenerationSettings
 ) -> Iterator[str]:
     """Yield the continuation of one prompt piece by piece."""
-    ids_BT, mask_BT = _pad_left([prompt])
+    ids_BT, mask_BT = _pad([prompt], model.padding_side)
     ids: list[int] = []
     shown = ""
     for token_B in model.stream(ids_BT, mask_BT, settings):
@@ -104,13 +103,14 @@ def stream(
             shown = text
 
 
-def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(prompts: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(len(prompt) for prompt in prompts)
     ids_BT = torch.zeros(len(prompts), width, dtype=torch.long)
     mask_BT = torch.zeros_like(ids_BT)
     for row, prompt in enumerate(prompts):
-        ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask_BT[row, width - len(prompt) :] = 1
+        start = width - len(prompt) if side == "left" else 0
+        ids_BT[row, start : start + len(prompt)] = torch.tensor(prompt)
+        mask_BT[row, start : start + len(prompt)] = 1
     return ids_BT, mask_BT
 
 

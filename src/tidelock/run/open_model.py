@@ -26,7 +26,7 @@ from tidelock.wire.channel import Credentials
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tidelock.device.causal_lm import DeviceCausalLM
+    from tidelock.device.device_lm import DeviceLM
     from tidelock.peft.methods import MethodConfig
     from tidelock.peft.side import SideInit, SideOutput
     from tidelock.run.config import RunConfig
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _METHOD_NAMES: dict[type, str] = {AdapterConfig: "adapter", CoreConfig: "core", SideConfig: "side"}
 
 
-def open_model(config: RunConfig, ledger: Ledger, cache: Path | None = None) -> DeviceCausalLM:
+def open_model(config: RunConfig, ledger: Ledger, cache: Path | None = None) -> DeviceLM:
     """Return the device's model of a run.
 
     Args:
@@ -55,7 +55,7 @@ def open_model(config: RunConfig, ledger: Ledger, cache: Path | None = None) -> 
         raise ConfigError(msg)
     where = "local" if config.cloud is None else config.cloud
     shared: dict[str, Any] = {"model": config.model, "task": config.task, "num_labels": config.num_labels}
-    model: DeviceCausalLM
+    model: DeviceLM
     peft_config = _method_config(config) if adapter is None else adapter.config
     if isinstance(peft_config, SideConfig):
         kept = _cache_config(config, cache)
@@ -78,7 +78,7 @@ def open_model(config: RunConfig, ledger: Ledger, cache: Path | None = None) -> 
     return model
 
 
-def load_tokenizer(model: DeviceCausalLM) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: DeviceLM) -> PreTrainedTokenizerBase:
     """Return the tokenizer that belongs to a device's model.
 
     Raises:

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from tidelock.device.side_model import SideModel
+    from tidelock.device.beside_blocks import BesideBlocks
     from tidelock.run.config import RunConfig
     from tidelock.run.examples import EncodedRows
 
 
-def begin(config: RunConfig, model: SideModel, rows: EncodedRows) -> None:
+def begin(config: RunConfig, model: BesideBlocks, rows: EncodedRows) -> None:
     """Begin a run's side network as its options say.
 
     Raises:
@@ -43,7 +43,7 @@ def _sample(rows: EncodedRows) -> Iterator[dict[str, Tensor]]:
         yield {"input_ids": ids, "labels": torch.tensor([row["labels"]]) if "labels" in row else ids}
 
 
-def describe_cache(model: SideModel, rows: EncodedRows) -> str:
+def describe_cache(model: BesideBlocks, rows: EncodedRows) -> str:
     """Return how many examples are cached already and how much the others will take, once there is room for them.
 
     Args:
@@ -75,7 +75,7 @@ class AnnouncingCollator:
         model: Whose batches they are.
     """
 
-    def __init__(self, collate: Collator, model: SideModel) -> None:
+    def __init__(self, collate: Collator, model: BesideBlocks) -> None:
         self._collate = collate
         self._model = model
 
@@ -95,7 +95,7 @@ class LetGo(TrainerCallback):
         say: Tells the person so.
     """
 
-    def __init__(self, model: SideModel, say: Callable[[str], None]) -> None:
+    def __init__(self, model: BesideBlocks, say: Callable[[str], None]) -> None:
         self._model = model
         self._say = say
 
@@ -107,7 +107,7 @@ class LetGo(TrainerCallback):
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
         """Let go of them."""
-        if self._model.source.has_backbone and self._model.source.cache is not None:
+        if self._model.source.has_blocks and self._model.source.cache is not None:
             before = psutil.Process().memory_info().rss
             self._model.source.release()
             after = psutil.Process().memory_info().rss

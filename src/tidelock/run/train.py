@@ -15,9 +15,10 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from tidelock.data.batch import Collator
+from tidelock.device.beside_blocks import BesideBlocks
 from tidelock.device.kill_revive import KillRevive
 from tidelock.device.model import DeviceModel
-from tidelock.device.side_model import SideModel
+from tidelock.model.ends import Ends
 from tidelock.run.codecs import describe_codecs
 from tidelock.run.examples import encode_examples, read_run_examples, with_classes_counted
 from tidelock.run.facts import facts_of
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import EvalPrediction, TrainerCallback
 
-    from tidelock.device.causal_lm import DeviceCausalLM
+    from tidelock.device.device_lm import DeviceLM
     from tidelock.run.config import RunConfig
     from tidelock.run.examples import EncodedRows
 
@@ -114,7 +115,7 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
         else:
             # Only now: a mistake in the options or in the data leaves nothing that is in the way of the next try.
             folder.write_config(config)
-        if isinstance(model, SideModel) and checkpoint is None and config.adapter is None:
+        if isinstance(model, BesideBlocks) and checkpoint is None and config.adapter is None:
             begin(config, model, rows)
         folder.write_facts(facts_of(model, rows, eval_rows).model_dump_json(indent=2))
         stop = StopFlag(observer.say)
@@ -130,7 +131,7 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
             train_dataset=rows,
             eval_dataset=eval_rows or None,
             data_collator=collate,
-            compute_metrics=None if model.head is None else _sequence_metrics,
+            compute_metrics=None if model.num_labels is None else _sequence_metrics,
         )
         keep_events_in(folder.tensorboard, trainer)
         with stop.on_interrupt():
@@ -142,14 +143,14 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
 
 
 def _method_parts(
-    config: RunConfig, model: DeviceCausalLM, rows: EncodedRows, journal: Journal
+    config: RunConfig, model: DeviceLM, rows: EncodedRows, journal: Journal
 ) -> tuple[list[TrainerCallback], Callable[[Sequence[Mapping[str, object]]], dict[str, Tensor]]]:
     """Return what a method brings to Trainer: its callbacks, and what makes batches.
 
     Raises:
         StorageError: There is no room for what the run would cache.
     """
-    if not isinstance(model, SideModel):
+    if not isinstance(model, BesideBlocks):
         return [KillRevive(config.to_schedule(), journal.on_period)], Collator(0)
     journal.observer.say(describe_cache(model, rows))
     return [LetGo(model, journal.observer.say)], AnnouncingCollator(Collator(0), model)
@@ -158,7 +159,7 @@ def _method_parts(
 def _finish(  # noqa: PLR0913  (what a run is made of)
     config: RunConfig,
     folder: RunFolder,
-    model: DeviceCausalLM,
+    model: DeviceLM,
     trainer: RunTrainer,
     ledger: Ledger,
     *,
@@ -193,7 +194,7 @@ def _finish(  # noqa: PLR0913  (what a run is made of)
     )
 
 
-def _say_codecs(config: RunConfig, model: DeviceCausalLM, observer: Observer) -> None:
+def _say_codecs(config: RunConfig, model: DeviceLM, observer: Observer) -> None:
     """Tell what the codecs save and what they may cost, where anything crosses."""
     if config.cloud is not None and isinstance(model, DeviceModel):
         codecs = Codecs.named(config.codec, config.gradient_codec, stochastic_rounding=config.stochastic_rounding)
@@ -234,7 +235,7 @@ def _training_arguments(config: RunConfig, folder: RunFolder, num_rows: int, *, 
         # In steps, even once an epoch: what belongs to a step is then done before that step's checkpoint.
         eval_strategy="steps" if evaluates else "no",
         eval_steps=config.eval_every or math.ceil(math.ceil(num_rows / config.batch_size) / config.accumulate),
-        prediction_loss_only=config.task == "causal-lm",
+        prediction_loss_only=config.task in {"causal-lm", "text-to-text"},
         optim="adamw_torch",
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -244,19 +245,23 @@ def _training_arguments(config: RunConfig, folder: RunFolder, num_rows: int, *, 
     )
 
 
-def _describe(model: DeviceCausalLM) -> str:
-    geometry = model.ends.geometry
+def _describe(model: DeviceLM) -> str:
+    ends, verified = model.ends, ""
+    if isinstance(ends, Ends):
+        blocks = str(ends.geometry.num_blocks)
+        verified = "" if ends.geometry.family.verified else " (unverified: cut by structure)"
+    else:
+        blocks = " and ".join(map(str, ends.num_blocks))
     trained = sum(parameter.numel() for parameter in model.parameters())
-    head = "" if model.head is None else f" and a head of {model.head.out_features}"
-    verified = "" if geometry.family.verified else " (unverified: cut by structure)"
+    head = "" if model.num_labels is None else f" and a head of {model.num_labels}"
     where = ""
     if isinstance(model, DeviceModel):
         where = f"{len(model.bank.numbers)} PEFT modules"
-    elif isinstance(model, SideModel):
-        where = f"a side network beside {len(model.network.blocks)} of them"
+    elif isinstance(model, BesideBlocks):
+        where = f"a side network beside {len(model.tapped)} of them"
     return (
-        f"{geometry.family.name}{verified}, {geometry.num_blocks} blocks, {trained:,} trained parameters in "
-        f"{where}{head} on this device"
+        f"{model.config.model_type}{verified}, {blocks} blocks, {trained:,} trained parameters in {where}{head} on "
+        "this device"
     )
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from tidelock.device.causal_lm import DeviceCausalLM
+    from tidelock.device.device_lm import DeviceLM
     from tidelock.device.kill_revive import PeriodReport
     from tidelock.wire.ledger import Ledger
 
@@ -102,12 +102,12 @@ class StepClock:
         self._steps = 0
         self._seconds: dict[str, float] = {}
 
-    def begin(self, model: DeviceCausalLM) -> None:
+    def begin(self, model: DeviceLM) -> None:
         """Begin a step."""
         model.take_times()  # of passes that belong to no step
         self._began = time.perf_counter()
 
-    def end(self, model: DeviceCausalLM) -> None:
+    def end(self, model: DeviceLM) -> None:
         """End it."""
         seconds, split = time.perf_counter() - self._began, asdict(model.take_times())
         for name, value in {"device": max(0.0, seconds - sum(split.values())), **split}.items():
