@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tidelock
+from tests.support.answer_model import save_answer_model
 from tidelock.cli.main import run
 from tidelock.errors import CacheError, ConfigError
 
@@ -126,3 +127,31 @@ def test_options_that_cannot_be_honoured_are_refused(
     assert tide("train", facts, "--model", chat_model, "--out", out, *args) == ConfigError.exit_code
     assert said in capsys.readouterr().err
     assert not (out / "run.toml").exists()
+
+
+def test_an_encoder_decoder_answers_and_is_measured(
+    capsys: Capture, facts_to_answer: Path, answer_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    options = ("--task", "text-to-text", "--model", answer_model, "--out", out, *SIDE, "--json")
+    assert tide("train", facts_to_answer, *options) == 0
+    capsys.readouterr()
+    assert tide("generate", out, "--prompt", QUESTION, "--max-new-tokens", 12) == 0
+    assert capsys.readouterr().out == "in the box\n"
+    assert tide("eval", out, "--data", facts_to_answer) == 0
+    shown = capsys.readouterr().out
+    assert "exact match  1.0000" in shown
+    assert tide("report", out) == 0
+
+
+@pytest.fixture(scope="module")
+def answer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_answer_model(tmp_path_factory.mktemp("answer") / "model")
+
+
+@pytest.fixture
+def facts_to_answer(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"where is key {number}?", "completion": "in the box"} for number in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

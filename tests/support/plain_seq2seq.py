@@ -13,7 +13,7 @@ from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from tests.support.tiny_models import VOCAB, randomise
@@ -71,6 +71,26 @@ def tiny_seq2seq(name: str, **changes: Any) -> PreTrainedModel:
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 buffer.normal_()
+    model.eval()
+    return model
+
+
+def tiny_classifier(name: str, num_labels: int) -> PreTrainedModel:
+    """Return transformers' own classifier with the weights of the random encoder-decoder, and a random head."""
+    whole = tiny_seq2seq(name)
+    config = copy.deepcopy(whole.config)
+    config.num_labels = num_labels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(8)
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+    weights = {
+        (key if name.startswith("bart") else f"transformer.{key}"): value
+        for key, value in whole.state_dict().items()
+        if not key.startswith(("lm_head", "final_logits_bias"))
+    }
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert all(key.startswith("classification_head.") for key in missing)
     model.eval()
     return model
 

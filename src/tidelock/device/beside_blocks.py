@@ -5,7 +5,7 @@ Shapes: C classes. May import `backbone`, `peft`, `model`, `device`, errors and 
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from tidelock.device.device_lm import DeviceLM
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tidelock.peft.side_seq2seq import SideSeq2Seq
 
 
-class BesideBlocks(DeviceLM):
+class BesideBlocks(DeviceLM, ABC):
     """A model whose side network is trained beside its frozen blocks, which are only read.
 
     Args:

@@ -10,7 +10,7 @@ May import `backbone`, `peft`, `model`, `device` and libraries.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -39,7 +39,7 @@ _INIT_STD = 0.02
 _HARMLESS = frozenset({"use_cache", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep"})
 
 
-class DeviceCausalLM(DeviceLM):
+class DeviceCausalLM(DeviceLM, ABC):
     """A decoder's language model or classifier.
 
     Args:

@@ -15,12 +15,15 @@ import torch
 from tidelock.data.batch import Collator
 from tidelock.data.encode import NO_LOSS
 from tidelock.data.source import read_examples
+from tidelock.device.side_seq2seq import SideSeq2SeqModel
 from tidelock.run.examples import encode_examples
 from tidelock.run.generate import open_trained
 from tidelock.run.metrics import sequence_metrics
 from tidelock.run.open_model import load_tokenizer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tidelock.device.device_lm import DeviceLM
     from tidelock.run.config import RunConfig
     from tidelock.run.examples import EncodedRows
@@ -47,7 +50,8 @@ class Evaluation:
     Attributes:
         examples: How many it was measured on.
         labels: How many labels: tokens with a loss, or one an example.
-        metrics: `loss`, the mean over labels, and by the task `perplexity`, or what `sequence_metrics` gives.
+        metrics: `loss`, the mean over labels, and by the task `perplexity`, or what `sequence_metrics` gives. Of text
+            to text also `exact_match`, the share of the answers that greedy generation gives as they are.
     """
 
     examples: int
@@ -89,7 +93,7 @@ def measure(model: DeviceLM, rows: EncodedRows, batch_size: int, track: Track) -
         TidelockError: As the model's forward.
     """
     model.eval()
-    total, count, outputs, labels = 0.0, 0, [], []
+    total, count, exact, outputs, labels = 0.0, 0, 0, [], []
     with track(len(rows)) as tracker:
         for start in range(0, len(rows), batch_size):
             batch = Collator(0)(rows[start : start + batch_size])
@@ -101,10 +105,19 @@ def measure(model: DeviceLM, rows: EncodedRows, batch_size: int, track: Track) -
             if model.num_labels is not None:
                 outputs.append(output.logits.cpu())
                 labels.append(targets)
+            elif isinstance(model, SideSeq2SeqModel):
+                exact += _count_exact(output.logits.cpu(), targets)
             tracker.advance(len(targets))
     metrics = {"loss": total / count}
     if model.num_labels is None:
         metrics["perplexity"] = float(torch.tensor(metrics["loss"], dtype=torch.float64).exp())
+        if isinstance(model, SideSeq2SeqModel):
+            metrics["exact_match"] = exact / len(rows)
     else:
         metrics |= sequence_metrics(torch.cat(outputs).numpy(), torch.cat(labels).numpy())
     return Evaluation(len(rows), count, metrics)
+
+
+def _count_exact(logits_BTV: Tensor, targets_BT: Tensor) -> int:
+    """Return in how many rows each target is the likeliest token after those before it: greedy generation's answer."""
+    return int(((logits_BTV.argmax(2) == targets_BT) | (targets_BT == NO_LOSS)).all(1).sum())
