@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tidelock
+from tests.cli.conftest import CloudAccess
 from tests.support.answer_model import save_answer_model
 from tidelock.cli.main import run
 from tidelock.errors import CacheError, ConfigError
@@ -155,3 +156,28 @@ def facts_to_answer(tmp_path: Path) -> Path:
     rows = [{"prompt": f"where is key {number}?", "completion": "in the box"} for number in range(4)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def test_with_a_cloud_and_no_model_of_its_own(
+    capsys: Capture, cloud_access: CloudAccess, facts: Path, tmp_path: Path
+) -> None:
+    """The ends come from the cloud, and the taps once; the cache is then all that training needs."""
+    taps, out = tmp_path / "taps", tmp_path / "run"
+    assert tide("cache", facts, taps, "--split", "train", *cloud_access.options(), "--threads", 1, "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"event": "cached", "examples": 4, "computed": 4}
+    options = (*SIDE, "--cache", taps, *cloud_access.options())
+    assert tide("train", facts, "--split", "train", "--out", out, *options) == 0
+    assert "Activation cache: 4 of 4 examples are in it; the others take 0 B." in capsys.readouterr().err
+    sent = json.loads((out / "ledger.json").read_text())["sent"]
+    assert "embedding" not in sent
+    assert tide("generate", out, "--prompt", QUESTION, "--max-new-tokens", 12) == 0
+    assert capsys.readouterr().out == "in the box\n"
+    assert tide("report", out) == 0
+
+
+def test_a_start_out_of_the_whole_model_needs_it_on_the_device(
+    capsys: Capture, cloud_access: CloudAccess, facts: Path, tmp_path: Path
+) -> None:
+    options = ("--method", "side", "--side-init", "magnitude", *cloud_access.options())
+    assert tide("train", facts, "--out", tmp_path / "run", *options) == ConfigError.exit_code
+    assert "expected the whole model on this device for init='magnitude', got none" in capsys.readouterr().err

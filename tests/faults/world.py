@@ -49,13 +49,16 @@ class World:
 
     def train(self, name: str, address: str, *options: object, hook: Hook | None = None) -> Run:
         """Start the run that every test makes, with further options."""
-        cloud = ["--backbone", "cloud", "--cloud", address, "--token-file", self.folder / "token"]
-        trust = ["--ca", self.certificates.ca]
         lora = ["--rank", 4, "--dropout", 0.3, "--in-flight", 1]
-        return self._train(name, *cloud, *trust, *lora, *options, hook=hook)
+        return self._train(name, *self.at(address), *lora, *options, hook=hook)
+
+    def at(self, address: str) -> list[object]:
+        """Return the options that name a cloud."""
+        cloud = ["--backbone", "cloud", "--cloud", address, "--token-file", self.folder / "token"]
+        return [*cloud, "--ca", self.certificates.ca]
 
     def train_side(self, name: str, *options: object, hook: Hook | None = None) -> Run:
-        """Start the like with a side network beside blocks in the same process."""
+        """Start the like with a side network, beside blocks in the same process unless the options say otherwise."""
         return self._train(name, "--method", "side", "--reduction", 2, *options, hook=hook)
 
     def _train(self, name: str, *options: object, hook: Hook | None) -> Run:

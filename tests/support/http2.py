@@ -1,4 +1,4 @@
-"""Reads gRPC messages out of the bytes of an HTTP/2 connection without TLS, as a recording proxy has them.
+"""Reads gRPC messages out of the bytes of HTTP/2 connections without TLS, as a recording proxy has them.
 
 Frames: RFC 9113, section 4.1. Messages in them: gRPC over HTTP/2, "Length-Prefixed-Message".
 """
@@ -14,9 +14,9 @@ _FRAME_HEADER_BYTES, _MESSAGE_HEADER_BYTES = 9, 5
 
 
 def message_sizes(recorded: bytes) -> list[int]:
-    """Return the size of every gRPC message in one direction of one connection, stream by stream."""
+    """Return the size of every gRPC message in one direction, stream by stream, of connections one after another."""
     streams: dict[int, bytearray] = defaultdict(bytearray)
-    for stream, data in _data_frames(recorded.removeprefix(_PREFACE)):
+    for stream, data in _data_frames(recorded):
         streams[stream] += data
     return [size for stream in streams.values() for size in _messages(bytes(stream))]
 
@@ -24,6 +24,8 @@ def message_sizes(recorded: bytes) -> list[int]:
 def _data_frames(recorded: bytes) -> Iterator[tuple[int, bytes]]:
     at = 0
     while at < len(recorded):
+        if recorded.startswith(_PREFACE, at):  # the device begins a connection
+            at += len(_PREFACE)
         length = int.from_bytes(recorded[at : at + 3], "big")
         kind, flags = recorded[at + 3], recorded[at + 4]
         stream = int.from_bytes(recorded[at + 5 : at + 9], "big") & 0x7FFFFFFF

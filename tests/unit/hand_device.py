@@ -108,11 +108,11 @@ class HandPass:
         self.outbox.put(pb.DeviceMessage(open=an_open(**{"fingerprint": self.fingerprint, **changes})))
 
     def send(self, field: str, *shape: int, block: int = 0) -> None:
-        for part in write_parts(field, torch.full(shape, 0.01), Codec.FP32, site=attn(block).number):
+        for part in write_parts(field, torch.full(shape, 0.01), Codec.FP32, site=_number(field, block)):
             self.outbox.put(pb.DeviceMessage(**{field: to_protobuf(part)}))  # type: ignore[arg-type]
 
     def receive(self, field: str, *shape: int, block: int = 0) -> torch.Tensor:
-        reader = TensorReader(field, shape, Codec.FP32, site=attn(block).number)
+        reader = TensorReader(field, shape, Codec.FP32, site=_number(field, block))
         while not reader.complete:
             message = next(self.call)
             assert message.WhichOneof("body") == field
@@ -149,6 +149,10 @@ class HandPass:
     def leave(self) -> None:
         self.outbox.put(None)
         self.call.cancel()
+
+
+def _number(field: str, block: int) -> int:
+    return block if field == "tap" else attn(block).number
 
 
 def to_protobuf(part: Part) -> pb.TensorPart:

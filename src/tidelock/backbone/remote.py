@@ -20,6 +20,7 @@ from tidelock.backbone.open_passes import OpenPasses
 from tidelock.backbone.patience import Patience
 from tidelock.backbone.scheduler import check_command, norm_report
 from tidelock.errors import CloudBusy, CloudUnreachable, WireError
+from tidelock.model.taps import Taps
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire.codec import Codec, TensorReader
 from tidelock.wire.ledger import Kind
@@ -27,14 +28,14 @@ from tidelock.wire.limits import CALL_SECONDS, NO_WAITING, PASS_SECONDS, PROTOCO
 from tidelock.wire.stream import read_message
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
     from tidelock.backbone.connection import Connection
     from tidelock.backbone.pass_times import TimeSplit
     from tidelock.backbone.protocol import AttemptSites
-    from tidelock.model.geometry import Geometry
+    from tidelock.model.geometry import Geometry, SiteId
     from tidelock.model.walk import Batch, Sites
     from tidelock.schedule.schedule import Decision, Schedule, ScoreTable
 
@@ -92,12 +93,21 @@ class _Stream:
 class _Attempts:
     """Runs one batch on a stream, as often as it takes."""
 
-    def __init__(self, backbone: RemoteBackbone, batch: Batch, sites: AttemptSites, mode: pb.Mode) -> None:
+    def __init__(
+        self,
+        backbone: RemoteBackbone,
+        batch: Batch,
+        sites: AttemptSites,
+        mode: pb.Mode,
+        taps: pb.Taps | None = None,
+    ) -> None:
         self._backbone = backbone
         self.connection = backbone.connection
         self._batch = batch
         self._attempt_sites = sites
         self._mode = mode
+        self._taps = taps
+        self.taps_NW: tuple[Tensor, ...] = ()
         self._active = sorted(batch.active)
         rounds = mode == pb.TRAIN and backbone.connection.codecs.stochastic
         self._rounding_seed = batch.seed if rounds else None
@@ -116,13 +126,16 @@ class _Attempts:
         return self.answer_sites(batch.rows.num_tokens, len(batch.select_M))
 
     def answer_sites(self, tokens: int, selected: int) -> Tensor:
-        """Answer at every active site on the way up; return the final states at its end."""
+        """Answer at every active site on the way up, or read the taps; return the final states at its end."""
         stream, geometry, codec = self._open_stream(), self._backbone.geometry, self.connection.codecs.activation
         for site in self._active:
             read, _ = geometry.sites[site].widths(self._batch.active[site], self._batch.rank)
             x_ND = stream.receive(Kind.SITE_INPUT, (tokens, read), codec, site=site.number)
             y_NW = self.sites.forward(site, x_ND)
             stream.send(self.connection.egress.tensor(Kind.SITE_OUTPUT, y_NW, codec, site=site.number))
+        if self._taps is not None:
+            shape = (tokens, self._taps.width if self._taps.HasField("width") else geometry.block_width)
+            self.taps_NW = tuple(stream.receive(Kind.TAP, shape, codec, site=block) for block in self._taps.blocks)
         return stream.receive(Kind.FINAL_STATE, (selected, geometry.final_width), codec)
 
     def backward(self, grad_MD: Tensor) -> None:
@@ -203,6 +216,7 @@ class _Attempts:
             rounding_seed=self._rounding_seed,
             learns_from=batch.learns_from,
             frame_rank=batch.rank,
+            taps=self._taps,
         )
 
 
@@ -255,6 +269,49 @@ class RemoteGeneration:
     def close(self) -> None:
         """End the stream, which frees keys and values."""
         self._attempts.close()
+
+
+@final
+class RemoteTapGeneration:
+    """A growing batch in a cloud, whose taps are read; see `backbone.protocol.TapGeneration` and `RemoteGeneration`."""
+
+    def __init__(self, attempts: _Attempts) -> None:
+        self._run, self._attempts = RemoteGeneration(attempts), attempts
+        self.taps = Taps(attempts.taps_NW, self._run.final_BD)
+
+    def extend(self, embeddings_BE: Tensor) -> Taps:
+        """Return the taps of one more token in each row."""
+        final_BD = self._run.extend(embeddings_BE)
+        self.taps = Taps(self._attempts.taps_NW, final_BD)
+        return self.taps
+
+    def close(self) -> None:
+        """End the stream, which frees keys and values."""
+        self._run.close()
+
+
+@final
+class _NoSites:
+    """The device's half of a pass without active sites; see `backbone.protocol.AttemptSites`."""
+
+    def begin(self) -> Sites:
+        """Return what nobody asks."""
+        return self
+
+    def forward(self, site: SiteId, x_ND: Tensor) -> Tensor:
+        """Say that this site is not active."""
+        del x_ND
+        raise _not_asked(site)
+
+    def backward(self, site: SiteId, grad_NW: Tensor, *, need_input: bool) -> Tensor | None:
+        """Say that this site is not active."""
+        del grad_NW, need_input
+        raise _not_asked(site)
+
+
+def _not_asked(site: SiteId) -> WireError:
+    msg = f"Reading taps: expected no site to be asked, got {site.name}. This is a fault in tidelock; please report it."
+    return WireError(msg)
 
 
 @final
@@ -323,6 +380,20 @@ class RemoteBackbone:
     def generate(self, batch: Batch, sites: AttemptSites) -> RemoteGeneration:
         """Run prompts through the cloud's blocks and have it keep keys and values; errors as for `forward`."""
         return RemoteGeneration(_Attempts(self, batch, sites, pb.GENERATE))
+
+    def read_taps(self, batch: Batch, blocks: Sequence[int], width: int | None = None) -> Taps:
+        """Have the cloud run a batch through its blocks and send what the tapped ones gave; errors as for `forward`."""
+        attempts = _Attempts(self, batch, _NoSites(), pb.EVALUATE, pb.Taps(blocks=blocks, width=width))
+        try:
+            final_MD = attempts.persist(attempts.forward)
+        finally:
+            attempts.close()
+        self.connection.egress.ledger.count_pass(batch.rows.num_tokens, len(batch.select_M), training=False)
+        return Taps(attempts.taps_NW, final_MD)
+
+    def generate_taps(self, batch: Batch, blocks: Sequence[int], width: int | None = None) -> RemoteTapGeneration:
+        """Run prompts through the cloud's blocks, read the taps, and have it keep keys and values."""
+        return RemoteTapGeneration(_Attempts(self, batch, _NoSites(), pb.GENERATE, pb.Taps(blocks=blocks, width=width)))
 
     def close(self) -> None:
         """Close the connection."""

@@ -26,6 +26,8 @@ ACTIONS = ("info", "verify", "clear")
 # What an entry depends on, and where it is computed and kept.
 _KNOBS = (
     *("split", "eval_data", "eval_split", "task", "num_labels", "model", "layer", "tap_width"),
+    *("backbone", "cloud", "token_file", "ca", "client_cert", "client_key", "insecure"),
+    *("codec", "in_flight", "patience"),
     *("cache_codec", "cache_limit", "cache_key", "max_length", "truncate", "threads"),
 )
 

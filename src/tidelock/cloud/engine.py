@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, final
 
 import grpc
@@ -24,6 +25,7 @@ from tidelock.errors import WireError
 from tidelock.model.frames import largest_rank
 from tidelock.model.geometry import Place, SiteId
 from tidelock.model.rows import Rows
+from tidelock.model.taps import TapPass
 from tidelock.model.walk import Batch, Walk
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire.codec import Codec, TensorReader, rounding_seed, write_parts
@@ -43,6 +45,20 @@ class PassAbandoned(Exception):
 
 @final
 @dataclass(frozen=True, slots=True)
+class TapOrder:
+    """Which blocks' outputs are asked for.
+
+    Attributes:
+        blocks: Their numbers, ascending.
+        width: Numbers per token to which each is projected; None is as many as the block gives.
+    """
+
+    blocks: tuple[int, ...]
+    width: int | None
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class PassOrder:
     """What an `Open` message asks for, checked."""
 
@@ -55,6 +71,7 @@ class PassOrder:
     rounding_seed: int | None
     learns_from: int | None
     rank: int | None
+    taps: TapOrder | None
 
     @property
     def training(self) -> bool:
@@ -113,7 +130,21 @@ def read_open(message: pb.Open, geometry: Geometry, max_tokens: int) -> PassOrde
         rounding_seed=seed,
         learns_from=learns_from,
         rank=rank,
+        taps=_read_taps(message, geometry) if message.HasField("taps") else None,
     )
+
+
+def _read_taps(message: pb.Open, geometry: Geometry) -> TapOrder:
+    evaluates = message.mode in {pb.EVALUATE, pb.GENERATE} and not message.active
+    _require(evaluates, "taps in a pass without active sites that does not train", f"mode {message.mode}")
+    blocks = tuple(message.taps.blocks)
+    ascending = bool(blocks) and all(a < b for a, b in itertools.pairwise(blocks))
+    fits = ascending and blocks[-1] < geometry.num_blocks
+    _require(fits, f"tapped blocks below {geometry.num_blocks}, ascending", f"{blocks[:8]}")
+    width = message.taps.width if message.taps.HasField("width") else None
+    limit = geometry.block_width
+    _require(width is None or 1 <= width <= limit, f"taps of 1 to {limit} numbers a token", f"{width}")
+    return TapOrder(blocks, width)
 
 
 def _read_active(message: pb.Open, geometry: Geometry) -> dict[SiteId, tuple[str, ...]]:
@@ -254,13 +285,16 @@ def run_pass(cut: CutModel, order: PassOrder, line: Line, turn: Turn) -> None:
         learns_from=order.learns_from,
         rank=order.rank,
     )
+    if order.taps is not None:
+        _run_taps(cut, batch, order, order.taps, line, turn)
+        return
     walk = Walk(cut, batch, StreamSites(line, order, geometry, turn), turn.give_way)
     cache = DynamicCache(config=cut.config) if order.mode == pb.GENERATE else None
     with turn.computing():
         final_MD = walk.forward(cache)
     line.send("final_state", final_MD, order.activation_codec)
     if cache is not None:
-        _generate(walk, cache, order, line, turn, geometry)
+        _generate(partial(walk.extend, cache=cache), order, line, turn, geometry)
     elif order.training:
         grad_MD = line.tensor("final_gradient", tuple(final_MD.shape), order.gradient_codec)
         with turn.computing():
@@ -268,12 +302,28 @@ def run_pass(cut: CutModel, order: PassOrder, line: Line, turn: Turn) -> None:
         line.send_done(pb.Done(compute_seconds=turn.seconds, waiting_seconds=turn.waited_seconds))
 
 
-def _generate(walk: Walk, cache: DynamicCache, order: PassOrder, line: Line, turn: Turn, geometry: Geometry) -> None:
+def _run_taps(cut: CutModel, batch: Batch, order: PassOrder, taps: TapOrder, line: Line, turn: Turn) -> None:
+    """Run a pass whose taps are sent as soon as they are there; in the cloud none is kept."""
+
+    def send(block: int, tap_NW: Tensor) -> None:
+        with turn.waiting():
+            line.send("tap", tap_NW, order.activation_codec, site=block)
+
+    run = TapPass(cut, batch, taps.blocks, taps.width, send, turn.give_way)
+    cache = DynamicCache(config=cut.config) if order.mode == pb.GENERATE else None
+    with turn.computing():
+        final_MD = run.forward(cache).final_MD
+    line.send("final_state", final_MD, order.activation_codec)
+    if cache is not None:
+        _generate(lambda x_BE: run.extend(x_BE, cache).final_MD, order, line, turn, cut.geometry)
+
+
+def _generate(extend: Callable[[Tensor], Tensor], order: PassOrder, line: Line, turn: Turn, geometry: Geometry) -> None:
     """Run one more token a row, again and again, until the device closes the stream."""
     rows = order.rows
     shape = (len(rows.lengths), geometry.embedding_width)
     for _ in range((geometry.max_positions or rows.width + 4096) - rows.width):
         embeddings_BE = line.tensor("embedding", shape, order.activation_codec)
         with turn.computing():
-            final_BD = walk.extend(embeddings_BE, cache)
+            final_BD = extend(embeddings_BE)
         line.send("final_state", final_BD, order.activation_codec)

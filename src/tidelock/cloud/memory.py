@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from tidelock.model.cut import CutModel
-    from tidelock.model.geometry import SiteId
+    from tidelock.model.geometry import Geometry, SiteId
 
 _PROBE_WIDTHS = (16, 64)
 NO_PLACE = "Opening a pass: expected a free place, as its device holds one already, got none. Go on with one at a time."
@@ -62,6 +62,18 @@ def bytes_at_sites(cut: CutModel, active: Mapping[SiteId, tuple[str, ...]], rank
         read, given = cut.geometry.sites[site].widths(names, rank)
         kept += given + (read if rank is not None or site.place is not Place.ATTN else 0)
     return cut.dtype.itemsize * kept
+
+
+def bytes_of_taps(geometry: Geometry, tokens: int, blocks: int, width: int | None) -> int:
+    """Return the most bytes of taps that may wait to be sent, when a device reads slowly.
+
+    Args:
+        geometry: The model's.
+        tokens: Real tokens of the pass.
+        blocks: How many blocks are tapped.
+        width: Numbers per token of each; None is as many as the block gives.
+    """
+    return 4 * tokens * blocks * (width or geometry.block_width)
 
 
 def measure_cost(cut: CutModel) -> PassCost:

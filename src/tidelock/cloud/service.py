@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn, final
 import grpc
 
 from tidelock.cloud.engine import Line, PassAbandoned, PassOrder, read_open, run_pass
-from tidelock.cloud.memory import NO_PLACE, MemoryBudget, bytes_at_sites, measure_cost
+from tidelock.cloud.memory import NO_PLACE, MemoryBudget, bytes_at_sites, bytes_of_taps, measure_cost
 from tidelock.cloud.scheduler import answer
 from tidelock.cloud.turns import ComputeQueue, Turn
 from tidelock.errors import (
@@ -196,8 +196,7 @@ class BackboneService(pb_grpc.BackboneServicer):
             order = read_open(message, self._cut.geometry, self._limits.max_tokens)
             self._check_active(tenant, order)
             rows = order.rows
-            at_sites = bytes_at_sites(self._cut, order.active, order.rank)
-            size_bytes = self._cost.bytes_for(len(rows.lengths), rows.width, at_sites) if order.training else 0
+            size_bytes = self._bytes_kept(order)
             self._check_memory(size_bytes)
             asked = time.perf_counter()
             with self._memory.reserve(size_bytes, may_wait=may_wait):
@@ -219,6 +218,17 @@ class BackboneService(pb_grpc.BackboneServicer):
             outbox.put(TidelockError(f"Computing a pass: expected it to succeed, got {type(error).__name__}."))
         finally:
             outbox.put(None)
+
+    def _bytes_kept(self, order: PassOrder) -> int:
+        """Return what a pass keeps here until its device goes on, or has read it."""
+        rows = order.rows
+        if order.training:
+            at_sites = bytes_at_sites(self._cut, order.active, order.rank)
+            return self._cost.bytes_for(len(rows.lengths), rows.width, at_sites)
+        if order.taps is not None:
+            taps = order.taps
+            return bytes_of_taps(self._cut.geometry, rows.num_tokens, len(taps.blocks), taps.width)
+        return 0
 
     def _max_active(self, tenant: str) -> int | None:
         return self._tenants.max_active.get(tenant, self._limits.max_active)

@@ -112,6 +112,12 @@ def family_of(model: PreTrainedModel) -> Family:
     Raises:
         ModelError: The architecture is not a decoder whose blocks and projections can be found.
     """
+    if model.config.is_encoder_decoder:
+        msg = (
+            f"Cutting {type(model).__name__}: expected a decoder, got an encoder-decoder. Beside one of those there "
+            "can be a side network (--method side); use a decoder for other methods."
+        )
+        raise ModelError(msg)
     known = FAMILIES.get(model.config.model_type)
     if known is not None:
         return known
@@ -139,7 +145,7 @@ def _by_structure(model: PreTrainedModel) -> Family:
             Family(model.config.model_type, decoder, blocks, child, names, verified=False)
             for child, names in _attentions(module[0])
         ]
-    if len(found) != 1 or getattr(model.config, "is_encoder_decoder", False):
+    if len(found) != 1:
         msg = (
             f"Cutting a model of type {model.config.model_type!r}: expected a decoder with one list of {count} blocks, "
             f"each with one attention whose projections are named like {_SEPARATE}, got {len(found)} such lists "

@@ -123,6 +123,11 @@ class Geometry:
     sites: Mapping[SiteId, Site]
     other_linears: tuple[str, ...]
 
+    @property
+    def block_width(self) -> int:
+        """Numbers per token that a block gives, which is what its attention reads after a norm."""
+        return self.sites[SiteId(0, Place.ATTN)].width
+
     def block_path(self, block: int) -> str:
         """Return the full name of a block in the causal model, e.g. `model.layers.7`."""
         return f"{self.family.decoder}.{self.family.blocks}.{block}"
@@ -142,12 +147,6 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
     Raises:
         ModelError: The model has no head or its parts are not where its family keeps them.
     """
-    if model.config.is_encoder_decoder:
-        msg = (
-            f"Cutting {type(model).__name__}: expected a decoder, got an encoder-decoder. Beside one of those there "
-            "can be a side network (--method side); use a decoder for other methods."
-        )
-        raise ModelError(msg)
     family = family_of(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not (isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear)):

@@ -30,6 +30,7 @@ _KINDS = {
     "embedding": _BLUE,
     "site_input": _SKY,
     "site_output": _GREEN,
+    "tap": "#7B68C8",
     "final_state": _YELLOW,
     "final_gradient": "#B8860B",
     "site_gradient": _ORANGE,

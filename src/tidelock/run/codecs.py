@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tidelock.units import format_bytes
 from tidelock.wire.codec import Codec
 
 if TYPE_CHECKING:
@@ -37,6 +38,23 @@ def describe_codecs(
     return (
         f"On the wire: activations in {_describe(codecs.activation, activations, stochastic=False)}; gradients in "
         f"{_describe(codecs.gradient, gradients, stochastic=codecs.stochastic)}"
+    )
+
+
+def describe_tap_codec(codec: Codec, embedding_width: int, tap_widths: Sequence[int], final_width: int) -> str:
+    """Return what crosses for a token, once, where a cloud gives taps, and how far a token can be off.
+
+    Args:
+        codec: Of embeddings, taps and final states.
+        embedding_width: Numbers of a token's embedding.
+        tap_widths: And of each of its taps.
+        final_width: And of its final state, at tokens with a label.
+    """
+    widths = [embedding_width, *tap_widths, final_width]
+    size = sum(codec.size_bytes((1, width)) for width in widths)
+    return (
+        f"On the wire, once for each example: its embeddings and its taps in "
+        f"{_describe(codec, widths, stochastic=False)}; at most {format_bytes(size)} a token"
     )
 
 

@@ -41,18 +41,6 @@ LR_SCHEDULES = ("linear", "cosine", "constant")
 
 
 _AT_SITES = ("lora", "adapter", "core")
-_OF_CLOUD = (
-    "backbone",
-    "cloud",
-    "token_file",
-    "ca",
-    "client_cert",
-    "client_key",
-    "insecure",
-    "codec",
-    "in_flight",
-    "patience",
-)
 _SCHEDULED = (
     *("schedule", "budget", "threshold", "warm_up", "warm_up_active", "period", "exchange", "longest_sleep", "norm"),
     *("per_learning_rate", "killed", "moments"),
@@ -66,7 +54,7 @@ _METHODS_OF = {
     **dict.fromkeys(("rank", "alpha", "rslora"), ("lora",)),
     **dict.fromkeys(("bottleneck", "place", "activation"), ("adapter",)),
     **dict.fromkeys(("core_rank", "core_scale"), ("core",)),
-    **dict.fromkeys(("gradient_codec", "stochastic_rounding", *_OF_CLOUD, *_SCHEDULED), _AT_SITES),
+    **dict.fromkeys(("gradient_codec", "stochastic_rounding", *_SCHEDULED), _AT_SITES),
     **dict.fromkeys(_OF_SIDE, ("side",)),
     "target": ("lora", "core"),
     "dropout": ("lora", "adapter"),
@@ -150,9 +138,9 @@ class RunConfig:
     dropout: float = _knob(0.0, "LoRA, adapter: dropout on what they read.", _FRACTION)
     layer: list[int] | None = _knob(None, "Blocks to adapt, or to read by side (repeat); all by default.")
     reduction: int = _knob(8, "Side: every width of the model is divided by this.", _AT_LEAST_1)
-    side_init: str = _knob(
-        "magnitude",
-        f"Side: where its weights come from: {', '.join(SIDE_STARTS)}.",
+    side_init: str | None = _knob(
+        None,
+        f"Side: where its weights come from: {', '.join(SIDE_STARTS)}; magnitude by default, random with a cloud.",
         _one_of(SIDE_STARTS),
     )
     fisher_examples: int = _knob(32, "Side: examples that Fisher scores are taken from.", _AT_LEAST_1)

@@ -54,7 +54,16 @@ def open_model(config: RunConfig, ledger: Ledger, cache: Path | None = None) -> 
         )
         raise ConfigError(msg)
     where = "local" if config.cloud is None else config.cloud
-    shared: dict[str, Any] = {"model": config.model, "task": config.task, "num_labels": config.num_labels}
+    shared: dict[str, Any] = {
+        "model": config.model,
+        "task": config.task,
+        "num_labels": config.num_labels,
+        "credentials": _credentials(config),
+        "codec": config.codec,
+        "in_flight": config.in_flight,
+        "patience_seconds": config.patience,
+        "ledger": ledger,
+    }
     model: DeviceLM
     peft_config = _method_config(config) if adapter is None else adapter.config
     if isinstance(peft_config, SideConfig):
@@ -66,11 +75,6 @@ def open_model(config: RunConfig, ledger: Ledger, cache: Path | None = None) -> 
             peft_config=peft_config,
             gradient_codec=config.gradient_codec,
             stochastic_rounding=config.stochastic_rounding,
-            credentials=_credentials(config),
-            codec=config.codec,
-            in_flight=config.in_flight,
-            patience_seconds=config.patience,
-            ledger=ledger,
             **shared,
         )
     if adapter is not None:
@@ -129,10 +133,12 @@ def _method_config(config: RunConfig) -> MethodConfig | SideConfig:
 
 def _side_config(config: RunConfig) -> SideConfig:
     upsample = config.upsample or ("zero" if config.side_output == "add" else "random")
+    # The others need the whole model on this device, which may have no room for it where there is a cloud.
+    start = config.side_init or ("magnitude" if config.cloud is None else "random")
     return SideConfig(
         reduction=config.reduction,
         taps=None if config.layer is None else tuple(sorted(set(config.layer))),
-        init=cast("SideInit", config.side_init),
+        init=cast("SideInit", start),
         zero_upsample=upsample == "zero",
         output=cast("SideOutput", config.side_output),
         tap_width=config.tap_width,

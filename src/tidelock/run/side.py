@@ -11,6 +11,7 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
+from tidelock.backbone.remote import RemoteBackbone
 from tidelock.data.batch import Collator
 from tidelock.run.connect_side import start_side
 from tidelock.units import format_bytes
@@ -88,15 +89,17 @@ class AnnouncingCollator:
 
 @final
 class LetGo(TrainerCallback):
-    """Lets go of the frozen blocks after an epoch, when all that they gave is in the cache.
+    """Lets go of the frozen blocks after an epoch, when all that they gave is in the cache: later ones do without them.
 
     Args:
         model: With a cache.
+        rows: All examples of the run.
         say: Tells the person so.
     """
 
-    def __init__(self, model: BesideBlocks, say: Callable[[str], None]) -> None:
+    def __init__(self, model: BesideBlocks, rows: EncodedRows, say: Callable[[str], None]) -> None:
         self._model = model
+        self._rows = rows
         self._say = say
 
     def on_epoch_end(
@@ -106,12 +109,22 @@ class LetGo(TrainerCallback):
         control: TrainerControl,  # noqa: ARG002
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
-        """Let go of them."""
-        if self._model.source.has_blocks and self._model.source.cache is not None:
-            before = psutil.Process().memory_info().rss
-            self._model.source.release()
-            after = psutil.Process().memory_info().rss
-            self._say(
-                f"All taps are cached; the frozen blocks are let go. Memory of this process: {format_bytes(before)} "
-                f"before, {format_bytes(after)} now."
-            )
+        """Cache what no pass has asked for yet, such as what is to be measured later, and let go of them."""
+        source = self._model.source
+        if not source.has_blocks or source.cache is None:
+            return
+        for row in self._rows:
+            batch = Collator(0)([row])
+            if any(ids not in source.cache for ids in self._model.examples_of(batch)):
+                self._model.read_taps(batch)
+        if isinstance(source.blocks(), RemoteBackbone):
+            source.release()
+            self._say("All taps are cached; the cloud is not needed any more, and its connection is closed.")
+            return
+        before = psutil.Process().memory_info().rss
+        source.release()
+        after = psutil.Process().memory_info().rss
+        self._say(
+            "All taps are cached; the frozen blocks are let go. Memory of this process: "
+            f"{format_bytes(before)} before, {format_bytes(after)} now."
+        )

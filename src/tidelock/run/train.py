@@ -18,8 +18,9 @@ from tidelock.data.batch import Collator
 from tidelock.device.beside_blocks import BesideBlocks
 from tidelock.device.kill_revive import KillRevive
 from tidelock.device.model import DeviceModel
+from tidelock.device.side_model import SideModel
 from tidelock.model.ends import Ends
-from tidelock.run.codecs import describe_codecs
+from tidelock.run.codecs import describe_codecs, describe_tap_codec
 from tidelock.run.examples import encode_examples, read_run_examples, with_classes_counted
 from tidelock.run.facts import facts_of
 from tidelock.run.folder import RunFolder
@@ -153,7 +154,7 @@ def _method_parts(
     if not isinstance(model, BesideBlocks):
         return [KillRevive(config.to_schedule(), journal.on_period)], Collator(0)
     journal.observer.say(describe_cache(model, rows))
-    return [LetGo(model, journal.observer.say)], AnnouncingCollator(Collator(0), model)
+    return [LetGo(model, rows, journal.observer.say)], AnnouncingCollator(Collator(0), model)
 
 
 def _finish(  # noqa: PLR0913  (what a run is made of)
@@ -199,6 +200,10 @@ def _say_codecs(config: RunConfig, model: DeviceLM, observer: Observer) -> None:
     if config.cloud is not None and isinstance(model, DeviceModel):
         codecs = Codecs.named(config.codec, config.gradient_codec, stochastic_rounding=config.stochastic_rounding)
         observer.say(f"{describe_codecs(codecs, model.ends.geometry, model.bank.targets, model.bank.rank)}.")
+    elif config.cloud is not None and isinstance(model, SideModel):
+        geometry, taps = model.ends.geometry, [model.network.tap_width] * len(model.tapped)
+        codec = Codecs.named(config.codec).activation
+        observer.say(f"{describe_tap_codec(codec, geometry.embedding_width, taps, geometry.final_width)}.")
 
 
 def _record_distortion(folder: RunFolder, ledger: Ledger, step: int) -> dict[str, dict[str, float]]:

@@ -23,6 +23,7 @@ class Kind(str, Enum):
     EMBEDDING = "embedding"
     SITE_INPUT = "site_input"
     SITE_OUTPUT = "site_output"
+    TAP = "tap"
     FINAL_STATE = "final_state"
     FINAL_GRADIENT = "final_gradient"
     SITE_GRADIENT = "site_gradient"

@@ -142,7 +142,7 @@ class FetchPart(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "fingerprint", "mode", "starts", "lengths", "width", "selected", "active", "activation_codec", "gradient_codec", "rounding_seed", "learns_from", "frame_rank")
+    __slots__ = ("protocol", "fingerprint", "mode", "starts", "lengths", "width", "selected", "active", "activation_codec", "gradient_codec", "rounding_seed", "learns_from", "frame_rank", "taps")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -156,6 +156,7 @@ class Open(_message.Message):
     ROUNDING_SEED_FIELD_NUMBER: _ClassVar[int]
     LEARNS_FROM_FIELD_NUMBER: _ClassVar[int]
     FRAME_RANK_FIELD_NUMBER: _ClassVar[int]
+    TAPS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     fingerprint: str
     mode: Mode
@@ -169,7 +170,16 @@ class Open(_message.Message):
     rounding_seed: int
     learns_from: int
     frame_rank: int
-    def __init__(self, protocol: _Optional[int] = ..., fingerprint: _Optional[str] = ..., mode: _Optional[_Union[Mode, str]] = ..., starts: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., selected: _Optional[_Iterable[int]] = ..., active: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., activation_codec: _Optional[_Union[Codec, str]] = ..., gradient_codec: _Optional[_Union[Codec, str]] = ..., rounding_seed: _Optional[int] = ..., learns_from: _Optional[int] = ..., frame_rank: _Optional[int] = ...) -> None: ...
+    taps: Taps
+    def __init__(self, protocol: _Optional[int] = ..., fingerprint: _Optional[str] = ..., mode: _Optional[_Union[Mode, str]] = ..., starts: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., selected: _Optional[_Iterable[int]] = ..., active: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., activation_codec: _Optional[_Union[Codec, str]] = ..., gradient_codec: _Optional[_Union[Codec, str]] = ..., rounding_seed: _Optional[int] = ..., learns_from: _Optional[int] = ..., frame_rank: _Optional[int] = ..., taps: _Optional[_Union[Taps, _Mapping]] = ...) -> None: ...
+
+class Taps(_message.Message):
+    __slots__ = ("blocks", "width")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedScalarFieldContainer[int]
+    width: int
+    def __init__(self, blocks: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ...) -> None: ...
 
 class ActiveSite(_message.Message):
     __slots__ = ("site", "linears")
@@ -206,16 +216,18 @@ class DeviceMessage(_message.Message):
     def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., embedding: _Optional[_Union[TensorPart, _Mapping]] = ..., site_output: _Optional[_Union[TensorPart, _Mapping]] = ..., final_gradient: _Optional[_Union[TensorPart, _Mapping]] = ..., input_gradient: _Optional[_Union[TensorPart, _Mapping]] = ...) -> None: ...
 
 class CloudMessage(_message.Message):
-    __slots__ = ("site_input", "final_state", "site_gradient", "done")
+    __slots__ = ("site_input", "final_state", "site_gradient", "done", "tap")
     SITE_INPUT_FIELD_NUMBER: _ClassVar[int]
     FINAL_STATE_FIELD_NUMBER: _ClassVar[int]
     SITE_GRADIENT_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    TAP_FIELD_NUMBER: _ClassVar[int]
     site_input: TensorPart
     final_state: TensorPart
     site_gradient: TensorPart
     done: Done
-    def __init__(self, site_input: _Optional[_Union[TensorPart, _Mapping]] = ..., final_state: _Optional[_Union[TensorPart, _Mapping]] = ..., site_gradient: _Optional[_Union[TensorPart, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ...) -> None: ...
+    tap: TensorPart
+    def __init__(self, site_input: _Optional[_Union[TensorPart, _Mapping]] = ..., final_state: _Optional[_Union[TensorPart, _Mapping]] = ..., site_gradient: _Optional[_Union[TensorPart, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., tap: _Optional[_Union[TensorPart, _Mapping]] = ...) -> None: ...
 
 class Done(_message.Message):
     __slots__ = ("compute_seconds", "waiting_seconds")

@@ -202,7 +202,8 @@ def test_a_pass_in_the_cloud_is_the_pass_here(flaky, connect, reference):
     assert set(reference[1]) == {attn(0), attn(2)}
     split = backbone.take_times()
     assert split.cloud > 0
-    assert split.wire > 0
+    # On a busy machine all of what was waited for may have been computing.
+    assert split.wire >= 0
     assert split.waiting >= 0
     assert backbone.take_times() == TimeSplit()
     assert backbone.geometry.num_blocks == BLOCKS

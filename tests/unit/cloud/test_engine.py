@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from tests.support.sites import attn
 from tests.unit.hand_device import PROJECTIONS, an_active_site, an_open
-from tidelock.cloud.engine import Line, PassAbandoned, read_open
+from tidelock.cloud.engine import Line, PassAbandoned, TapOrder, read_open
 from tidelock.errors import WireError
 from tidelock.model.ends import empty_model
 from tidelock.model.geometry import geometry_of
@@ -58,6 +58,19 @@ def test_no_selection_is_all_tokens_and_not_every_mode_needs_a_site(geometry):
     assert not read_open(left_padded, geometry, MAX_TOKENS).training
 
 
+def taps(*blocks, **settings):
+    """Return an order of taps, in a pass without sites."""
+    return an_open(**{"mode": pb.EVALUATE, "active": [], **settings}, taps=pb.Taps(blocks=blocks))
+
+
+def test_an_order_of_taps_is_read(geometry):
+    order = read_open(taps(0, 2), geometry, MAX_TOKENS)
+    assert order.taps == TapOrder((0, 2), None)
+    narrow = an_open(mode=pb.GENERATE, active=[], taps=pb.Taps(blocks=[1], width=32))
+    assert read_open(narrow, geometry, MAX_TOKENS).taps == TapOrder((1,), 32)
+    assert read_open(an_open(mode=pb.EVALUATE, active=[]), geometry, MAX_TOKENS).taps is None
+
+
 REFUSED = {
     "no rows": (an_open(starts=[], lengths=[]), "1 to 256 tokens"),
     "no width": (an_open(starts=[0], lengths=[0], width=0), "1 to 256 tokens"),
@@ -92,6 +105,20 @@ REFUSED = {
         an_open(frame_rank=4, active=[pb.ActiveSite(site=2, linears=["down_proj"])]),
         "at attentions only",
     ),
+    "taps in training": (taps(0, mode=pb.TRAIN, active=[an_active_site(0)]), "taps in a pass without active sites"),
+    "taps and a site": (taps(0, active=[an_active_site(0)]), "taps in a pass without active sites"),
+    "no tap": (taps(), "tapped blocks below 3, ascending"),
+    "taps twice": (taps(1, 1), "tapped blocks below 3, ascending"),
+    "taps backwards": (taps(2, 1), "tapped blocks below 3, ascending"),
+    "a tap of an unknown block": (taps(0, 3), "tapped blocks below 3, ascending, got (0, 3)"),
+    "taps of no width": (
+        an_open(mode=pb.EVALUATE, active=[], taps=pb.Taps(blocks=[0], width=0)),
+        "taps of 1 to 32 numbers a token, got 0",
+    ),
+    "taps wider than a block": (
+        an_open(mode=pb.EVALUATE, active=[], taps=pb.Taps(blocks=[0], width=33)),
+        "taps of 1 to 32 numbers a token, got 33",
+    ),
     "a seed with exact gradients": (an_open(rounding_seed=0), "a rounding seed with int8 or int4 only, got fp32"),
 }
 
@@ -99,7 +126,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_contradicts_the_model_is_refused(geometry, case):
     message, expected = REFUSED[case]
-    with pytest.raises(WireError, match=expected) as caught:
+    with pytest.raises(WireError, match=expected.replace("(", "\\(").replace(")", "\\)")) as caught:
         read_open(message, geometry, MAX_TOKENS)
     assert len(str(caught.value)) < 400
 
@@ -119,6 +146,7 @@ OPENS = st.builds(
     gradient_codec=st.integers(0, 5),
     rounding_seed=st.none() | st.integers(0, 2**64 - 1),
     frame_rank=st.none() | UINT32,
+    taps=st.none() | st.builds(pb.Taps, blocks=st.lists(UINT32, max_size=4), width=st.none() | UINT32),
 )
 
 
@@ -135,6 +163,9 @@ def test_random_orders_are_refused_or_make_sense(geometry, message):
     assert order.select_M.max() < rows.num_tokens
     for active, names in order.active.items():
         assert geometry.sites[active].output_width(names) > 0
+    if order.taps is not None:
+        assert 0 < len(order.taps.blocks) <= geometry.num_blocks
+        assert 0 < (order.taps.width or 1) <= geometry.block_width
 
 
 @given(st.binary(max_size=80))

@@ -79,6 +79,37 @@ def test_only_the_selected_states_come_back(device, undisturbed):
     assert next(run.call, None) is None
 
 
+def test_taps_come_before_the_final_state(device, undisturbed):
+    run = device.begin()
+    run.open(mode=pb.EVALUATE, active=[], selected=[7], taps=pb.Taps(blocks=[0, 2]))
+    run.send("embedding", 8, WIDTH)
+    for block in (0, 2):
+        run.receive("tap", 8, WIDTH, block=block)
+    run.receive("final_state", 1, WIDTH)
+    assert next(run.call, None) is None
+
+
+def test_taps_of_a_generation_are_of_each_new_token(device, undisturbed):
+    run = device.begin()
+    run.open(mode=pb.GENERATE, active=[], selected=[7], taps=pb.Taps(blocks=[1], width=5))
+    run.send("embedding", 8, WIDTH)
+    tokens = 8
+    for _ in range(3):
+        run.receive("tap", tokens, 5, block=1)
+        run.receive("final_state", 1, WIDTH)
+        tokens = 1
+        run.send("embedding", 1, WIDTH)
+    run.leave()
+
+
+def test_a_device_that_leaves_among_its_taps_takes_nothing_with_it(device, undisturbed):
+    run = device.begin()
+    run.open(mode=pb.EVALUATE, active=[], taps=pb.Taps(blocks=[0, 1, 2]))
+    run.send("embedding", 8, WIDTH)
+    run.receive("tap", 8, WIDTH, block=0)
+    run.leave()
+
+
 def test_generation_goes_on_until_the_device_leaves(device, undisturbed):
     run = device.begin()
     run.open(mode=pb.GENERATE, active=[an_active_site(1, ("v_proj",))], selected=[7])

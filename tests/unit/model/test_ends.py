@@ -172,8 +172,8 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path):
 
 
 def test_a_model_that_is_not_causal_is_refused():
-    with pytest.raises(ModelError, match="Model type 't5': expected a causal language model"):
-        empty_model(AutoConfig.for_model("t5"))
+    with pytest.raises(ModelError, match="Model type 'vit': expected a causal language model"):
+        empty_model(AutoConfig.for_model("vit"))
 
 
 def test_an_empty_model_has_shapes_and_no_weights():

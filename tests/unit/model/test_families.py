@@ -6,7 +6,7 @@ import logging
 
 import pytest
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tidelock.errors import ModelError
 from tidelock.model.ends import empty_model
@@ -61,7 +61,7 @@ def test_a_model_without_attention_is_refused():
 
 def test_a_model_with_two_attentions_a_block_is_refused():
     with pytest.raises(ModelError, match=r"got 2 such lists \(BartForCausalLM\)"):
-        family_of(make("bart", decoder_layers=2))
+        family_of(AutoModelForCausalLM.from_config(AutoConfig.for_model("bart", **SMALL, decoder_layers=2)))
 
 
 def test_an_encoder_decoder_is_refused():

@@ -25,6 +25,8 @@ SETTINGS = GenerationSettings(max_new_tokens=6)
 class Says:
     """Stands for a model that says the same whatever it is asked, one token at a time."""
 
+    padding_side = "left"
+
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids
         self.asked: list[tuple[list[list[int]], list[list[int]]]] = []

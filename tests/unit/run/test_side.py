@@ -145,7 +145,7 @@ def test_a_cache_that_was_filled_before_is_all_that_a_run_needs(
     assert len(opened) == 1
     with pytest.raises(ConfigError, match="Filling a cache: expected a run with one, got --method lora"):
         cache_ahead(
-            replace(config, method="lora", cache=None, cache_key=None, side_init="magnitude", reduction=8),
+            replace(config, method="lora", cache=None, cache_key=None, side_init=None, reduction=8),
             notes.say,
             Tracker,
         )

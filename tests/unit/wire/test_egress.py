@@ -19,7 +19,7 @@ LEAVING = (Kind.EMBEDDING, Kind.SITE_OUTPUT, Kind.FINAL_GRADIENT, Kind.INPUT_GRA
 
 def test_every_kind_is_either_sent_or_refused():
     refused = set(Kind) - set(LEAVING)
-    received = {"site_input", "final_state", "site_gradient", "model"}
+    received = {"site_input", "tap", "final_state", "site_gradient", "model"}
     assert {kind.value for kind in refused} == {*received, "control", "norms"}
 
 

@@ -16,7 +16,7 @@ from tidelock.wire.limits import MESSAGE_BYTES, PART_BYTES
 from tidelock.wire.stream import read_message, write_part
 
 TENSORS = [(pb.DeviceMessage, name) for name in ("embedding", "site_output", "final_gradient", "input_gradient")] + [
-    (pb.CloudMessage, name) for name in ("site_input", "final_state", "site_gradient")
+    (pb.CloudMessage, name) for name in ("site_input", "final_state", "site_gradient", "tap")
 ]
 UINT32 = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1))
 PARTS = st.builds(
