@@ -167,7 +167,7 @@ def test_a_pass_cut_among_its_taps_is_repeated(
     monkeypatch.setattr(_Stream, "receive", cut_then_receive)
     assert_equal(gradients(model, batch), expected)
     assert proxy.cuts == 1
-    # Taps of four blocks and the final state. What is small may have come whole before the cut, except at its first tap.
+    # Taps of four blocks and the final state. What is small may have come whole before a cut that is not at its first.
     assert seen >= 5 * len(LENGTHS) + (at == 1)
 
 
