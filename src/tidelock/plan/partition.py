@@ -1,0 +1,195 @@
+"""The dynamic programme: good layouts of blocks on devices in a given order, quickly.
+
+PAC's programme (arXiv 2408.10746, section 4.3) minimises the time of the slowest stage for each number of stages, over
+contiguous groups of an ordered list of devices, and then chooses the number of stages. Here the question is turned
+round, which costs less: for a time that no stage may exceed, how many blocks can the last stages hold on the first
+devices of the list? One pass answers it for every number of stages, and a few times are tried, from the least that could
+do. The layouts that come out are judged by the simulator, in `search.py`.
+
+May import `plan`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tidelock.plan.cost import Costs
+
+# Each limit that is tried is so much longer than the one before.
+_STEP = 1.08
+
+
+class Shape(NamedTuple):
+    """What layouts are allowed.
+
+    Attributes:
+        name: For people.
+        max_stages: Most stages.
+        max_group: Most devices in a stage.
+    """
+
+    name: str
+    max_stages: int
+    max_group: int
+
+
+class Outline(NamedTuple):
+    """Which blocks and which devices make a stage; first to last.
+
+    Attributes:
+        cuts: The first block of each stage.
+        groups: The devices of each stage, ascending.
+    """
+
+    cuts: tuple[int, ...]
+    groups: tuple[tuple[int, ...], ...]
+
+
+class _Reached(NamedTuple):
+    """The last stages on the first devices of an order: their first block, and the way there."""
+
+    first: int
+    group: tuple[int, ...]
+    rest: _Reached | None
+
+
+def orders(costs: Costs) -> list[tuple[int, ...]]:
+    """Return orders of the devices, the one for the last stage first, that are worth a try for unlike devices.
+
+    Early stages have more micro-batches in flight and so need more memory; a device at the end of an order can be left
+    out. So: little memory last in the pipeline, then the quick first and the slow first, and memory for its speed.
+    """
+    speed = [1 / max(forward[-1][-1] + backward[-1][-1], 1e-12) for forward, backward in _sums(costs)]
+    devices = range(costs.devices)
+    ranked = [
+        sorted(devices, key=lambda d: (costs.memory[d], -speed[d])),
+        sorted(devices, key=lambda d: (-speed[d], costs.memory[d])),
+        sorted(devices, key=lambda d: (-costs.memory[d], -speed[d])),
+        sorted(devices, key=lambda d: (-costs.memory[d] * speed[d], d)),
+    ]
+    alike = _alike(costs)
+    return [tuple(order) for order in {tuple(alike[d] for d in order): order for order in ranked}.values()]
+
+
+def outlines(costs: Costs, order: Sequence[int], shape: Shape) -> Iterator[tuple[float, Outline]]:
+    """Yield the limit and the outline of layouts on devices in this order: for each number of stages the balanced one.
+
+    Limits rise, in seconds of a stage's forward and backward of one micro-batch. The last outlines have no limit and
+    need only fit.
+    """
+    done: set[int] = set()
+    limit = _least_limit(costs)
+    longest = sum(forward[-1][-1] + backward[-1][-1] for forward, backward in _sums(costs))
+    while limit < longest:
+        yield from _new_outlines(costs, order, shape, limit, done)
+        limit *= _STEP
+    yield from _new_outlines(costs, order, shape, float("inf"), done)
+
+
+def _new_outlines(
+    costs: Costs, order: Sequence[int], shape: Shape, limit: float, done: set[int]
+) -> Iterator[tuple[float, Outline]]:
+    for outline in _within(costs, order, shape, limit):
+        if len(outline.cuts) not in done:
+            done.add(len(outline.cuts))
+            yield limit, outline
+
+
+def _within(costs: Costs, order: Sequence[int], shape: Shape, limit: float) -> Iterator[Outline]:
+    """Yield, for each number of stages that can do within a limit, an outline."""
+    reached = {0: _Reached(costs.blocks, (), None)}
+    for behind in range(min(shape.max_stages, len(order), costs.blocks)):
+        after: dict[int, _Reached] = {}
+        for used, state in reached.items():
+            for more, first in _farthest(costs, order[used : used + shape.max_group], state.first, behind, limit):
+                if used + more not in after or first < after[used + more].first:
+                    after[used + more] = _Reached(first, tuple(sorted(order[used : used + more])), state)
+        whole = next((state for state in after.values() if state.first == 0), None)
+        if whole is not None:
+            yield _outline(whole)
+        reached = {used: state for used, state in after.items() if state.first}
+
+
+def _farthest(
+    costs: Costs, devices: Sequence[int], end: int, behind: int, limit: float
+) -> Iterator[tuple[int, int]]:
+    """Yield, for groups of the first 1, 2, … devices, the first block that a stage up to block `end` can begin with."""
+    first = end
+    for count in range(1, len(devices) + 1):
+        while first and _can_do(costs, devices[:count], (first - 1, end), behind, limit):
+            first -= 1
+        if first < end:
+            yield count, first
+        if not first:
+            return
+
+
+def _can_do(costs: Costs, group: Sequence[int], blocks: tuple[int, int], behind: int, limit: float) -> bool:
+    """Return whether a group does all rows of these blocks within a time, each device at least one."""
+    rows = 0
+    for device in group:
+        can = costs.room(device, blocks, behind, 1)
+        if limit < float("inf"):
+            can = min(can, _rows_within(costs, device, blocks, limit))
+        if not can:
+            return False
+        rows += can
+    return rows >= costs.rows >= len(group)
+
+
+def _rows_within(costs: Costs, device: int, blocks: tuple[int, int], limit: float) -> int:
+    """Return how many rows of these blocks a device does, forward and backward, within a time."""
+    first, end = blocks
+    forward, backward = costs.forward[device], costs.backward[device]
+
+    def seconds(rows: int) -> float:
+        return forward[rows][end] - forward[rows][first] + backward[rows][end] - backward[rows][first]
+
+    return bisect_right(range(costs.rows + 1), limit, key=seconds) - 1
+
+
+def _least_limit(costs: Costs) -> float:
+    """Return about the least time of the slowest stage that could do: all devices busy all the time."""
+    alone = [forward[-1][-1] + backward[-1][-1] for forward, backward in _sums(costs)]
+    return 1 / sum(1 / max(seconds, 1e-12) for seconds in alone) * 0.9
+
+
+def _sums(costs: Costs) -> list[tuple[list[list[float]], list[list[float]]]]:
+    return list(zip(costs.forward, costs.backward, strict=True))
+
+
+def _outline(last: _Reached) -> Outline:
+    cuts, groups, state = [], [], last
+    while state.rest is not None:
+        cuts.append(state.first)
+        groups.append(state.group)
+        state = state.rest
+    return Outline(tuple(cuts), tuple(groups))
+
+
+def alike(costs: Costs) -> list[int]:
+    """Return for each device the number of the first one that it could change places with."""
+    return _alike(costs)
+
+
+def _alike(costs: Costs) -> list[int]:
+    found: list[int] = []
+    for device in range(costs.devices):
+        found.append(next((other for other in found if other != device and _same(costs, device, other)), device))
+    return found
+
+
+def _same(costs: Costs, one: int, other: int) -> bool:
+    """Return whether two devices have the same times, memory and links."""
+    own = [(costs.memory[device], costs.forward[device], costs.backward[device]) for device in (one, other)]
+    third = (device for device in range(costs.devices) if device not in {one, other})
+    return own[0] == own[1] and all(_speeds(costs, one, at) == _speeds(costs, other, at) for at in third)
+
+
+def _speeds(costs: Costs, one: int, other: int) -> tuple[float, float]:
+    link = costs.links[one][other]
+    return link.bytes_per_second, link.latency_seconds
