@@ -64,6 +64,13 @@ class Costs:
         profile: The pool and the model.
         rows: Of a micro-batch, together.
         micro_batches: In a step.
+
+    Attributes:
+        memory: Bytes of each device.
+        forward: `forward[device][rows][i]`: seconds of the blocks before block i, one micro-batch.
+        backward: Likewise.
+        both: Their sum.
+        links: Between two devices, by their numbers.
     """
 
     def __init__(self, profile: Profile, rows: int, micro_batches: int) -> None:
@@ -75,6 +82,10 @@ class Costs:
         self.memory = [device.memory_bytes for device in profile.devices]
         self.forward = [_prefix_sums(device, rows, forward=True) for device in profile.devices]
         self.backward = [_prefix_sums(device, rows, forward=False) for device in profile.devices]
+        self.both = [
+            [[f + b for f, b in zip(*lines, strict=True)] for lines in zip(*sums, strict=True)]
+            for sums in zip(self.forward, self.backward, strict=True)
+        ]
         self._gradients = _sums(block.gradient_bytes for block in profile.blocks)
         self._fixed = _sums(b.parameter_bytes + b.gradient_bytes + b.optimizer_bytes for b in profile.blocks)
         self._kept = _sums(block.kept_bytes_per_row for block in profile.blocks)
@@ -106,12 +117,11 @@ class Costs:
         fixed = self.fixed_bytes(stage.first, stage.end)
         return [fixed + rows * per_row for rows in stage.shares]
 
-    def room(self, device: int, blocks: tuple[int, int], behind: int, ahead: int) -> int:
-        """Return how many rows of a micro-batch fit into a device's memory beside blocks (first, end)."""
-        left = self.memory[device] - self.fixed_bytes(*blocks)
+    def room(self, device: int, fixed: int, per_row: int) -> int:
+        """Return how many rows of a micro-batch fit into a device's memory, by `fixed_bytes` and `bytes_per_row`."""
+        left = self.memory[device] - fixed
         if left < 0:
             return 0
-        per_row = self.bytes_per_row(*blocks, behind, ahead)
         return min(self.rows, left // per_row) if per_row else self.rows
 
     def stages(self, blocks: tuple[int, int], group: tuple[int, ...], behind: int, ahead: int) -> tuple[Stage, ...]:
@@ -125,19 +135,23 @@ class Costs:
             behind: Stages behind this one.
             ahead: See above.
         """
-        key = (*blocks, self.bytes_per_row(*blocks, behind, ahead), group)
+        fixed, per_row = self.fixed_bytes(*blocks), self.bytes_per_row(*blocks, behind, ahead)
+        key = (*blocks, per_row, group)
         if key not in self._stages:
-            room = [self.room(device, blocks, behind, ahead) for device in group]
+            room = [self.room(device, fixed, per_row) for device in group]
             forward = [self.seconds(self.forward[device], blocks) for device in group]
             backward = [self.seconds(self.backward[device], blocks) for device in group]
             options = share_rows(forward, backward, room, self.rows)
-            self._stages[key] = tuple(Stage(*blocks, group, *option) for option in options)
+            self._stages[key] = tuple(
+                Stage(*blocks, group, option.rows, option.forward, option.backward) for option in options
+            )
         return self._stages[key]
 
     def seconds(self, sums: Sequence[Sequence[float]], blocks: tuple[int, int]) -> list[float]:
-        """Return a device's seconds for blocks (first, end) by rows, from 0 to all of them."""
+        """Return a device's seconds for blocks (first, end) by rows, from 0 to all of them; never falling."""
         first, end = blocks
-        return [line[end] - line[first] for line in sums]
+        # Differences of sums may fall by a rounding.
+        return list(accumulate((line[end] - line[first] for line in sums), max))
 
     def slowest_link(self, pairs: Iterable[tuple[int, int]]) -> tuple[float, float]:
         """Return the lowest bytes per second and the longest latency of the links between pairs of devices."""

@@ -182,7 +182,9 @@ def _check_table(device: Device, blocks: int) -> None:
     _expect(rising, f"rows that rise, got {list(device.rows)} ({device.name})")
     for name, table in (("forward", device.forward_seconds), ("backward", device.backward_seconds)):
         found = f"({device.name}, {name}_seconds)"
-        _expect(len(table) == len(device.rows), f"{len(device.rows)} lists, one for each of rows, got {len(table)} {found}")
+        _expect(
+            len(table) == len(device.rows), f"{len(device.rows)} lists, one for each of rows, got {len(table)} {found}"
+        )
         wrong = next((len(line) for line in table if len(line) != blocks), blocks)
         _expect(wrong == blocks, f"seconds of {blocks} blocks in each list, got {wrong} {found}")
     _expect(any(chain(*device.forward_seconds, *device.backward_seconds)), f"a time above 0 ({device.name})")

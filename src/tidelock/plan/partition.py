@@ -3,24 +3,25 @@
 PAC's programme (arXiv 2408.10746, section 4.3) minimises the time of the slowest stage for each number of stages, over
 contiguous groups of an ordered list of devices, and then chooses the number of stages. Here the question is turned
 round, which costs less: for a time that no stage may exceed, how many blocks can the last stages hold on the first
-devices of the list? One pass answers it for every number of stages, and a few times are tried, from the least that could
-do. The layouts that come out are judged by the simulator, in `search.py`.
+devices of the list? One pass answers it for every number of stages, and a few times are tried, from the least that
+could do. The layouts that come out are judged by the simulator, in `search.py`.
 
 May import `plan`.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
+
+from tidelock.plan.cost import AHEAD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from tidelock.plan.cost import Costs
+    from tidelock.plan.cost import Costs, Stage
 
 # Each limit that is tried is so much longer than the one before.
-_STEP = 1.08
+_STEP = 1.25
 
 
 class Shape(NamedTuple):
@@ -57,13 +58,25 @@ class _Reached(NamedTuple):
     rest: _Reached | None
 
 
+def place(costs: Costs, outline: Outline, ahead: int) -> list[Stage] | None:
+    """Return an outline's stages, each with the shares that are quickest forward and backward together; None: no room."""
+    stages, bounds = [], (*outline.cuts, costs.blocks)
+    for index, group in enumerate(outline.groups):
+        behind = len(outline.groups) - 1 - index
+        options = costs.stages((bounds[index], bounds[index + 1]), group, behind, ahead)
+        if not options:
+            return None
+        stages.append(min(options, key=lambda stage: stage.forward + stage.backward))
+    return stages
+
+
 def orders(costs: Costs) -> list[tuple[int, ...]]:
     """Return orders of the devices, the one for the last stage first, that are worth a try for unlike devices.
 
     Early stages have more micro-batches in flight and so need more memory; a device at the end of an order can be left
     out. So: little memory last in the pipeline, then the quick first and the slow first, and memory for its speed.
     """
-    speed = [1 / max(forward[-1][-1] + backward[-1][-1], 1e-12) for forward, backward in _sums(costs)]
+    speed = [1 / max(both[-1][-1], 1e-12) for both in costs.both]
     devices = range(costs.devices)
     ranked = [
         sorted(devices, key=lambda d: (costs.memory[d], -speed[d])),
@@ -71,19 +84,27 @@ def orders(costs: Costs) -> list[tuple[int, ...]]:
         sorted(devices, key=lambda d: (-costs.memory[d], -speed[d])),
         sorted(devices, key=lambda d: (-costs.memory[d] * speed[d], d)),
     ]
-    alike = _alike(costs)
-    return [tuple(order) for order in {tuple(alike[d] for d in order): order for order in ranked}.values()]
+    kinds = alike(costs)
+    return [tuple(order) for order in {tuple(kinds[d] for d in order): order for order in ranked}.values()]
 
 
-def outlines(costs: Costs, order: Sequence[int], shape: Shape) -> Iterator[tuple[float, Outline]]:
+def outlines(
+    costs: Costs, order: Sequence[int], shape: Shape, *, unlimited: bool = False
+) -> Iterator[tuple[float, Outline]]:
     """Yield the limit and the outline of layouts on devices in this order: for each number of stages the balanced one.
 
     Limits rise, in seconds of a stage's forward and backward of one micro-batch. The last outlines have no limit and
     need only fit.
+
+    Args:
+        costs: What stages take.
+        order: The devices, the one for the last stage first.
+        shape: What is allowed.
+        unlimited: Yield the last ones only.
     """
     done: set[int] = set()
-    limit = _least_limit(costs)
-    longest = sum(forward[-1][-1] + backward[-1][-1] for forward, backward in _sums(costs))
+    limit = float("inf") if unlimited else _least_limit(costs)
+    longest = sum(both[-1][-1] for both in costs.both)
     while limit < longest:
         yield from _new_outlines(costs, order, shape, limit, done)
         limit *= _STEP
@@ -111,12 +132,21 @@ def _within(costs: Costs, order: Sequence[int], shape: Shape, limit: float) -> I
         whole = next((state for state in after.values() if state.first == 0), None)
         if whole is not None:
             yield _outline(whole)
-        reached = {used: state for used, state in after.items() if state.first}
+        reached = _worth_going_on(after)
 
 
-def _farthest(
-    costs: Costs, devices: Sequence[int], end: int, behind: int, limit: float
-) -> Iterator[tuple[int, int]]:
+def _worth_going_on(reached: dict[int, _Reached]) -> dict[int, _Reached]:
+    """Leave out what is whole, and what took more devices for no more blocks."""
+    kept: dict[int, _Reached] = {}
+    lowest = float("inf")
+    for used, state in sorted(reached.items()):
+        if 0 < state.first < lowest:
+            kept[used] = state
+        lowest = min(lowest, state.first)
+    return kept
+
+
+def _farthest(costs: Costs, devices: Sequence[int], end: int, behind: int, limit: float) -> Iterator[tuple[int, int]]:
     """Yield, for groups of the first 1, 2, … devices, the first block that a stage up to block `end` can begin with."""
     first = end
     for count in range(1, len(devices) + 1):
@@ -130,36 +160,25 @@ def _farthest(
 
 def _can_do(costs: Costs, group: Sequence[int], blocks: tuple[int, int], behind: int, limit: float) -> bool:
     """Return whether a group does all rows of these blocks within a time, each device at least one."""
+    first, end = blocks
+    fixed, per_row = costs.fixed_bytes(first, end), costs.bytes_per_row(first, end, behind, AHEAD[0])
     rows = 0
     for device in group:
-        can = costs.room(device, blocks, behind, 1)
-        if limit < float("inf"):
-            can = min(can, _rows_within(costs, device, blocks, limit))
+        can = costs.room(device, fixed, per_row)
+        if can and limit < float("inf"):
+            both = costs.both[device]
+            while can and both[can][end] - both[can][first] > limit:
+                can -= 1
         if not can:
             return False
         rows += can
     return rows >= costs.rows >= len(group)
 
 
-def _rows_within(costs: Costs, device: int, blocks: tuple[int, int], limit: float) -> int:
-    """Return how many rows of these blocks a device does, forward and backward, within a time."""
-    first, end = blocks
-    forward, backward = costs.forward[device], costs.backward[device]
-
-    def seconds(rows: int) -> float:
-        return forward[rows][end] - forward[rows][first] + backward[rows][end] - backward[rows][first]
-
-    return bisect_right(range(costs.rows + 1), limit, key=seconds) - 1
-
-
 def _least_limit(costs: Costs) -> float:
     """Return about the least time of the slowest stage that could do: all devices busy all the time."""
-    alone = [forward[-1][-1] + backward[-1][-1] for forward, backward in _sums(costs)]
+    alone = [both[-1][-1] for both in costs.both]
     return 1 / sum(1 / max(seconds, 1e-12) for seconds in alone) * 0.9
-
-
-def _sums(costs: Costs) -> list[tuple[list[list[float]], list[list[float]]]]:
-    return list(zip(costs.forward, costs.backward, strict=True))
 
 
 def _outline(last: _Reached) -> Outline:
@@ -173,10 +192,6 @@ def _outline(last: _Reached) -> Outline:
 
 def alike(costs: Costs) -> list[int]:
     """Return for each device the number of the first one that it could change places with."""
-    return _alike(costs)
-
-
-def _alike(costs: Costs) -> list[int]:
     found: list[int] = []
     for device in range(costs.devices):
         found.append(next((other for other in found if other != device and _same(costs, device, other)), device))

@@ -1,10 +1,10 @@
 """Finds the layout that the simulator finds quickest.
 
 What is guaranteed. A layout is: consecutive blocks in stages, each on devices of its own (some may be left out), whole
-rows of a micro-batch for each device, and how many micro-batches are in flight. `search` returns one whose memory fits,
-by the cost model of `cost.py`. When it says that the search was complete, no layout of the same shape takes less time in
-the simulator, whatever the order of the devices, and when it then found none, there is none. Otherwise it is the
-best of those that were looked at; the pool was too large or too mixed to look at all.
+rows of a micro-batch for each device, and how many micro-batches are in flight. `search` returns one whose memory
+fits, by the cost model of `cost.py`. When it says that the search was complete, no layout of the same shape takes less
+time in the simulator, whatever the order of the devices, and when it then found none, there is none. Otherwise it is
+the best of those that were looked at; the pool was too large or too mixed to look at all.
 
 How. First candidates: the dynamic programme of `partition.py` in a few orders of the devices, and from the best of them
 small changes as long as they help. Then, from the last stage to the first, every layout whose lower bound is less than
@@ -23,11 +23,11 @@ May import `plan`.
 
 from __future__ import annotations
 
-from itertools import accumulate, product
+from itertools import accumulate, chain, product
 from typing import TYPE_CHECKING, NamedTuple, final
 
 from tidelock.plan.cost import AHEAD, Layout
-from tidelock.plan.partition import Outline, Shape, alike, orders, outlines
+from tidelock.plan.partition import Outline, Shape, alike, orders, outlines, place
 from tidelock.plan.simulate import simulate
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # How many layouts are changed for the better, and simulated for that, together.
 _CLIMBS = 3
-_CLIMB_LOOKS = 400
+_CLIMB_LOOKS = 500
 # Of branch and bound: groups of devices that can be told apart, and simulated layouts.
 _MOST_GROUPS = 64
 _MOST_NODES = 20_000
@@ -89,11 +89,11 @@ def search(costs: Costs, shape: Shape) -> Result:
     """Return the best layouts of a shape; see above for what is guaranteed."""
     found = Found(costs)
     _first_candidates(found, shape)
-    starts = [(Outline(tuple(s.first for s in one.stages), tuple(s.group for s in one.stages)), one.ahead)
-              for one in found.ranked()[:_CLIMBS]]
+    starts = found.ranked()[:_CLIMBS]
     climber = _Climber(found, shape)
-    for outline, ahead in starts:
-        climber.climb(outline, ahead)
+    for layout in starts:
+        cuts, groups = zip(*((stage.first, stage.group) for stage in layout.stages), strict=True)
+        climber.climb(Outline(cuts, groups), layout.ahead)
     complete = _BranchAndBound(found, shape).run()
     return Result(found.ranked(), complete)
 
@@ -115,13 +115,9 @@ def _aheads(costs: Costs, stages: int) -> tuple[int, ...]:
 
 def look(found: Found, outline: Outline, ahead: int) -> float:
     """Return the seconds of an outline's layout, which is taken in; infinite when it does not fit."""
-    costs, stages = found.costs, []
-    for index, (first, group) in enumerate(zip(outline.cuts, outline.groups, strict=True)):
-        end = outline.cuts[index + 1] if index + 1 < len(outline.cuts) else costs.blocks
-        options = costs.stages((first, end), group, len(outline.cuts) - 1 - index, ahead)
-        if not options:
-            return float("inf")
-        stages.append(min(options, key=lambda stage: stage.forward + stage.backward))
+    costs, stages = found.costs, place(found.costs, outline, ahead)
+    if stages is None:
+        return float("inf")
     seconds = costs.step_seconds(stages, ahead)
     found.add(stages, ahead, seconds)
     return seconds
@@ -161,7 +157,8 @@ class _Climber:
         for other in _aheads(costs, len(outline.cuts)):
             if other != ahead:
                 yield outline, other
-        for changed in (*_moved_cuts(outline, costs.blocks), *_moved_devices(outline, costs.devices), *_merged(outline)):
+        changes = (_moved_cuts(outline, costs.blocks), _moved_devices(outline, costs.devices), _merged(outline))
+        for changed in chain(*changes):
             if all(0 < len(group) <= self._shape.max_group for group in changed.groups):
                 yield changed, ahead if len(changed.cuts) > 1 else AHEAD[0]
 
@@ -177,22 +174,20 @@ def _moved_cuts(outline: Outline, blocks: int) -> Iterator[Outline]:
 
 def _moved_devices(outline: Outline, devices: int) -> Iterator[Outline]:
     """Yield outlines with one device in another group, or in none, or exchanged for one of another group."""
-    place = {device: index for index, group in enumerate(outline.groups) for device in group}
+    at: dict[int, int | None] = {device: index for index, group in enumerate(outline.groups) for device in group}
     for device in range(devices):
-        here = place.get(device)
+        here = at.get(device)
         for there in (*range(len(outline.groups)), None):
             if there != here:
-                yield _placed(outline, place | {device: there})
+                yield _placed(outline, at | {device: there})
         for other in range(device):
-            if place.get(other) != here:
-                yield _placed(outline, place | {device: place.get(other), other: here})
+            if at.get(other) != here:
+                yield _placed(outline, at | {device: at.get(other), other: here})
 
 
-def _placed(outline: Outline, place: dict[int, int | None]) -> Outline:
-    groups = tuple(
-        tuple(sorted(device for device, at in place.items() if at == index)) for index in range(len(outline.groups))
-    )
-    return outline._replace(groups=groups)
+def _placed(outline: Outline, at: dict[int, int | None]) -> Outline:
+    groups = (tuple(sorted(d for d, there in at.items() if there == index)) for index in range(len(outline.groups)))
+    return outline._replace(groups=tuple(groups))
 
 
 def _merged(outline: Outline) -> Iterator[Outline]:
@@ -243,9 +238,7 @@ class _BranchAndBound:
             if self._nodes > _MOST_NODES:
                 return False
         ways.sort(key=lambda way: way[0])
-        return all(
-            bound >= self._found.seconds or self._extend(stages, still, ahead) for bound, stages, still in ways
-        )
+        return all(bound >= self._found.seconds or self._extend(stages, still, ahead) for bound, stages, still in ways)
 
     def _group(self, left: tuple[int, ...], taken: tuple[int, ...]) -> tuple[int, ...]:
         """Return the devices that are taken: of each kind the first that are left."""
@@ -318,8 +311,8 @@ def _bounds(costs: Costs, devices: tuple[int, ...]) -> _Bounds:
     forward = [_least_per_row(costs.forward[device], costs) for device in devices]
     backward = [_least_per_row(costs.backward[device], costs) for device in devices]
     both = [[f + b for f, b in zip(*lines, strict=True)] for lines in zip(forward, backward, strict=True)]
-    forward, backward, both = (_shared(lines, costs.rows) for lines in (forward, backward, both))
-    return _Bounds(forward, backward, both, sum(costs.memory[device] for device in devices))
+    memory = sum(costs.memory[device] for device in devices)
+    return _Bounds(*(_shared(lines, costs.rows) for lines in (forward, backward, both)), memory)
 
 
 def _least_per_row(sums: Sequence[Sequence[float]], costs: Costs) -> list[float]:

@@ -10,19 +10,27 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from heapq import heapify, heapreplace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+class Share(NamedTuple):
+    """Rows of a micro-batch for each device of a group, and what the slowest one takes, in seconds."""
+
+    rows: tuple[int, ...]
+    forward: float
+    backward: float
+
+
 def share_rows(
     forward: Sequence[Sequence[float]], backward: Sequence[Sequence[float]], room: Sequence[int], rows: int
-) -> list[tuple[tuple[int, ...], float, float]]:
-    """Return all ways to share rows that are not worse in both directions than another.
+) -> list[Share]:
+    """Return ways to share rows: for any way there is one among them that is as quick both forward and backward.
 
-    A group is as slow as its slowest device, in the forward and in the backward. Devices of unlike ratio between the two
-    leave a choice: of any share there is one in the result that is as quick in both.
+    A group is as slow as its slowest device, in the forward and in the backward. So devices of unlike ratio between the
+    two leave a choice.
 
     Args:
         forward: For each device, its seconds by rows; `forward[d][r]`, from 0 rows on, never falling.
@@ -31,17 +39,16 @@ def share_rows(
         rows: To be shared; each device gets at least one.
 
     Returns:
-        Rows of each device, seconds forward, seconds backward; from the quickest forward to the quickest backward.
-        Empty when there is no way.
+        From the quickest forward to the quickest backward; empty when there is no way.
     """
-    found: list[tuple[tuple[int, ...], float, float]] = []
+    found: list[Share] = []
     shares = _least_time(forward, room, rows)
     while shares is not None:
         limit = max(times[share] for times, share in zip(forward, shares, strict=True))
         within = [_most(times, limit, most) for times, most in zip(forward, room, strict=True)]
         best = _least_time(backward, within, rows) or shares
         slow = max(times[share] for times, share in zip(backward, best, strict=True))
-        found.append((tuple(best), limit, slow))
+        found.append(Share(tuple(best), limit, slow))
         # Next: quicker backward, and slower forward as far as it must be.
         room = [min(most, bisect_left(times, slow) - 1) for times, most in zip(backward, room, strict=True)]
         shares = _least_time(forward, room, rows)
@@ -59,7 +66,7 @@ def _least_time(times: Sequence[Sequence[float]], room: Sequence[int], rows: int
         return None
     shares = [1] * len(room)
     infinite = float("inf")
-    heap = [(line[2] if most > 1 else infinite, device) for device, (line, most) in enumerate(zip(times, room, strict=True))]
+    heap = [(times[device][2] if room[device] > 1 else infinite, device) for device in range(len(room))]
     heapify(heap)
     for _ in range(rows - len(room)):
         device = heap[0][1]

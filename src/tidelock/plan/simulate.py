@@ -15,7 +15,10 @@ May import nothing of tidelock.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import TYPE_CHECKING, Literal, final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Work = Literal["forward", "backward", "all-reduce", "send-forward", "send-backward"]
 
@@ -90,58 +93,81 @@ class Ends:
         return max(self.all_reduce)
 
 
-def simulate(stages: list[StageTimes], micro_batches: int) -> Ends:
+def simulate(stages: Sequence[StageTimes], micro_batches: int) -> Ends:
     """Return when everything in a step ends.
 
     Args:
         stages: First to last.
         micro_batches: M, at least 1.
     """
-    count, last = len(stages), len(stages) - 1
+    step = _Step(stages)
     in_flight = [min(stage.in_flight, micro_batches) for stage in stages]
-    free = [0.0] * count
-    ends = Ends(*([[] for _ in stages] for _ in range(4)), all_reduce=[])
-    arrived_backward: list[list[float]] = [[] for _ in stages]
-
-    def run_forward() -> None:
-        arrival = 0.0
-        for index, stage in enumerate(stages):
-            free[index] = max(free[index], arrival) + stage.forward
-            ends.forward[index].append(free[index])
-            if index < last:
-                sent = ends.sent_forward[index]
-                link = max(free[index], sent[-1] if sent else 0.0) + stage.send_forward
-                sent.append(link)
-                arrival = link + stage.latency
-
-    def run_backward(index: int, number: int) -> None:
-        arrival = arrived_backward[index][number] if index < last else 0.0
-        free[index] = max(free[index], arrival) + stages[index].backward
-        ends.backward[index].append(free[index])
-        if index:
-            before, sent = stages[index - 1], ends.sent_backward[index]
-            link = max(free[index], sent[-1] if sent else 0.0) + before.send_backward
-            sent.append(link)
-            arrived_backward[index - 1].append(link + before.latency)
-
+    backwards = range(len(stages) - 1, -1, -1)
     # A stage has at least as many micro-batches in flight as the next one. So when forward `number` is due at a stage,
     # the backward that has to precede it there waits only for events of lower numbers, or of later stages.
     for number in range(micro_batches):
-        for index in range(last, -1, -1):
+        for index in backwards:
             if number >= in_flight[index]:
-                run_backward(index, number - in_flight[index])
-        run_forward()
+                step.backward(index, number - in_flight[index])
+        step.forward()
     for number in range(micro_batches):
-        for index in range(last, -1, -1):
+        for index in backwards:
             if number >= micro_batches - in_flight[index]:
-                run_backward(index, number)
-    ends.all_reduce.extend(end + stage.all_reduce for end, stage in zip(free, stages, strict=True))
-    return ends
+                step.backward(index, number)
+    return step.end()
 
 
-def gantt(stages: list[StageTimes], micro_batches: int) -> list[Interval]:
+@final
+class _Step:
+    """Takes events in, in an order in which each comes after those that it waits for."""
+
+    def __init__(self, stages: Sequence[StageTimes]) -> None:
+        self._stages = stages
+        self._free = [0.0] * len(stages)
+        self._arrived: list[list[float]] = [[] for _ in stages]
+        forward, backward, sent_forward, sent_backward = ([[] for _ in stages] for _ in range(4))
+        self._ends = Ends(forward, backward, sent_forward, sent_backward, [])
+
+    def forward(self) -> None:
+        """Take in the next micro-batch's forward in all stages."""
+        ends, last, arrival = self._ends, len(self._stages) - 1, 0.0
+        for index, stage in enumerate(self._stages):
+            end = self._free[index] = max(self._free[index], arrival) + stage.forward
+            ends.forward[index].append(end)
+            if index < last:
+                sent = _sent(ends.sent_forward[index], end, stage.send_forward)
+                arrival = sent + stage.latency
+
+    def backward(self, index: int, number: int) -> None:
+        """Take in a micro-batch's backward in one stage."""
+        ends = self._ends
+        arrival = self._arrived[index][number] if index + 1 < len(self._stages) else 0.0
+        end = self._free[index] = max(self._free[index], arrival) + self._stages[index].backward
+        ends.backward[index].append(end)
+        if index:
+            before = self._stages[index - 1]
+            sent = _sent(ends.sent_backward[index], end, before.send_backward)
+            self._arrived[index - 1].append(sent + before.latency)
+
+    def end(self) -> Ends:
+        """Take in the sums of gradients."""
+        self._ends.all_reduce.extend(
+            end + stage.all_reduce for end, stage in zip(self._free, self._stages, strict=True)
+        )
+        return self._ends
+
+
+def _sent(link: list[float], ready: float, takes: float) -> float:
+    """Return when a message has left a link, which sends in order; it is taken in."""
+    end = (max(ready, link[-1]) if link else ready) + takes
+    link.append(end)
+    return end
+
+
+def gantt(stages: Sequence[StageTimes], micro_batches: int) -> list[Interval]:
     """Return all intervals of a step, for a chart: by stage, and in each by their beginning."""
-    ends, found = simulate(stages, micro_batches), []
+    ends = simulate(stages, micro_batches)
+    found: list[Interval] = []
     for index, stage in enumerate(stages):
         before = stages[index - 1].send_backward if index else 0.0
         rows: list[tuple[Work, list[float], float]] = [
