@@ -125,13 +125,13 @@ class Profile(_Part):
         for device in self.devices:
             _check_table(device, len(self.blocks))
         names = [device.name for device in self.devices]
-        _expect(len(set(names)) == len(names), f"a name for each device, got {_twice(names)!r} twice")
+        _expect_once("a name for each device", names)
         for link in self.links.between:
             unknown = [name for name in link.devices if name not in names]
             _expect(not unknown, f"links between devices of the profile, got {', '.join(unknown)}")
             _expect(link.devices[0] != link.devices[1], f"links between two devices, got {link.devices[0]!r} twice")
         pairs = [" and ".join(sorted(link.devices)) for link in self.links.between]
-        _expect(len(set(pairs)) == len(pairs), f"one link for each pair, got two for {_twice(pairs)}")
+        _expect_once("one link for each pair", pairs)
         return self
 
     def link(self, one: int, other: int) -> Link:
@@ -196,5 +196,6 @@ def _expect(holds: bool, rule: str) -> None:  # noqa: FBT001  (what is checked)
         raise ValueError(msg)
 
 
-def _twice(names: list[str]) -> str:
-    return Counter(names).most_common(1)[0][0]
+def _expect_once(rule: str, names: list[str]) -> None:
+    name, count = Counter(names).most_common(1)[0] if names else ("", 0)
+    _expect(count <= 1, f"{rule}, got {name!r} {count} times")

@@ -59,7 +59,7 @@ class _Reached(NamedTuple):
 
 
 def place(costs: Costs, outline: Outline, ahead: int) -> list[Stage] | None:
-    """Return an outline's stages, each with the shares that are quickest forward and backward together; None: no room."""
+    """Return an outline's stages, with the shares that are quickest forward and backward together; None: no room."""
     stages, bounds = [], (*outline.cuts, costs.blocks)
     for index, group in enumerate(outline.groups):
         behind = len(outline.groups) - 1 - index

@@ -312,7 +312,7 @@ def _bounds(costs: Costs, devices: tuple[int, ...]) -> _Bounds:
     backward = [_least_per_row(costs.backward[device], costs) for device in devices]
     both = [[f + b for f, b in zip(*lines, strict=True)] for lines in zip(forward, backward, strict=True)]
     memory = sum(costs.memory[device] for device in devices)
-    return _Bounds(*(_shared(lines, costs.rows) for lines in (forward, backward, both)), memory)
+    return _Bounds(_shared(forward, costs.rows), _shared(backward, costs.rows), _shared(both, costs.rows), memory)
 
 
 def _least_per_row(sums: Sequence[Sequence[float]], costs: Costs) -> list[float]:

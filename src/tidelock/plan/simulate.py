@@ -124,9 +124,9 @@ class _Step:
     def __init__(self, stages: Sequence[StageTimes]) -> None:
         self._stages = stages
         self._free = [0.0] * len(stages)
-        self._arrived: list[list[float]] = [[] for _ in stages]
-        forward, backward, sent_forward, sent_backward = ([[] for _ in stages] for _ in range(4))
-        self._ends = Ends(forward, backward, sent_forward, sent_backward, [])
+        self._arrived = _empty(len(stages))
+        count = len(stages)
+        self._ends = Ends(_empty(count), _empty(count), _empty(count), _empty(count), [])
 
     def forward(self) -> None:
         """Take in the next micro-batch's forward in all stages."""
@@ -155,6 +155,10 @@ class _Step:
             end + stage.all_reduce for end, stage in zip(self._free, self._stages, strict=True)
         )
         return self._ends
+
+
+def _empty(stages: int) -> list[list[float]]:
+    return [[] for _ in range(stages)]
 
 
 def _sent(link: list[float], ready: float, takes: float) -> float:
