@@ -40,7 +40,7 @@ _CLIMBS = 3
 _CLIMB_LOOKS = 500
 # Of branch and bound: groups of devices that can be told apart, and simulated layouts.
 _MOST_GROUPS = 64
-_MOST_NODES = 20_000
+_MOST_NODES = 5_000
 
 
 @final
