@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Each limit that is tried is so much longer than the one before.
 _STEP = 1.25
+# Of the time between too little and enough, to balance stages.
+_HALVINGS = 6
 
 
 class Shape(NamedTuple):
@@ -82,7 +84,9 @@ def orders(costs: Costs) -> list[tuple[int, ...]]:
         sorted(devices, key=lambda d: (costs.memory[d], -speed[d])),
         sorted(devices, key=lambda d: (-speed[d], costs.memory[d])),
         sorted(devices, key=lambda d: (-costs.memory[d], -speed[d])),
+        sorted(devices, key=lambda d: (speed[d], costs.memory[d])),
         sorted(devices, key=lambda d: (-costs.memory[d] * speed[d], d)),
+        sorted(devices, key=lambda d: (costs.memory[d] / speed[d], d)),
     ]
     kinds = alike(costs)
     return [tuple(order) for order in {tuple(kinds[d] for d in order): order for order in ranked}.values()]
@@ -109,6 +113,42 @@ def outlines(
         yield from _new_outlines(costs, order, shape, limit, done)
         limit *= _STEP
     yield from _new_outlines(costs, order, shape, float("inf"), done)
+
+
+def balanced(costs: Costs, groups: Sequence[tuple[int, ...]], limit: float) -> tuple[float, Outline] | None:
+    """Return the outline of groups in this order whose slowest stage is quickest, about, and its time.
+
+    Args:
+        costs: What stages take.
+        groups: The devices of each stage, first to last.
+        limit: What the slowest stage may take, in seconds forward and backward; None is returned when it takes more.
+    """
+    cuts = _filled(costs, groups, limit)
+    if cuts is None:
+        return None
+    low, best = limit / _STEP**2 if limit < float("inf") else 0.0, cuts
+    if limit == float("inf"):
+        limit = sum(both[-1][-1] for both in costs.both)
+    for _ in range(_HALVINGS):
+        middle = (low + limit) / 2
+        cuts = _filled(costs, groups, middle)
+        if cuts is None:
+            low = middle
+        else:
+            limit, best = middle, cuts
+    return limit, Outline(best, tuple(groups))
+
+
+def _filled(costs: Costs, groups: Sequence[tuple[int, ...]], limit: float) -> tuple[int, ...] | None:
+    """Return the first block of each stage when each, from the last on, has as many as it can within a time."""
+    end, cuts = costs.blocks, []
+    for behind, group in enumerate(reversed(groups)):
+        first = _lowest(costs, group, (len(groups) - 1 - behind, end - 1, end), behind, limit)
+        if first is None:
+            return None
+        cuts.append(first)
+        end = first
+    return tuple(reversed(cuts)) if end == 0 else None
 
 
 def _new_outlines(
@@ -148,31 +188,48 @@ def _worth_going_on(reached: dict[int, _Reached]) -> dict[int, _Reached]:
 
 def _farthest(costs: Costs, devices: Sequence[int], end: int, behind: int, limit: float) -> Iterator[tuple[int, int]]:
     """Yield, for groups of the first 1, 2, … devices, the first block that a stage up to block `end` can begin with."""
-    first = end
+    best = end
     for count in range(1, len(devices) + 1):
-        while first and _can_do(costs, devices[:count], (first - 1, end), behind, limit):
-            first -= 1
-        if first < end:
+        first = _lowest(costs, devices[:count], (0, best - 1, end), behind, limit)
+        if first is not None:
             yield count, first
-        if not first:
+            best = first
+        if not best:
             return
 
 
-def _can_do(costs: Costs, group: Sequence[int], blocks: tuple[int, int], behind: int, limit: float) -> bool:
-    """Return whether a group does all rows of these blocks within a time, each device at least one."""
-    first, end = blocks
-    fixed, per_row = costs.fixed_bytes(first, end), costs.bytes_per_row(first, end, behind, AHEAD[0])
-    rows = 0
-    for device in group:
-        can = costs.room(device, fixed, per_row)
-        if can and limit < float("inf"):
-            both = costs.both[device]
-            while can and both[can][end] - both[can][first] > limit:
-                can -= 1
-        if not can:
-            return False
-        rows += can
-    return rows >= costs.rows >= len(group)
+def _lowest(costs: Costs, group: Sequence[int], between: tuple[int, int, int], behind: int, limit: float) -> int | None:
+    """Return the lowest first block of a stage that a group can do within a time and its memory; None: there is none.
+
+    Args:
+        costs: What stages take.
+        group: Devices; each has to do at least one row.
+        between: The lowest and the highest first block to try, and the block after the stage's last one.
+        behind: Stages behind this one.
+        limit: Seconds of a device's forward and backward.
+    """
+    lowest, highest, end = between
+    found = None
+    for first in range(highest, lowest - 1, -1):
+        fixed, per_row = costs.fixed_bytes(first, end), costs.bytes_per_row(first, end, behind, AHEAD[0])
+        rows, in_time = [], []
+        for device in group:
+            in_time.append(_rows_within(costs.both[device], first, end, limit))
+            rows.append(min(in_time[-1], costs.room(device, fixed, per_row)))
+        if min(rows) and sum(rows) >= costs.rows >= len(group):
+            found = first
+        elif not min(in_time) or sum(in_time) < costs.rows or fixed > min(costs.memory[device] for device in group):
+            break  # more blocks take more of both; only what crosses a boundary may be less at another one
+    return found
+
+
+def _rows_within(both: Sequence[Sequence[float]], first: int, end: int, limit: float) -> int:
+    """Return how many rows of these blocks a device does, forward and backward, within a time."""
+    rows = len(both) - 1
+    if limit < float("inf"):
+        while rows and both[rows][end] - both[rows][first] > limit:
+            rows -= 1
+    return rows
 
 
 def _least_limit(costs: Costs) -> float:

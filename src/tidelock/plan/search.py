@@ -23,21 +23,26 @@ May import `plan`.
 
 from __future__ import annotations
 
-from itertools import accumulate, chain, product
+import random
+from itertools import accumulate, product
 from typing import TYPE_CHECKING, NamedTuple, final
 
 from tidelock.plan.cost import AHEAD, Layout
-from tidelock.plan.partition import Outline, Shape, alike, orders, outlines, place
+from tidelock.plan.partition import Outline, Shape, alike, balanced, orders, outlines, place
 from tidelock.plan.simulate import simulate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from tidelock.plan.cost import Costs, Stage
 
-# How many layouts are changed for the better, and simulated for that, together.
+# How many layouts are changed for the better, how often the best one is changed at random first, and how many changes
+# are looked at, together.
 _CLIMBS = 3
-_CLIMB_LOOKS = 500
+_JUMPS = 200
+_CLIMB_LOOKS = 1500
+# A change that takes so much longer may still become better when cuts are moved.
+_NEAR = 1.3
 # Of branch and bound: groups of devices that can be told apart, and simulated layouts.
 _MOST_GROUPS = 64
 _MOST_NODES = 5_000
@@ -57,13 +62,15 @@ class Found:
         self._layouts: dict[tuple[tuple[int, ...], ...], Layout] = {}
         self.seconds = float("inf")
 
-    def add(self, stages: Sequence[Stage], ahead: int, seconds: float) -> None:
-        """Take a whole layout in."""
+    def add(self, stages: Sequence[Stage], ahead: int, seconds: float) -> Layout:
+        """Take a whole layout in, and return it."""
+        layout = Layout(tuple(stages), ahead, seconds)
         groups = tuple(tuple(sorted(self.kinds[device] for device in stage.group)) for stage in stages)
         before = self._layouts.get(groups)
         if before is None or seconds < before.seconds:
-            self._layouts[groups] = Layout(tuple(stages), ahead, seconds)
+            self._layouts[groups] = layout
             self.seconds = min(self.seconds, seconds)
+        return layout
 
     def ranked(self) -> list[Layout]:
         """Return the layouts, the quickest first; of equal ones that with fewer stages, then fewer devices."""
@@ -89,11 +96,7 @@ def search(costs: Costs, shape: Shape) -> Result:
     """Return the best layouts of a shape; see above for what is guaranteed."""
     found = Found(costs)
     _first_candidates(found, shape)
-    starts = found.ranked()[:_CLIMBS]
-    climber = _Climber(found, shape)
-    for layout in starts:
-        cuts, groups = zip(*((stage.first, stage.group) for stage in layout.stages), strict=True)
-        climber.climb(Outline(cuts, groups), layout.ahead)
+    _Climber(found, shape).run()
     complete = _BranchAndBound(found, shape).run()
     return Result(found.ranked(), complete)
 
@@ -113,54 +116,93 @@ def _aheads(costs: Costs, stages: int) -> tuple[int, ...]:
     return AHEAD[:1] if stages == 1 or costs.micro_batches == 1 else AHEAD
 
 
-def look(found: Found, outline: Outline, ahead: int) -> float:
-    """Return the seconds of an outline's layout, which is taken in; infinite when it does not fit."""
-    costs, stages = found.costs, place(found.costs, outline, ahead)
-    if stages is None:
-        return float("inf")
-    seconds = costs.step_seconds(stages, ahead)
-    found.add(stages, ahead, seconds)
-    return seconds
+def look(found: Found, outline: Outline, ahead: int) -> Layout | None:
+    """Return an outline's layout, which is taken in; None when it does not fit."""
+    stages = place(found.costs, outline, ahead)
+    return None if stages is None else found.add(stages, ahead, found.costs.step_seconds(stages, ahead))
 
 
 @final
 class _Climber:
-    """Changes an outline a little as long as the step gets shorter."""
+    """Changes a layout a little as long as the step gets shorter: first who is with whom, then the cuts."""
 
     def __init__(self, found: Found, shape: Shape) -> None:
         self._found = found
+        self._costs = found.costs
         self._shape = shape
-        self._seen: dict[tuple[Outline, int], float] = {}
+        self._seen: set[tuple[tuple[int, ...], ...]] = set()
+        self._looks = 0
 
-    def climb(self, outline: Outline, ahead: int) -> None:
-        best, looks = self._look(outline, ahead), 0
+    def run(self) -> None:
+        """Climb from the best layouts; then, again and again, from the best one with some devices elsewhere."""
+        for layout in self._found.ranked()[:_CLIMBS]:
+            self._climb(layout)
+        draw = random.Random(0)  # noqa: S311  (no secret; the same plan every time)
+        for _ in range(_JUMPS):
+            groups = self._jump(draw)
+            limit = self._found.seconds * _NEAR / self._costs.micro_batches
+            start = self._look(groups, limit, float("inf"))
+            if start is not None:
+                self._climb(start)
+
+    def _jump(self, draw: random.Random) -> tuple[tuple[int, ...], ...]:
+        """Return the groups of the best layout with some devices elsewhere; while there is none, any groups."""
+        best = self._found.ranked()[:1]
+        if not best:
+            order = draw.sample(range(self._costs.devices), self._costs.devices)
+            ends = sorted(draw.sample(range(1, len(order)), draw.randint(0, len(order) - 1)))
+            return tuple(tuple(sorted(order[i:j])) for i, j in zip([0, *ends], [*ends, len(order)], strict=True))
+        groups = tuple(stage.group for stage in best[0].stages)
+        for _ in range(draw.randint(2, 4)):
+            groups = draw.choice(list(_regrouped(groups, self._costs.devices)))
+        return groups
+
+    def _climb(self, layout: Layout) -> None:
+        layout, moved = self._shift_cuts(layout), True
+        while moved:
+            groups, moved = tuple(stage.group for stage in layout.stages), False
+            limit = layout.seconds / self._costs.micro_batches
+            for changed in _regrouped(groups, self._costs.devices):
+                better = self._look(changed, limit, layout.seconds)
+                if better is not None:
+                    layout, moved = better, True
+                    break
+
+    def _look(self, groups: tuple[tuple[int, ...], ...], limit: float, best: float) -> Layout | None:
+        """Return the layout with these groups and balanced stages when it takes less than `best`."""
+        if (
+            groups in self._seen
+            or self._looks >= _CLIMB_LOOKS
+            or len(groups) > min(self._shape.max_stages, self._costs.blocks)
+            or max(len(group) for group in groups) > self._shape.max_group
+        ):
+            return None
+        self._seen.add(groups)
+        self._looks += 1
+        way = balanced(self._costs, groups, limit)
+        if way is None:
+            return None
+        looks = (look(self._found, way[1], ahead) for ahead in _aheads(self._costs, len(groups)))
+        near = min((one for one in looks if one), key=lambda one: one.seconds, default=None)
+        if near is None or near.seconds > best * _NEAR:
+            return None
+        layout = self._shift_cuts(near)
+        return layout if layout.seconds < best else None
+
+    def _shift_cuts(self, layout: Layout) -> Layout:
         moved = True
-        while moved and looks < _CLIMB_LOOKS:
-            moved = False
-            for other, others_ahead in self._changes(outline, ahead):
-                looks += 1
-                seconds = self._look(other, others_ahead)
-                if seconds < best:
-                    outline, ahead, best, moved = other, others_ahead, seconds, True
+        while moved:
+            outline, moved = _outline_of(layout), False
+            for changed in _moved_cuts(outline, self._costs.blocks):
+                other = look(self._found, changed, layout.ahead)
+                if other is not None and other.seconds < layout.seconds:
+                    layout, moved = other, True
                     break
-                if looks >= _CLIMB_LOOKS:
-                    break
+        return layout
 
-    def _look(self, outline: Outline, ahead: int) -> float:
-        key = (outline, ahead)
-        if key not in self._seen:
-            self._seen[key] = look(self._found, outline, ahead)
-        return self._seen[key]
 
-    def _changes(self, outline: Outline, ahead: int) -> Iterator[tuple[Outline, int]]:
-        costs = self._found.costs
-        for other in _aheads(costs, len(outline.cuts)):
-            if other != ahead:
-                yield outline, other
-        changes = (_moved_cuts(outline, costs.blocks), _moved_devices(outline, costs.devices), _merged(outline))
-        for changed in chain(*changes):
-            if all(0 < len(group) <= self._shape.max_group for group in changed.groups):
-                yield changed, ahead if len(changed.cuts) > 1 else AHEAD[0]
+def _outline_of(layout: Layout) -> Outline:
+    return Outline(tuple(stage.first for stage in layout.stages), tuple(stage.group for stage in layout.stages))
 
 
 def _moved_cuts(outline: Outline, blocks: int) -> Iterator[Outline]:
@@ -172,30 +214,30 @@ def _moved_cuts(outline: Outline, blocks: int) -> Iterator[Outline]:
                 yield outline._replace(cuts=(*outline.cuts[:index], cut, *outline.cuts[index + 1 :]))
 
 
-def _moved_devices(outline: Outline, devices: int) -> Iterator[Outline]:
-    """Yield outlines with one device in another group, or in none, or exchanged for one of another group."""
-    at: dict[int, int | None] = {device: index for index, group in enumerate(outline.groups) for device in group}
+def _regrouped(groups: tuple[tuple[int, ...], ...], devices: int) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """Yield groups with one device elsewhere, alone or in none, or two exchanged, or two neighbours made one."""
+    at = {device: float(index) for index, group in enumerate(groups) for device in group}
+    stages = range(len(groups))
     for device in range(devices):
         here = at.get(device)
-        for there in (*range(len(outline.groups)), None):
+        for there in (*stages, *(index - 0.5 for index in (*stages, len(groups))), None):
             if there != here:
-                yield _placed(outline, at | {device: there})
+                yield _placed(at, {device: there})
         for other in range(device):
             if at.get(other) != here:
-                yield _placed(outline, at | {device: at.get(other), other: here})
+                yield _placed(at, {device: at.get(other), other: here})
+    for index in stages[1:]:
+        yield _placed(at, dict.fromkeys(groups[index], index - 1.0))
+        yield _placed(at, dict.fromkeys(groups[index], index - 1.0) | dict.fromkeys(groups[index - 1], float(index)))
 
 
-def _placed(outline: Outline, at: dict[int, int | None]) -> Outline:
-    groups = (tuple(sorted(d for d, there in at.items() if there == index)) for index in range(len(outline.groups)))
-    return outline._replace(groups=tuple(groups))
-
-
-def _merged(outline: Outline) -> Iterator[Outline]:
-    """Yield outlines with two neighbouring stages made one."""
-    for index in range(1, len(outline.cuts)):
-        both = tuple(sorted(outline.groups[index - 1] + outline.groups[index]))
-        cuts = (*outline.cuts[:index], *outline.cuts[index + 1 :])
-        yield Outline(cuts, (*outline.groups[: index - 1], both, *outline.groups[index + 1 :]))
+def _placed(at: Mapping[int, float], changes: Mapping[int, float | None]) -> tuple[tuple[int, ...], ...]:
+    """Return the groups of devices with the same number, by their numbers; those with none are left out."""
+    groups: dict[float, list[int]] = {}
+    for device, there in sorted({**at, **changes}.items()):
+        if there is not None:
+            groups.setdefault(there, []).append(device)
+    return tuple(tuple(group) for _, group in sorted(groups.items()))
 
 
 @final

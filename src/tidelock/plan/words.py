@@ -22,13 +22,16 @@ def plan_values(plan: Plan) -> dict[str, object]:
 
 
 def plan_text(plan: Plan) -> str:
-    """Return a plan for people: stages, who holds what, time, memory, bytes, what holds it up, and what else there is."""
+    """Return a plan for people: who holds what, time, memory, bytes, what holds it up, and what else there is."""
     rows = plan.batch_rows // plan.micro_batches
     count, sort = len(plan.stages), "no layout is quicker" if plan.is_proved else "the quickest that was found"
     parts = "1 stage" if count == 1 else f"{count} stages"
-    lines = [
+    first = (
         f"{plan.title}: {parts}, {format_seconds(plan.seconds)} a step of {plan.batch_rows} rows in "
-        f"{plan.micro_batches} micro-batches of {rows}, {plan.rows_per_second:.3g} rows/s ({sort}).",
+        f"{plan.micro_batches} micro-batches of {rows}, {plan.rows_per_second:.3g} rows/s ({sort})."
+    )
+    lines = [
+        first,
         "",
         *(line for number, stage in enumerate(plan.stages, 1) for line in _stage_lines(number, stage, plan)),
         "",
@@ -45,10 +48,8 @@ def _stage_lines(number: int, stage: StagePlan, plan: Plan) -> list[str]:
     if stage.first_block == stage.last_block:
         held = f"block {stage.first_block}"
     busy = 1 - stage.idle_seconds / plan.seconds
-    lines = [
-        f"Stage {number}: {held}, {stage.in_flight} in flight, forward {format_seconds(stage.forward_seconds)}, "
-        f"backward {format_seconds(stage.backward_seconds)}, busy {busy:.0%}"
-    ]
+    takes = f"forward {format_seconds(stage.forward_seconds)}, backward {format_seconds(stage.backward_seconds)}"
+    lines = [f"Stage {number}: {held}, {stage.in_flight} in flight, {takes}, busy {busy:.0%}"]
     width = max(len(device.name) for device in stage.devices)
     for device in stage.devices:
         needs = f"{format_bytes(device.memory_bytes)} of {format_bytes(device.memory_limit)}"
