@@ -11,6 +11,7 @@ May import `plan`.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import TYPE_CHECKING, NamedTuple
 
 from tidelock.plan.cost import AHEAD
@@ -209,26 +210,32 @@ def _lowest(costs: Costs, group: Sequence[int], between: tuple[int, int, int], b
         limit: Seconds of a device's forward and backward.
     """
     lowest, highest, end = between
-    found = None
-    for first in range(highest, lowest - 1, -1):
+    if len(group) > costs.rows:
+        return None
+    memory = min(costs.memory[device] for device in group)
+
+    def can_do(first: int) -> int:
+        if costs.fixed_bytes(first, end) > memory:
+            return 0
+        rows = [_rows_within(costs.both[device], first, end, limit) for device in group]
+        return min(1, *rows, sum(rows) // costs.rows)
+
+    # Fewer blocks take less time and fewer fixed bytes, but what crosses a boundary may be more at another one.
+    for first in range(bisect_left(range(highest + 1), 1, lowest, key=can_do), highest + 1):
         fixed, per_row = costs.fixed_bytes(first, end), costs.bytes_per_row(first, end, behind, AHEAD[0])
-        rows, in_time = [], []
-        for device in group:
-            in_time.append(_rows_within(costs.both[device], first, end, limit))
-            rows.append(min(in_time[-1], costs.room(device, fixed, per_row)))
-        if min(rows) and sum(rows) >= costs.rows >= len(group):
-            found = first
-        elif not min(in_time) or sum(in_time) < costs.rows or fixed > min(costs.memory[device] for device in group):
-            break  # more blocks take more of both; only what crosses a boundary may be less at another one
-    return found
+        room = [costs.room(device, fixed, per_row) for device in group]
+        if min(room) and sum(room) >= costs.rows:
+            rows = [_rows_within(costs.both[device], first, end, limit) for device in group]
+            if sum(map(min, rows, room)) >= costs.rows:
+                return first
+    return None
 
 
 def _rows_within(both: Sequence[Sequence[float]], first: int, end: int, limit: float) -> int:
     """Return how many rows of these blocks a device does, forward and backward, within a time."""
     rows = len(both) - 1
-    if limit < float("inf"):
-        while rows and both[rows][end] - both[rows][first] > limit:
-            rows -= 1
+    while rows and both[rows][end] - both[rows][first] > limit:
+        rows -= 1
     return rows
 
 

@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from tidelock.plan.cost import Costs, Stage
 
 # How many layouts are changed for the better, how often the best one is changed at random first, and how many changes
-# are looked at, together.
+# are looked at, together, times blocks and devices.
 _CLIMBS = 3
-_JUMPS = 200
-_CLIMB_LOOKS = 1500
+_JUMPS = 100
+_CLIMB_WORK = 200_000
 # A change that takes so much longer may still become better when cuts are moved.
 _NEAR = 1.3
 # Of branch and bound: groups of devices that can be told apart, and simulated layouts.
@@ -132,6 +132,7 @@ class _Climber:
         self._shape = shape
         self._seen: set[tuple[tuple[int, ...], ...]] = set()
         self._looks = 0
+        self._most_looks = _CLIMB_WORK // (self._costs.blocks * self._costs.devices)
 
     def run(self) -> None:
         """Climb from the best layouts; then, again and again, from the best one with some devices elsewhere."""
@@ -152,10 +153,12 @@ class _Climber:
             order = draw.sample(range(self._costs.devices), self._costs.devices)
             ends = sorted(draw.sample(range(1, len(order)), draw.randint(0, len(order) - 1)))
             return tuple(tuple(sorted(order[i:j])) for i, j in zip([0, *ends], [*ends, len(order)], strict=True))
-        groups = tuple(stage.group for stage in best[0].stages)
+        at = {device: float(index) for index, stage in enumerate(best[0].stages) for device in stage.group}
         for _ in range(draw.randint(2, 4)):
-            groups = draw.choice(list(_regrouped(groups, self._costs.devices)))
-        return groups
+            one, other = (draw.randrange(self._costs.devices) for _ in range(2))
+            there = draw.choice([at.get(other), draw.randrange(2 * len(best[0].stages) + 1) / 2 - 0.5])
+            at = {device: to for device, to in {**at, one: there}.items() if to is not None}
+        return _placed(at, {})
 
     def _climb(self, layout: Layout) -> None:
         layout, moved = self._shift_cuts(layout), True
@@ -172,7 +175,7 @@ class _Climber:
         """Return the layout with these groups and balanced stages when it takes less than `best`."""
         if (
             groups in self._seen
-            or self._looks >= _CLIMB_LOOKS
+            or self._looks >= self._most_looks
             or len(groups) > min(self._shape.max_stages, self._costs.blocks)
             or max(len(group) for group in groups) > self._shape.max_group
         ):
