@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tidelock.plan.cost import Costs, Stage
 
 # Each limit that is tried is so much longer than the one before.
-_STEP = 1.25
+_STEP = 1.5
 # Of the time between too little and enough, to balance stages.
 _HALVINGS = 6
 
@@ -83,10 +83,8 @@ def orders(costs: Costs) -> list[tuple[int, ...]]:
     devices = range(costs.devices)
     ranked = [
         sorted(devices, key=lambda d: (costs.memory[d], -speed[d])),
-        sorted(devices, key=lambda d: (-speed[d], costs.memory[d])),
         sorted(devices, key=lambda d: (-costs.memory[d], -speed[d])),
-        sorted(devices, key=lambda d: (speed[d], costs.memory[d])),
-        sorted(devices, key=lambda d: (-costs.memory[d] * speed[d], d)),
+        sorted(devices, key=lambda d: (-speed[d], costs.memory[d])),
         sorted(devices, key=lambda d: (costs.memory[d] / speed[d], d)),
     ]
     kinds = alike(costs)
@@ -96,10 +94,10 @@ def orders(costs: Costs) -> list[tuple[int, ...]]:
 def outlines(
     costs: Costs, order: Sequence[int], shape: Shape, *, unlimited: bool = False
 ) -> Iterator[tuple[float, Outline]]:
-    """Yield the limit and the outline of layouts on devices in this order: for each number of stages the balanced one.
+    """Yield outlines on devices in this order, for each number of stages the balanced one, the quickest first.
 
-    Limits rise, in seconds of a stage's forward and backward of one micro-batch. The last outlines have no limit and
-    need only fit.
+    Each with what its slowest stage takes at least, about, in seconds of a forward and a backward of one micro-batch;
+    at the end come those that need only fit, with 0.
 
     Args:
         costs: What stages take.
@@ -127,7 +125,7 @@ def balanced(costs: Costs, groups: Sequence[tuple[int, ...]], limit: float) -> t
     cuts = _filled(costs, groups, limit)
     if cuts is None:
         return None
-    low, best = limit / _STEP**2 if limit < float("inf") else 0.0, cuts
+    low, best = limit / _STEP if limit < float("inf") else 0.0, cuts
     if limit == float("inf"):
         limit = sum(both[-1][-1] for both in costs.both)
     for _ in range(_HALVINGS):
@@ -158,7 +156,7 @@ def _new_outlines(
     for outline in _within(costs, order, shape, limit):
         if len(outline.cuts) not in done:
             done.add(len(outline.cuts))
-            yield limit, outline
+            yield (limit / _STEP if limit < float("inf") else 0.0), outline
 
 
 def _within(costs: Costs, order: Sequence[int], shape: Shape, limit: float) -> Iterator[Outline]:

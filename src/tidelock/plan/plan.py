@@ -14,7 +14,7 @@ from tidelock.plan.partition import Shape
 from tidelock.plan.search import search
 from tidelock.plan.shortage import closest
 from tidelock.plan.simulate import Interval, gantt
-from tidelock.units import format_seconds
+from tidelock.units import format_short_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -239,7 +239,7 @@ def _holds_up(costs: Costs, layout: Layout) -> tuple[float, str]:
             (times.all_reduce, f"stage {number} sums its gradients"),
         ]
     seconds, words = max(found, key=lambda one: one[0])
-    return seconds, f"{words} for {format_seconds(seconds)} of {format_seconds(layout.seconds)}"
+    return seconds, f"{words} for {format_short_seconds(seconds)} of {format_short_seconds(layout.seconds)}"
 
 
 def _alternatives(choice: _Choice, all_costs: Sequence[Costs]) -> tuple[Alternative, ...]:

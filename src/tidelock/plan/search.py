@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # are looked at, together, times blocks and devices.
 _CLIMBS = 3
 _JUMPS = 100
-_CLIMB_WORK = 200_000
+_CLIMB_WORK = 700_000
 # A change that takes so much longer may still become better when cuts are moved.
 _NEAR = 1.3
 # Of branch and bound: groups of devices that can be told apart, and simulated layouts.
@@ -104,9 +104,8 @@ def search(costs: Costs, shape: Shape) -> Result:
 def _first_candidates(found: Found, shape: Shape) -> None:
     costs = found.costs
     for order in orders(costs):
-        for limit, outline in outlines(costs, order, shape):
-            # A stage with this time alone takes longer; without a limit, any layout that fits is welcome.
-            if limit < float("inf") and limit / 1.2 * costs.micro_batches > found.seconds:
+        for least, outline in outlines(costs, order, shape):
+            if least * costs.micro_batches > found.seconds:
                 break
             for ahead in _aheads(costs, len(outline.cuts)):
                 look(found, outline, ahead)
@@ -174,7 +173,8 @@ class _Climber:
     def _look(self, groups: tuple[tuple[int, ...], ...], limit: float, best: float) -> Layout | None:
         """Return the layout with these groups and balanced stages when it takes less than `best`."""
         if (
-            groups in self._seen
+            not groups
+            or groups in self._seen
             or self._looks >= self._most_looks
             or len(groups) > min(self._shape.max_stages, self._costs.blocks)
             or max(len(group) for group in groups) > self._shape.max_group

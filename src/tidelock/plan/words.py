@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from tidelock.units import format_bytes, format_seconds
+from tidelock.units import format_bytes, format_short_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,7 @@ def plan_text(plan: Plan) -> str:
     count, sort = len(plan.stages), "no layout is quicker" if plan.is_proved else "the quickest that was found"
     parts = "1 stage" if count == 1 else f"{count} stages"
     first = (
-        f"{plan.title}: {parts}, {format_seconds(plan.seconds)} a step of {plan.batch_rows} rows in "
+        f"{plan.title}: {parts}, {format_short_seconds(plan.seconds)} a step of {plan.batch_rows} rows in "
         f"{plan.micro_batches} micro-batches of {rows}, {plan.rows_per_second:.3g} rows/s ({sort})."
     )
     lines = [
@@ -48,8 +48,10 @@ def _stage_lines(number: int, stage: StagePlan, plan: Plan) -> list[str]:
     if stage.first_block == stage.last_block:
         held = f"block {stage.first_block}"
     busy = 1 - stage.idle_seconds / plan.seconds
-    takes = f"forward {format_seconds(stage.forward_seconds)}, backward {format_seconds(stage.backward_seconds)}"
-    lines = [f"Stage {number}: {held}, {stage.in_flight} in flight, {takes}, busy {busy:.0%}"]
+    forward, backward = format_short_seconds(stage.forward_seconds), format_short_seconds(stage.backward_seconds)
+    lines = [
+        f"Stage {number}: {held}, {stage.in_flight} in flight, forward {forward}, backward {backward}, busy {busy:.0%}"
+    ]
     width = max(len(device.name) for device in stage.devices)
     for device in stage.devices:
         needs = f"{format_bytes(device.memory_bytes)} of {format_bytes(device.memory_limit)}"
@@ -60,7 +62,10 @@ def _stage_lines(number: int, stage: StagePlan, plan: Plan) -> list[str]:
         for size, where in (
             (stage.forward_bytes, "to the next stage"),
             (stage.backward_bytes, "back to the one before"),
-            (stage.all_reduce_bytes, f"from each device to sum gradients ({format_seconds(stage.all_reduce_seconds)})"),
+            (
+                stage.all_reduce_bytes,
+                f"from each device to sum gradients ({format_short_seconds(stage.all_reduce_seconds)})",
+            ),
         )
         if size
     ]
@@ -74,7 +79,7 @@ def _alternative_line(other: Alternative, plan: Plan) -> str:
     more = other.seconds / plan.seconds - 1
     return (
         f"{name}: {_groups(other.groups)} with {other.micro_batches} micro-batches, "
-        f"{format_seconds(other.seconds)}, {more:.1%} more: {other.reason}."
+        f"{format_short_seconds(other.seconds)}, {more:.1%} more: {other.reason}."
     )
 
 

@@ -109,7 +109,9 @@ def seconds(profile: Profile, device: int, blocks: range, rows: int) -> tuple[fl
     """Return a device's forward and backward of blocks, by the profile's measured sizes."""
     return (
         sum(seconds_of(profile.devices[device].rows, profile.devices[device].forward_seconds, b, rows) for b in blocks),
-        sum(seconds_of(profile.devices[device].rows, profile.devices[device].backward_seconds, b, rows) for b in blocks),
+        sum(
+            seconds_of(profile.devices[device].rows, profile.devices[device].backward_seconds, b, rows) for b in blocks
+        ),
     )
 
 
