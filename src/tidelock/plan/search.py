@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
     from tidelock.plan.cost import Costs, Stage
 
-# How many layouts are changed for the better, how often the best one is changed at random first, and how many changes
-# are looked at, together, times blocks and devices.
+# How many layouts are changed for the better, how often the best one is changed at random first, and how many
+# micro-batches are followed through how many stages for all that.
 _CLIMBS = 3
 _JUMPS = 100
-_CLIMB_WORK = 700_000
+_CLIMB_WORK = 40_000
 # A change that takes so much longer may still become better when cuts are moved.
-_NEAR = 1.3
+_NEAR = 1.1
 # Of branch and bound: groups of devices that can be told apart, and simulated layouts.
 _MOST_GROUPS = 64
 _MOST_NODES = 5_000
@@ -130,8 +130,7 @@ class _Climber:
         self._costs = found.costs
         self._shape = shape
         self._seen: set[tuple[tuple[int, ...], ...]] = set()
-        self._looks = 0
-        self._most_looks = _CLIMB_WORK // (self._costs.blocks * self._costs.devices)
+        self._work = 0
 
     def run(self) -> None:
         """Climb from the best layouts; then, again and again, from the best one with some devices elsewhere."""
@@ -175,13 +174,13 @@ class _Climber:
         if (
             not groups
             or groups in self._seen
-            or self._looks >= self._most_looks
+            or self._work > _CLIMB_WORK
             or len(groups) > min(self._shape.max_stages, self._costs.blocks)
             or max(len(group) for group in groups) > self._shape.max_group
         ):
             return None
         self._seen.add(groups)
-        self._looks += 1
+        self._work += len(groups) * self._costs.micro_batches
         way = balanced(self._costs, groups, limit)
         if way is None:
             return None
@@ -197,6 +196,7 @@ class _Climber:
         while moved:
             outline, moved = _outline_of(layout), False
             for changed in _moved_cuts(outline, self._costs.blocks):
+                self._work += len(outline.cuts) * self._costs.micro_batches
                 other = look(self._found, changed, layout.ahead)
                 if other is not None and other.seconds < layout.seconds:
                     layout, moved = other, True
