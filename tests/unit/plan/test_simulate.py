@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -20,7 +21,7 @@ def drawn(stages: list[StageTimes], micro_batches: int) -> list[str]:
     for bar in bars:
         for second in range(round(bar.begin), round(bar.end)):
             lines[bar.stage][second] = f"{bar.work[0]}{bar.micro_batch}"
-    return [" ".join(cell.ljust(2) for cell in line).rstrip() for line in lines]
+    return [" ".join(cell.ljust(2) for cell in line).rstrip(" .") for line in lines]
 
 
 def test_one_stage_computes_all_the_time():
@@ -71,9 +72,9 @@ def test_gradients_are_summed_after_the_last_backward():
 @st.composite
 def pipelines(draw: st.DrawFn) -> tuple[list[StageTimes], int]:
     count, ahead = draw(st.integers(1, 6)), draw(st.integers(1, 2))
-    times = st.floats(0, 10).map(lambda seconds: round(seconds, 3))
+    computing, times = (st.floats(least, 10).map(lambda seconds: round(seconds, 3)) for least in (0.001, 0))
     stages = [
-        StageTimes(draw(times), draw(times), 1 + ahead * (count - 1 - index), *(draw(times) for _ in range(4)))
+        StageTimes(draw(computing), draw(computing), 1 + ahead * (count - 1 - index), *(draw(times) for _ in range(4)))
         for index in range(count)
     ]
     return stages, draw(st.integers(1, 9))
@@ -113,9 +114,9 @@ def test_bars_of_one_stage_or_link_never_overlap_and_no_more_are_in_flight_than_
     for index, stage in enumerate(stages):
         for works in ({"forward", "backward", "all-reduce"}, {"send-forward"}, {"send-backward"}):
             own = [bar for bar in bars if bar.stage == index and bar.work in works]
-            assert all(one.end <= other.begin + 1e-9 for one, other in zip(own, own[1:], strict=False))
+            assert all(one.end <= other.begin + 1e-9 for one, other in itertools.pairwise(own))
         computed = [bar for bar in bars if bar.stage == index and bar.work in {"forward", "backward"}]
         held = 0
-        for bar in sorted(computed, key=lambda bar: (bar.end, bar.work == "forward")):
+        for bar in sorted(computed, key=lambda bar: bar.end):
             held += 1 if bar.work == "forward" else -1
             assert 0 <= held <= stage.in_flight
