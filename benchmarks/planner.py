@@ -3,8 +3,28 @@
 Planning is timed on random unlike pools (every device, block and link has numbers of its own) and on equal devices,
 which the search treats otherwise. Times are of one process on one core, each the median of some rounds.
 
-For Figure 10 (arXiv 2408.10746: devices in each stage, for 2 to 8 Jetson Nanos) see `_nanos.py`; batches of 16 texts in
-4 micro-batches. Where the plan groups otherwise, the best layout with the paper's groups is looked for, over all cuts.
+Figure 10 shows the devices in each stage for 2 to 8 Jetson Nanos; here with batches of 16 texts in 4 micro-batches.
+Where the plan groups otherwise, the best layout with the paper's groups is looked for, over all cuts.
+
+The profiles. From the paper (Pluto and Charon, ICPP '24, doi 10.1145/3673038.3673043, arXiv 2408.10746): a Nano has
+0.47 TFLOPS and its LAN 1000 Mb/s; the memory that a process can use is read off the line in its figure of memory, about
+1.5 GB. Models are T5-Base, BART-Large and T5-Large in fp32, texts of 128 tokens; beside each block stands one of an
+eighth of its width with as many heads, which is trained by Adam.
+
+Derived, for a row of s tokens, width d, MLP width m, h heads; w = d / 8:
+
+- weights: 4 d d in an encoder block's attention, 8 d d in a decoder block's two, 2 d m in its MLP; embedding with the
+  first block, the head with the last one
+- trained beside it: an eighth of the width is a 64th of these weights, and d w for the projection of the tap
+- floating-point operations forward: 2 s for each of these weights; backward: 4 s for each trained one, none for others
+- seconds: operations by a quarter of 0.47 TFLOPS. The quarter is an assumption
+- kept for the backward: the tap (s d), what the side block needs (6 s w, 2 s m / 8, h s s; in a decoder 5 s w and h s s
+  more). For T5-Large and 16 rows that is 2.4 GB. The paper's Table 1 has 5.33 GB of activations and optimizer for full
+  fine-tuning, and the text up to 58.87 % less: 2.2 GB
+- working memory: the frozen block's own activations while it runs, s (8 d + m) and 2 h s s
+- what crosses: s (d + w) forward and s w back; between decoder blocks the encoder's output and its gradient too
+
+It is assumed that the decoder reads texts of s tokens too.
 
     python benchmarks/planner.py
     python benchmarks/planner.py --rounds 1 --no-timing
@@ -20,11 +40,10 @@ import platform
 import random
 import statistics
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-from _nanos import MODELS, nano_profile
 
 from tidelock.errors import ConfigError
 from tidelock.plan.cost import AHEAD, Costs
@@ -45,6 +64,32 @@ FIGURE_10: dict[str, dict[int, tuple[int, ...] | None]] = {
 }
 SIZES = ((12, 4), (24, 6), (24, 8), (48, 8), (48, 16))
 
+SEQUENCE = 128
+FLOPS = 0.47e12 * 0.25
+MEMORY_BYTES = 1_500_000_000
+BYTES_PER_SECOND = 125_000_000
+LATENCY_SECONDS = 0.0005
+_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's blocks in encoder and decoder, width, MLP width, heads, words."""
+
+    encoder: int
+    decoder: int
+    width: int
+    mlp: int
+    heads: int
+    words: int
+
+
+MODELS = {
+    "T5-Base": Model(12, 12, 768, 3072, 12, 32128),
+    "BART-Large": Model(12, 12, 1024, 4096, 16, 50265),
+    "T5-Large": Model(24, 24, 1024, 4096, 16, 32128),
+}
+
 
 def main() -> None:
     """Run the benchmark, print tables, write the JSON."""
@@ -54,12 +99,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write the JSON")
     options = parser.parse_args()
     figure = figure_10()
-    print(f"{'model':<12}{'devices':>8}  {'paper':<12}{'plan':<12}{'s a step':>9}  paper's groups")
-    for row in figure:
-        more = row["paper_costs_more"]
-        note = "the same" if row["plan"] == row["paper"] else f"{more:+.2%}" if more is not None else "do not fit"
-        seconds = f"{row['seconds']:.2f}" if row["seconds"] else ""
-        print(f"{row['model']:<12}{row['devices']:>8}  {row['paper']:<12}{row['plan']:<12}{seconds:>9}  {note}")
+    print(figure_table(figure))
     if options.no_timing:
         return
     result = {
@@ -71,8 +111,33 @@ def main() -> None:
         "planning": timings(options.rounds),
         "figure_10": figure,
     }
+    print(planning_table(result["planning"]))
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {options.out}")
+
+
+def figure_table(figure: list[dict[str, Any]]) -> str:
+    """Return the groupings as a table for docs/pool.md."""
+    lines = [
+        "| model | Nanos | the paper | the plan | s a step | the paper's groups |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in figure:
+        more = row["paper_costs_more"]
+        note = "the same" if row["plan"] == row["paper"] else "do not fit" if more is None else f"{more:+.1%}"
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.2f}"
+        lines.append(f"| {row['model']} | {row['devices']} | {row['paper']} | {row['plan']} | {seconds} | {note} |")
+    return "\n".join(lines)
+
+
+def planning_table(planning: list[dict[str, Any]]) -> str:
+    """Return the times as a table for docs/pool.md."""
+    lines = ["| blocks | devices | pools | median (longest) | proved |", "| --- | --- | --- | --- | --- |"]
+    for row in planning:
+        devices, pools = f"{row['devices']} {row['pool']}", row["pools"]
+        seconds = f"{row['median_seconds']:.2f} s ({row['max_seconds']:.2f} s)"
+        lines.append(f"| {row['blocks']} | {devices} | {pools} | {seconds} | {row['proved']} of {pools} |")
+    return "\n".join(lines)
 
 
 def timings(rounds: int) -> list[dict[str, Any]]:
@@ -159,6 +224,57 @@ def _best_of(profile: Profile, sizes: tuple[int, ...]) -> float | None:
 
 def _shown(groups: tuple[int, ...] | None) -> str:
     return "no memory" if groups is None else "-".join(str(size) for size in groups)
+
+
+def nano_profile(model: str, nanos: int, parts: int = 1) -> dict[str, Any]:
+    """Return the profile of a model on so many Nanos, as JSON values.
+
+    Args:
+        model: One of `MODELS`.
+        nanos: Devices.
+        parts: Into how many rows a text is divided; 1 for real ones. PAC divides a micro-batch evenly, fractions of a
+            text included; more parts let the planner do so too.
+    """
+    shape = MODELS[model]
+    blocks = [_block(shape, number, parts) for number in range(shape.encoder + shape.decoder)]
+    forward = [[_round(block.pop("forward_seconds")) for block in blocks]]
+    backward = [[_round(block.pop("backward_seconds")) for block in blocks]]
+    times = {"rows": [1], "forward_seconds": forward, "backward_seconds": backward}
+    return {
+        "format": "tidelock-pool-profile",
+        "version": 1,
+        "title": f"{model} with a side network on {nanos} Jetson Nanos",
+        "blocks": blocks,
+        "devices": [{"name": f"nano-{number}", "memory_bytes": MEMORY_BYTES, **times} for number in range(nanos)],
+        "links": {"default": {"bytes_per_second": BYTES_PER_SECOND, "latency_seconds": LATENCY_SECONDS}},
+    }
+
+
+def _block(shape: Model, number: int, parts: int) -> dict[str, Any]:
+    s, d, m, h = SEQUENCE, shape.width, shape.mlp, shape.heads
+    w, last = d // 8, shape.encoder + shape.decoder - 1
+    in_decoder = number >= shape.encoder
+    weights = (8 if in_decoder else 4) * d * d + 2 * d * m
+    trained = weights // 64 + d * w
+    ends = shape.words * d if number in {0, last} else 0
+    kept = s * d + 6 * s * w + 2 * s * m // 8 + h * s * s + (5 * s * w + h * s * s if in_decoder else 0)
+    streams = 2 if in_decoder else 1
+    return {
+        "name": f"decoder.{number - shape.encoder}" if in_decoder else f"encoder.{number}",
+        "parameter_bytes": _FLOAT * (weights + trained + ends),
+        "gradient_bytes": _FLOAT * trained,
+        "optimizer_bytes": 2 * _FLOAT * trained,
+        "kept_bytes_per_row": _FLOAT * kept // parts,
+        "working_bytes_per_row": _FLOAT * (s * (8 * d + m) + 2 * h * s * s) // parts,
+        "forward_bytes_per_row": _FLOAT * streams * s * (d + w) // parts,
+        "backward_bytes_per_row": _FLOAT * streams * s * w // parts,
+        "forward_seconds": 2 * s * (weights + trained) / FLOPS / parts,
+        "backward_seconds": 4 * s * trained / FLOPS / parts,
+    }
+
+
+def _round(seconds: float) -> float:
+    return round(seconds, 7)
 
 
 if __name__ == "__main__":

@@ -245,7 +245,8 @@ def _holds_up(costs: Costs, layout: Layout) -> tuple[float, str]:
 def _alternatives(choice: _Choice, all_costs: Sequence[Costs]) -> tuple[Alternative, ...]:
     """Return the next-best grouping, and the kinds of layouts that are commonly used: all data, all pipeline."""
     best, costs = choice.layouts[0]
-    devices, found = costs.devices, []
+    devices = costs.devices
+    found: list[Alternative] = []
     groups = _names(costs, best.stages)
     others = (one for one in choice.layouts if _names(one[1], one[0].stages) != groups)
     following = next(others, None)
@@ -259,7 +260,9 @@ def _alternatives(choice: _Choice, all_costs: Sequence[Costs]) -> tuple[Alternat
     for shape in shapes:
         layouts = _choose(all_costs, shape).layouts
         if layouts:
-            found.append(_alternative(shape.name, *layouts[0], choice))
+            other = _alternative(shape.name, *layouts[0], choice)
+            # Where the next best is of this kind, it is said once, as what it is.
+            found = [one for one in found if one.groups != other.groups] + [other]
         else:
             found.append(Alternative(shape.name, None, (), None, _shortage(all_costs, shape)))
     return tuple(found)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # Sizes of memory that are tried, as powers of two of what there is, and halvings between two of them.
 _MOST_DOUBLINGS = 40
 _HALVINGS = 8
+# Shortages that are told of.
+_MOST_NAMED = 3
 
 
 @final
@@ -71,15 +73,20 @@ def _fits(costs: Costs, shape: Shape, factor: float) -> list[Stage] | None:
 
 
 def _words(costs: Costs, stages: list[Stage]) -> str:
-    missing = []
+    """Return which devices need how much more, the most first; devices that need the same in one breath."""
+    alike: dict[tuple[int, int, int, Stage], list[str]] = {}
     for index, stage in enumerate(stages):
         needs = costs.memory_bytes(stage, len(stages) - 1 - index, AHEAD[0])
         for device, need in zip(stage.group, needs, strict=True):
             has = costs.memory[device]
             if need > has:
-                where = f"{costs.profile.devices[device].name} with blocks {stage.first} to {stage.end - 1}"
-                words = f"{where} needs {format_bytes(need)} and has {format_bytes(has)}"
-                missing.append((need - has, f"{words}, {format_bytes(need - has)} too little"))
-    missing.sort(reverse=True)
-    more = f", and {len(missing) - 3} more devices likewise" if len(missing) > 3 else ""
-    return "; ".join(words for _, words in missing[:3]) + more
+                alike.setdefault((need - has, need, has, stage), []).append(costs.profile.devices[device].name)
+    ranked = sorted(alike.items(), key=lambda item: -item[0][0])
+    words = []
+    for (missing, need, has, stage), names in ranked[:_MOST_NAMED]:
+        verbs = ("needs", "has") if len(names) == 1 else ("each need", "have")
+        sizes = f"{verbs[0]} {format_bytes(need)} and {verbs[1]} {format_bytes(has)}"
+        held = f"blocks {stage.first} to {stage.end - 1}"
+        words.append(f"{', '.join(names)} with {held} {sizes}, {format_bytes(missing)} too little")
+    more = sum(len(names) for _, names in ranked[_MOST_NAMED:])
+    return "; ".join(words) + (f"; and {more} more" if more else "")

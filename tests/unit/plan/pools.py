@@ -8,9 +8,12 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 from tidelock.plan.inputs import Profile, parse_profile
 from tidelock.plan.simulate import StageTimes
+
+Event = tuple[Any, ...]
 
 
 def random_pool(draw: random.Random, blocks: int, devices: int, memory: tuple[float, float] = (0.5, 8.0)) -> Profile:
@@ -33,7 +36,7 @@ def random_pool(draw: random.Random, blocks: int, devices: int, memory: tuple[fl
     return parse_profile(json.dumps(profile), "random")
 
 
-def random_block(draw: random.Random, number: int) -> dict[str, object] | dict[str, int]:
+def random_block(draw: random.Random, number: int) -> dict[str, Any]:
     return {
         "name": f"block-{number}",
         "parameter_bytes": draw.randint(500, 1500),
@@ -69,8 +72,8 @@ def random_link(draw: random.Random) -> dict[str, object]:
 
 def slow_simulation(stages: list[StageTimes], micro_batches: int) -> float:
     """Return a step's seconds as the longest way through a graph of everything that waits for something else."""
-    waits: dict[tuple, list[tuple]] = defaultdict(list)
-    takes: dict[tuple, float] = {}
+    waits: dict[Event, list[Event]] = defaultdict(list)
+    takes: dict[Event, float] = {}
     for index, stage in enumerate(stages):
         window = min(stage.in_flight, micro_batches)
         order = [("F", index, number) for number in range(window)]
@@ -90,13 +93,13 @@ def slow_simulation(stages: list[StageTimes], micro_batches: int) -> float:
         waits["R", index] = [("B", index, micro_batches - 1)]
 
     @functools.cache
-    def end(event: tuple) -> float:
+    def end(event: Event) -> float:
         return takes[event] + max((end(before) for before in waits[event]), default=0.0)
 
     return max(end(("R", index)) for index in range(len(stages)))
 
 
-def hop(waits: dict, takes: dict, sender: tuple, receiver: tuple, sends: float, latency: float) -> None:
+def hop(waits, takes, sender: Event, receiver: Event, sends: float, latency: float) -> None:
     kind, index, number = sender
     link, travel = ("link", kind, index, number), ("travel", kind, index, number)
     takes[link], takes[travel] = sends, latency
@@ -195,7 +198,9 @@ class BruteForce:
         links = [self.profile.link(one, other) for one, other in pairs]
         return min(link.bytes_per_second for link in links), max(link.latency_seconds for link in links)
 
-    def _shares(self, first: int, end: int, group: tuple[int, ...], behind: int, ahead: int) -> list:
+    def _shares(
+        self, first: int, end: int, group: tuple[int, ...], behind: int, ahead: int
+    ) -> list[tuple[float, float]]:
         """Return seconds forward and backward of all shares that fit, without those that another one beats in both."""
         here, before = (min(self.micro_batches, 1 + ahead * count) for count in (behind, behind + 1))
         held = self.profile.blocks[first:end]
