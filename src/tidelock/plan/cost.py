@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from itertools import accumulate, combinations
+from itertools import accumulate, combinations, product
 from typing import TYPE_CHECKING, final
 
 from tidelock.plan.shares import share_rows
@@ -29,7 +29,7 @@ from tidelock.plan.simulate import StageTimes, simulate
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from tidelock.plan.inputs import Block, Device, Link, Profile
+    from tidelock.plan.inputs import Block, Device, Profile
 
 AHEAD = (1, 2)
 
@@ -94,6 +94,7 @@ class Costs:
         self._boundary = [(0, 0)] + [(b.forward_bytes_per_row, b.backward_bytes_per_row) for b in profile.blocks]
         self._boundary[-1] = (0, 0)
         self.links = [[profile.link(one, other) for other in range(self.devices)] for one in range(self.devices)]
+        self._slowest: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[float, float]] = {}
         self._stages: dict[tuple[int, int, int, tuple[int, ...]], tuple[Stage, ...]] = {}
 
     def in_flight(self, behind: int, ahead: int) -> int:
@@ -153,17 +154,22 @@ class Costs:
         # Differences of sums may fall by a rounding.
         return list(accumulate((line[end] - line[first] for line in sums), max))
 
-    def slowest_link(self, pairs: Iterable[tuple[int, int]]) -> tuple[float, float]:
-        """Return the lowest bytes per second and the longest latency of the links between pairs of devices."""
-        links: list[Link] = [self.links[one][other] for one, other in pairs]
-        return min(link.bytes_per_second for link in links), max(link.latency_seconds for link in links)
+    def slowest_link(self, group: tuple[int, ...], others: tuple[int, ...]) -> tuple[float, float]:
+        """Return the lowest bytes per second and the longest latency of the links between two groups, or within one."""
+        key = (group, others)
+        if key not in self._slowest:
+            pairs = combinations(group, 2) if group == others else product(group, others)
+            links = [self.links[one][other] for one, other in pairs]
+            speed = min(link.bytes_per_second for link in links)
+            self._slowest[key] = speed, max(link.latency_seconds for link in links)
+        return self._slowest[key]
 
     def all_reduce_seconds(self, stage: Stage) -> float:
         """Return how long summing a stage's gradients over its group takes."""
         size, count = self.gradient_bytes(stage), len(stage.group)
         if count == 1 or not size:
             return 0.0
-        speed, latency = self.slowest_link(combinations(stage.group, 2))
+        speed, latency = self.slowest_link(stage.group, stage.group)
         turns = 2 * (count - 1)
         return turns / count * size / speed + turns * latency
 
@@ -182,8 +188,7 @@ class Costs:
         for index, stage in enumerate(stages):
             speed, latency, sizes = 1.0, 0.0, (0, 0)
             if index + 1 < len(stages):
-                pairs = ((one, other) for one in stage.group for other in stages[index + 1].group)
-                speed, latency = self.slowest_link(pairs)
+                speed, latency = self.slowest_link(stage.group, stages[index + 1].group)
                 sizes = self.boundary_bytes(stage.end)
             found.append(
                 StageTimes(

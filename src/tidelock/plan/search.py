@@ -36,16 +36,16 @@ if TYPE_CHECKING:
 
     from tidelock.plan.cost import Costs, Stage
 
-# How many layouts are changed for the better, how often the best one is changed at random first, and how many
-# micro-batches are followed through how many stages for all that.
+# How many layouts are changed for the better, how often the best one is changed at random first, and how much may be
+# done for all that: micro-batches followed through a stage, and blocks given to one.
 _CLIMBS = 3
 _JUMPS = 100
-_CLIMB_WORK = 40_000
+_CLIMB_WORK = 30_000
 # A change that takes so much longer may still become better when cuts are moved.
 _NEAR = 1.1
 # Of branch and bound: groups of devices that can be told apart, and simulated layouts.
 _MOST_GROUPS = 64
-_MOST_NODES = 5_000
+_MOST_NODES = 3_000
 
 
 @final
@@ -74,10 +74,16 @@ class Found:
 
     def ranked(self) -> list[Layout]:
         """Return the layouts, the quickest first; of equal ones that with fewer stages, then fewer devices."""
-        return sorted(
-            self._layouts.values(),
-            key=lambda one: (one.seconds, len(one.stages), sum(len(stage.group) for stage in one.stages), one.ahead),
-        )
+        return sorted(self._layouts.values(), key=_rank)
+
+    def best(self) -> Layout | None:
+        """Return the first of `ranked`."""
+        return min(self._layouts.values(), key=_rank, default=None)
+
+
+def _rank(layout: Layout) -> tuple[float, int, int, int]:
+    devices = sum(len(stage.group) for stage in layout.stages)
+    return layout.seconds, len(layout.stages), devices, layout.ahead
 
 
 class Result(NamedTuple):
@@ -146,15 +152,15 @@ class _Climber:
 
     def _jump(self, draw: random.Random) -> tuple[tuple[int, ...], ...]:
         """Return the groups of the best layout with some devices elsewhere; while there is none, any groups."""
-        best = self._found.ranked()[:1]
-        if not best:
+        best = self._found.best()
+        if best is None:
             order = draw.sample(range(self._costs.devices), self._costs.devices)
             ends = sorted(draw.sample(range(1, len(order)), draw.randint(0, len(order) - 1)))
             return tuple(tuple(sorted(order[i:j])) for i, j in zip([0, *ends], [*ends, len(order)], strict=True))
-        at = {device: float(index) for index, stage in enumerate(best[0].stages) for device in stage.group}
+        at = {device: float(index) for index, stage in enumerate(best.stages) for device in stage.group}
         for _ in range(draw.randint(2, 4)):
             one, other = (draw.randrange(self._costs.devices) for _ in range(2))
-            there = draw.choice([at.get(other), draw.randrange(2 * len(best[0].stages) + 1) / 2 - 0.5])
+            there = draw.choice([at.get(other), draw.randrange(2 * len(best.stages) + 1) / 2 - 0.5])
             at = {device: to for device, to in {**at, one: there}.items() if to is not None}
         return _placed(at, {})
 
@@ -180,7 +186,7 @@ class _Climber:
         ):
             return None
         self._seen.add(groups)
-        self._work += len(groups) * self._costs.micro_batches
+        self._work += len(groups) * self._costs.micro_batches + self._costs.blocks
         way = balanced(self._costs, groups, limit)
         if way is None:
             return None
