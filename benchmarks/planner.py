@@ -54,6 +54,7 @@ from tidelock.plan.search import search
 
 RESULTS = Path(__file__).parent / "results" / "planner.json"
 BATCH, MICRO_BATCHES = 16, 4
+ROWS = 16  # of a micro-batch, where planning is timed
 # Into how many rows a text is divided, so that 4 texts can be shared evenly by 2, 3, 4, 6 or 8 devices.
 PARTS = 6
 # Devices in each stage; None: out of memory.
@@ -102,12 +103,10 @@ def main() -> None:
     print(figure_table(figure))
     if options.no_timing:
         return
-    result = {
+    result: dict[str, Any] = {
         "benchmark": "planner",
         "versions": {"tidelock": version("tidelock"), "python": platform.python_version()},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "batch_rows": BATCH,
-        "micro_batches": MICRO_BATCHES,
         "planning": timings(options.rounds),
         "figure_10": figure,
     }
@@ -149,7 +148,7 @@ def timings(rounds: int) -> list[dict[str, Any]]:
             for number in range(count):
                 profile = random_profile(random.Random(number), blocks, devices, equal=kind == "equal")
                 began = time.process_time()
-                outcome = search(Costs(profile, BATCH, MICRO_BATCHES), Shape("any", devices, devices))
+                outcome = search(Costs(profile, ROWS, MICRO_BATCHES), Shape("any", devices, devices))
                 seconds.append(time.process_time() - began)
                 complete += outcome.complete
             row = {"blocks": blocks, "devices": devices, "pool": kind, "pools": count, "proved": complete}

@@ -43,9 +43,10 @@ _JUMPS = 100
 _CLIMB_WORK = 30_000
 # A change that takes so much longer may still become better when cuts are moved.
 _NEAR = 1.1
-# Of branch and bound: groups of devices that can be told apart, and simulated layouts.
+# Of branch and bound: groups of devices that can be told apart, and devices in all stages
+# that are put in front of others.
 _MOST_GROUPS = 64
-_MOST_NODES = 3_000
+_MOST_LOOKS = 40_000
 
 
 @final
@@ -262,7 +263,7 @@ class _BranchAndBound:
             members.setdefault(kind, []).append(device)
         self._members = list(members.values())
         self._bounds: dict[tuple[int, ...], _Bounds] = {}
-        self._nodes = 0
+        self._looks = 0
 
     def run(self) -> bool:
         """Return whether everything was looked at."""
@@ -286,7 +287,7 @@ class _BranchAndBound:
                 bound = self._bound(stages, still, ahead)
                 if bound < self._found.seconds and stages[0].first:
                     ways.append((bound, stages, still))
-            if self._nodes > _MOST_NODES:
+            if self._looks > _MOST_LOOKS:
                 return False
         ways.sort(key=lambda way: way[0])
         return all(bound >= self._found.seconds or self._extend(stages, still, ahead) for bound, stages, still in ways)
@@ -309,6 +310,7 @@ class _BranchAndBound:
         for first in range(end - 1, -1, -1) if not lowest else (0,):
             if not behind and not first and ahead != AHEAD[0]:
                 continue  # one stage has one in flight, whatever `ahead`
+            self._looks += len(group)
             options = self._costs.stages((first, end), group, len(behind), ahead)
             if not options and self._costs.fixed_bytes(first, end) > max(self._costs.memory[d] for d in group):
                 return  # more blocks need more
@@ -326,7 +328,6 @@ class _BranchAndBound:
         work = costs.micro_batches * bounds.both[here.first]
         if max(busy, work) >= self._found.seconds:
             return float("inf")
-        self._nodes += 1
         ends = simulate(costs.times(stages, ahead), costs.micro_batches)
         if not here.first:
             self._found.add(stages, ahead, ends.seconds)

@@ -19,7 +19,7 @@ def values():
     return random_pool(random.Random(0), 3, 2).model_dump(mode="json")
 
 
-def set_at(values, path: tuple, value) -> None:
+def set_at(values, path: tuple[str | int, ...], value) -> None:
     for part in path[:-1]:
         values = values[part]
     values[path[-1]] = value
@@ -51,7 +51,7 @@ def test_what_was_written_is_read(tmp_path: Path, values):
         (("links", "default", "latency_seconds"), float("inf"), "latency_seconds: "),
     ],
 )
-def test_what_breaks_a_rule_is_named(values, path: tuple, value, said: str):
+def test_what_breaks_a_rule_is_named(values, path: tuple[str | int, ...], value, said: str):
     if path == ("devices", 0, "forward_seconds"):
         values["devices"][0]["rows"] = [1, 2]
     set_at(values, path, value)

@@ -125,7 +125,7 @@ def test_a_thousand_plans_never_exceed_a_devices_memory():
         rows, micro_batches = draw.randint(1, 8), draw.randint(1, 6)
         costs = Costs(profile, rows, micro_batches)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(searching, "_MOST_NODES", 50)
+            patch.setattr(searching, "_MOST_LOOKS", 200)
             patch.setattr(searching, "_CLIMB_WORK", 500)
             layouts = search(costs, Shape("any", 8, 8)).layouts
         fitting += bool(layouts)
