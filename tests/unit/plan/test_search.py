@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.plan.pools import BruteForce, compositions, random_pool
+from tidelock.plan import climb
 from tidelock.plan import search as searching
 from tidelock.plan.cost import Costs
 from tidelock.plan.inputs import Profile, parse_profile
@@ -126,7 +127,7 @@ def test_a_thousand_plans_never_exceed_a_devices_memory():
         costs = Costs(profile, rows, micro_batches)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(searching, "_MOST_LOOKS", 200)
-            patch.setattr(searching, "_CLIMB_WORK", 500)
+            patch.setattr(climb, "_CLIMB_WORK", 500)
             layouts = search(costs, Shape("any", 8, 8)).layouts
         fitting += bool(layouts)
         for layout in layouts:
@@ -180,7 +181,7 @@ def test_devices_that_are_alike_are_tried_in_one_order_only():
             links={"default": values["links"]["default"], "between": []},
         ),
     )
-    assert searching.Found(Costs(equal, 5, 3)).kinds == [0] * 5
+    assert climb.Found(Costs(equal, 5, 3)).kinds == [0] * 5
     brute = BruteForce(equal, 5, 3)
     result = search_any(equal, 5, 3)
     assert result.complete
