@@ -67,3 +67,14 @@ def format_seconds(seconds: float) -> str:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min"
+
+
+def format_short_seconds(seconds: float) -> str:
+    """Return a duration that may be short, with three digits below a minute.
+
+    >>> format_short_seconds(0.0123)
+    '12.3 ms'
+    """
+    if seconds >= 60:
+        return format_seconds(seconds)
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidelock.errors import ConfigError
-from tidelock.units import format_bytes, format_seconds, parse_bytes
+from tidelock.units import format_bytes, format_seconds, format_short_seconds, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,11 @@ def test_a_written_size_can_be_read_again(count):
 )  # fmt: skip
 def test_a_time_is_written(seconds, text):
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 ms"), (0.0123, "12.3 ms"), (0.9, "900 ms"), (1, "1 s"), (59.94, "59.9 s"), (75, "1 min 15 s")],
+)
+def test_a_short_time_is_written(seconds, text):
+    assert format_short_seconds(seconds) == text

@@ -1,0 +1,1 @@
+"""Which devices of a pool hold which blocks: pure functions on a profile."""
