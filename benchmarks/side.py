@@ -198,11 +198,10 @@ def _work(order: Order) -> Outcome:
         seconds, rss, gpu = [], [], []
         draw = random.Random(order.seed)
         for _ in range(order.epochs):
-            draw.shuffle(rows)
             memory.take()
             began = time.perf_counter()
             model.train()
-            for batch in _batches(rows, order.batch_size, model):
+            for batch in _batches(rows, order.batch_size, model, draw):
                 loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
                 loss.backward()
                 nn.utils.clip_grad_norm_(trained, 1.0)
@@ -218,9 +217,16 @@ def _work(order: Order) -> Outcome:
         return Outcome(seconds, rss, gpu, import_bytes, count, _accuracy(model, tests, device) if tests else None)
 
 
-def _batches(rows: list[dict[str, Any]], size: int, model: Any) -> Iterator[dict[str, Tensor]]:  # noqa: ANN401
-    """Yield batches; the next one is announced to a model that reads taps ahead while this one is learned from."""
-    batches = [Collator(0)(rows[first : first + size]) for first in range(0, len(rows), size)]
+def _batches(
+    rows: list[dict[str, Any]],
+    size: int,
+    model: Any,  # noqa: ANN401  (of several kinds)
+    draw: random.Random,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield batches of like lengths; the next is announced to a model that reads taps ahead meanwhile."""
+    drawn = sorted(draw.sample(rows, len(rows)), key=lambda row: len(row["input_ids"]))
+    batches = [Collator(0)(drawn[first : first + size]) for first in range(0, len(drawn), size)]
+    draw.shuffle(batches)
     for number, batch in enumerate(batches):
         if hasattr(model, "announce") and number + 1 < len(batches):
             model.announce(batches[number + 1])
@@ -276,7 +282,9 @@ def _rows(order: Order) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         tokenizer = AutoTokenizer.from_pretrained(order.folder)
         rows, tests = (
             [
-                {"input_ids": tokenizer(row["text_a"]).input_ids, "label": row["label"]}
+                # As `tidelock train` writes a pair.
+                {"input_ids": tokenizer("\n".join(row[key] for key in ("text_a", "text_b") if key in row)).input_ids}
+                | {"label": row["label"]}
                 for row in _read(order.data, name)
             ]
             for name in ("train", "test")
@@ -324,7 +332,7 @@ def _bytes(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return what crosses for each token: in an epoch of LoRA with all modules, and where each example crosses once."""
     order = Order("smollm2", "lora", 0, folder, *_sizes("smollm2", options), options.threads)
     rows = _rows(order)[0][: options.crossing]
-    batches = list(_batches(rows, 16, None))
+    batches = list(_batches(rows, 16, None, random.Random(0)))
     crossed: dict[str, Any] = {"tokens": sum(len(row["input_ids"]) for row in rows), "examples": len(rows)}
     shared: dict[str, Any] = {"model": folder, "task": "classification", "num_labels": 2}
     with loopback_cloud(folder, "--threads", str(options.threads)) as cloud:
@@ -489,7 +497,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, default=os.environ.get("TIDELOCK_DATA"), help="folder with TASK/*.jsonl.gz"
     )
-    parser.add_argument("--task", choices=["sst2"], default="sst2")
+    parser.add_argument("--task", choices=["mrpc", "qnli", "sst2"], default="mrpc")
     parser.add_argument(
         "--models", nargs="+", choices=["smollm2", *_GEOMETRIES], default=["smollm2", "t5-base", "bart-large"]
     )
