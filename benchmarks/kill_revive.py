@@ -16,7 +16,6 @@ trained once for a seed and every other run resumes there, which changes no bit.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import os
 import platform
@@ -27,7 +26,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig
@@ -36,16 +35,18 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import tidelock
 from tidelock.data.batch import Collator
+from tidelock.data.source import read_examples
 from tidelock.device.bank import BankPass
 from tidelock.model.smollm2 import fetch_smollm2
 from tidelock.run.cloud_process import LoopbackCloud, loopback_cloud
 from tidelock.wire.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from transformers import TrainerControl, TrainerState
 
+    from tidelock.data.example import LabelledText
     from tidelock.device.kill_revive import PeriodReport
     from tidelock.device.model import DeviceModel
 
@@ -148,7 +149,7 @@ class Task:
             word_id = self.word_ids[row["label"]]
             return {"input_ids": [*prompt_ids, word_id], "labels": [-100] * len(prompt_ids) + [word_id]}
 
-        rows = list(_read(options.data / options.task / "train.jsonl.gz"))
+        rows = _read(options.data / options.task / "train.jsonl.gz")
         # One draw for all seeds and variants: what differs between runs is the training, not the data.
         random.Random(0).shuffle(rows)
         self.train = [encode(row) for row in rows[: options.examples]]
@@ -299,10 +300,8 @@ def _run(
     return {**active, **{f"{name}_all_modules": value for name, value in every.items()}, "epochs": meter.epochs}
 
 
-def _read(path: Path) -> Iterator[dict[str, Any]]:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [asdict(cast("LabelledText", example.content)) for example in read_examples(str(path))]
 
 
 def _main_epoch(run: dict[str, Any]) -> dict[str, float]:
