@@ -6,13 +6,13 @@ which serve for time and memory. The bytes are those of a real cloud, a second p
 
     python benchmarks/side.py --data ../shared/data
     python benchmarks/side.py --data ../shared/data --models smollm2 --examples 2048 --seeds 0 1 2
+    python benchmarks/side.py --data ../shared/data --examples 64 --tests 0 --pairs 8 --crossing 32  # what is kept
     python benchmarks/side.py --show        # the tables of the last results, measuring nothing
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import os
 import platform
@@ -42,6 +42,8 @@ from transformers import (
 
 import tidelock
 from tidelock.data.batch import Collator
+from tidelock.data.encode_sequence import SequenceEncoder
+from tidelock.data.source import read_examples
 from tidelock.model.smollm2 import fetch_smollm2
 from tidelock.run.cloud_process import loopback_cloud
 from tidelock.run.connect_side import connect_side
@@ -198,10 +200,11 @@ def _work(order: Order) -> Outcome:
         seconds, rss, gpu = [], [], []
         draw = random.Random(order.seed)
         for _ in range(order.epochs):
+            draw.shuffle(rows)
             memory.take()
             began = time.perf_counter()
             model.train()
-            for batch in _batches(rows, order.batch_size, model, draw):
+            for batch in _batches(rows, order.batch_size, model):
                 loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
                 loss.backward()
                 nn.utils.clip_grad_norm_(trained, 1.0)
@@ -217,16 +220,9 @@ def _work(order: Order) -> Outcome:
         return Outcome(seconds, rss, gpu, import_bytes, count, _accuracy(model, tests, device) if tests else None)
 
 
-def _batches(
-    rows: list[dict[str, Any]],
-    size: int,
-    model: Any,  # noqa: ANN401  (of several kinds)
-    draw: random.Random,
-) -> Iterator[dict[str, Tensor]]:
-    """Yield batches of like lengths; the next is announced to a model that reads taps ahead meanwhile."""
-    drawn = sorted(draw.sample(rows, len(rows)), key=lambda row: len(row["input_ids"]))
-    batches = [Collator(0)(drawn[first : first + size]) for first in range(0, len(drawn), size)]
-    draw.shuffle(batches)
+def _batches(rows: list[dict[str, Any]], size: int, model: Any) -> Iterator[dict[str, Tensor]]:  # noqa: ANN401
+    """Yield batches; the next one is announced to a model that reads taps ahead while this one is learned from."""
+    batches = [Collator(0)(rows[first : first + size]) for first in range(0, len(rows), size)]
     for number, batch in enumerate(batches):
         if hasattr(model, "announce") and number + 1 < len(batches):
             model.announce(batches[number + 1])
@@ -280,13 +276,10 @@ def _rows(order: Order) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the examples to learn from, and those to measure on."""
     if order.data:
         tokenizer = AutoTokenizer.from_pretrained(order.folder)
+        limit = AutoConfig.from_pretrained(order.folder).max_position_embeddings
+        encoder = SequenceEncoder(tokenizer, max_length=limit, truncate=True, num_labels=2)
         rows, tests = (
-            [
-                # As `tidelock train` writes a pair.
-                {"input_ids": tokenizer("\n".join(row[key] for key in ("text_a", "text_b") if key in row)).input_ids}
-                | {"label": row["label"]}
-                for row in _read(order.data, name)
-            ]
+            [dict(row) for row in encoder.encode_all(read_examples(str(Path(order.data) / f"{name}.jsonl.gz")))]
             for name in ("train", "test")
         )
         # One draw for all seeds and variants: what differs between runs is the training, not the data.
@@ -302,12 +295,6 @@ def _rows(order: Order) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         for _ in range(order.examples)
     ]
     return pairs, []
-
-
-def _read(folder: str, name: str) -> Iterator[dict[str, Any]]:
-    with gzip.open(Path(folder) / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
 
 
 def _folder_of(name: str, options: argparse.Namespace, scratch: Path) -> Path:
@@ -332,7 +319,7 @@ def _bytes(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return what crosses for each token: in an epoch of LoRA with all modules, and where each example crosses once."""
     order = Order("smollm2", "lora", 0, folder, *_sizes("smollm2", options), options.threads)
     rows = _rows(order)[0][: options.crossing]
-    batches = list(_batches(rows, 16, None, random.Random(0)))
+    batches = list(_batches(rows, 16, None))
     crossed: dict[str, Any] = {"tokens": sum(len(row["input_ids"]) for row in rows), "examples": len(rows)}
     shared: dict[str, Any] = {"model": folder, "task": "classification", "num_labels": 2}
     with loopback_cloud(folder, "--threads", str(options.threads)) as cloud:
@@ -453,7 +440,9 @@ def tables(result: dict[str, Any]) -> str:
             table.append([variant, f"{row['trained']:,}", *(f"{ratio:.3f}" for ratio in times), *memory, accuracy])
         shown.append(f"{name}; times are to LoRA's:\n\n{_markdown(table)}")
     if result["shares"]:
-        table = [["each example once", "of LoRA's bytes over five epochs in fp32"]]
+        crossed = result["bytes"]
+        tokens = f"{crossed['examples']} texts of {crossed['tokens'] / crossed['examples']:.0f} tokens, each once"
+        table = [[tokens, "of LoRA's bytes over five epochs in fp32"]]
         table += [[name, f"{share:.2%}"] for name, share in result["shares"].items()]
         shown.append(_markdown(table))
     aims = [["model", "aim", "wanted", "reached", ""]]

@@ -65,7 +65,8 @@ def test_aims_are_met_or_missed_by_hand(benchmark) -> None:
         "bytes of side, fp32, taps of d/8, of LoRA's over five epochs": (0.007, False),
     }
     assert found["summary"]["smollm2"]["side, cached"]["epoch"] == 2.0
-    shown = benchmark.tables({**found, "runs": runs})
+    shown = benchmark.tables({**found, "runs": runs, "bytes": crossed})
+    assert "| 1 texts of 10 tokens, each once |" in shown
     assert "| side, cached | 7 | 0.500 | 0.100 | 0.233 | 0 MB | 0 MB | 0.871 |" in shown
 
 
@@ -78,3 +79,14 @@ def test_it_runs_every_variant_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert all(len(run["seconds"]) == len(run["rss_bytes"]) == 2 for run in result["runs"])
     assert all(0 < run["import_bytes"] < min(run["rss_bytes"]) for run in result["runs"])
     assert result["aims"]
+
+
+def test_the_page_shows_the_tables_of_the_results(benchmark) -> None:
+    result = json.loads(benchmark.RESULTS.read_text())
+    assert benchmark.summarise(result) == {name: result[name] for name in ("summary", "shares", "aims")}
+    page = (ROOT / "docs" / "side.md").read_text(encoding="utf-8")
+    _, begin, rest = page.partition("<!-- side: begin -->\n")
+    shown, end, _ = rest.partition("\n<!-- side: end -->")
+    assert begin
+    assert end
+    assert shown == benchmark.tables(result)
