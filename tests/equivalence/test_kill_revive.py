@@ -209,7 +209,7 @@ def test_a_warm_up_by_turns_has_few_active_at_once(join: Connect, tmp_path: Path
         return forward(batch, sites)
 
     model.backbone.forward = count  # type: ignore[method-assign]
-    periods = _train(model, tmp_path, Schedule("kill-revive", budget=1, warm_up_active=2))
+    periods = _train(model, tmp_path, Schedule("kill-revive", budget=1, warm_up_active=2, norm="difference"))
     # Four modules in two turns, and then the budget.
     assert active[:_STEPS_AN_EPOCH] == [2] * _STEPS_AN_EPOCH
     assert set(active[_STEPS_AN_EPOCH:]) == {1}

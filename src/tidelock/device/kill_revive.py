@@ -94,7 +94,7 @@ class Activity(nn.Module):
 
 @final
 class KillRevive(TrainerCallback):
-    """Has few PEFT modules active at once, those that move most.
+    """Has few PEFT modules active at once, those that matter most.
 
     One line for whoever trains a connected model with `transformers.Trainer`::
 

@@ -106,7 +106,7 @@ def plots_of(record: RunRecord) -> list[Plot]:
     plots = [Plot("loss", "Loss", "Of each logged step, and of each evaluation if there were any.", _draw_loss)]
     if record.periods:
         caption = (
-            "How much each block's module moved in each period in which it learned, as a share of the most in that "
+            "The score of each block's module in each period in which it learned, as a share of the most in that "
             "period; a dot marks those that were active."
         )
         height = min(max(_HEIGHT, 0.6 + 0.145 * len(record.facts.model.blocks)), _MOST_HEIGHT)
@@ -176,11 +176,11 @@ def _draw_activity(record: RunRecord, axes: Axes, theme: Theme) -> None:
     shares = [[float("nan")] * len(periods) for _ in blocks]
     marks = []
     for column, period in enumerate(periods):
-        moved = {block: period["scores"][str(block)] for block in period["active"]}
-        most = max(moved.values(), default=0.0) or 1.0
+        scores = {block: period["scores"][str(block)] for block in period["active"]}
+        most = max(scores.values(), default=0.0) or 1.0
         for row, block in enumerate(blocks):
-            if block in moved:
-                shares[row][column] = moved[block] / most
+            if block in scores:
+                shares[row][column] = scores[block] / most
                 marks.append((column, row))
     scale: dict[str, Any] = {"cmap": theme.heat, "vmin": 0.0, "vmax": 1.0}
     image = axes.imshow(shares, aspect="auto", origin="lower", interpolation="nearest", **scale)

@@ -168,7 +168,7 @@ class RunConfig:
     period: int | None = _knob(None, "Steps in a period; an epoch by default.")
     exchange: float = _knob(0.25, "For kill-revive: share of the budget exchanged after a period.")
     longest_sleep: int | None = _knob(None, "For kill-revive: periods until a module returns whatever its score.")
-    norm: str = _knob("difference", f"A module's score: {', '.join(NORMS)}.")
+    norm: str = _knob("saliency", f"A module's score: {', '.join(NORMS)}.")
     per_learning_rate: bool = _knob(False, "Divide a score by the mean learning rate of its period.")
     killed: str = _knob("bypass", "A killed module is left out (bypass), or answers unchanged (frozen).")
     moments: str = _knob("reset", "Adam's moments of a revived module begin at zero (reset), or go on (keep).")

@@ -58,7 +58,7 @@ class Schedule:
     period: int | None = None
     exchange: float = 0.25
     longest_sleep: int | None = None
-    norm: str = "difference"
+    norm: str = "saliency"
     per_learning_rate: bool = False
     killed: str = "bypass"
     moments: str = "reset"
