@@ -75,6 +75,7 @@ class PlainSide(nn.Module):
         side_blocks = cast("nn.ModuleList", self.network.side.stack.get_submodule(family.blocks))
         assert len(side_blocks) == len(self.network.blocks) <= geometry.num_blocks
         for index, block in enumerate(side_blocks):
+            block._forward_hooks.clear()
             block._forward_pre_hooks.clear()
             block._forward_pre_hooks_with_kwargs.clear()
             block.forward = self._mixing(index, block.forward)

@@ -167,6 +167,11 @@ class Ends:
         """The most positions that the model was made for, where there is a limit."""
         return self.geometry.max_positions
 
+    @property
+    def embedding(self) -> Tensor:
+        """The word embedding's weight, fp32 of shape (V, E)."""
+        return self._embedding.get_parameter("weight")
+
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         """Return word embeddings, shape (*ids.shape, E), fp32."""
@@ -210,10 +215,10 @@ def end_tensors(model: PreTrainedModel, source: TensorSource) -> dict[str, str]:
         for name, _ in cast("nn.Module", head).named_parameters()
         if not (tied and name == "weight")
     ]
-    return {path: _stored_name(path, model.base_model_prefix, source) for path in wanted}
+    return {path: stored_name(path, model.base_model_prefix, source) for path in wanted}
 
 
-def _stored_name(path: str, prefix: str, source: TensorSource) -> str:
+def stored_name(path: str, prefix: str, source: TensorSource) -> str:
     """Return the stored name of a parameter.
 
     Older checkpoints leave the base model's prefix out; those of GPT-NeoX call the head by its former name.

@@ -69,25 +69,43 @@ def reduced_config(
         **dict.fromkeys(_HEAD, lambda _: small_head),
         **dict.fromkeys(_SAME_AS_HIDDEN, lambda _: hidden),
         **dict.fromkeys(_LIKE_HEAD, lambda scale: max(1, round(scale * small_head / full_head))),
-        **dict.fromkeys(_PER_BLOCK, lambda values: [values[block] for block in blocks]),
         **dict.fromkeys(_DECODER_BLOCKS, lambda _: len(decoder_blocks)),
-        **dict.fromkeys(_IDS, lambda _: None),
         "rope_parameters": lambda rope: _reduced_rope(rope, small_head),
     }
-    changes: dict[str, Any] = {
-        "hidden_size": hidden,
+    changes = {"hidden_size": hidden, **_apply(rules, facts), **_of_blocks(facts, blocks)}
+    try:
+        return _changed(config, changes)
+    except (StrictDataclassError, AttributeError, TypeError, ValueError) as error:
+        raise _refused(config.model_type, hidden, error) from error
+
+
+def part_config(config: PretrainedConfig, blocks: Sequence[int]) -> PretrainedConfig:
+    """Return a copy of a model's configuration with these blocks only, at their full width, and no vocabulary."""
+    return _changed(config, _of_blocks(config.to_dict(), blocks))
+
+
+def _of_blocks(facts: dict[str, Any], blocks: Sequence[int]) -> dict[str, Any]:
+    """Return what changes in a configuration when there are only these blocks, and no vocabulary."""
+    rules: dict[str, Callable[[Any], Any]] = {
+        **dict.fromkeys(_PER_BLOCK, lambda values: [values[block] for block in blocks]),
+        **dict.fromkeys(_IDS, lambda _: None),
+    }
+    return {
         "num_hidden_layers": len(blocks),
         "vocab_size": 1,
         "tie_word_embeddings": False,
-        **{name: rules[name](value) for name, value in facts.items() if name in rules and value is not None},
+        **_apply(rules, facts),
     }
+
+
+def _apply(rules: Mapping[str, Callable[[Any], Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: rules[name](value) for name, value in facts.items() if name in rules and value is not None}
+
+
+def _changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> PretrainedConfig:
     # `attribute_map` leads names such as hidden_size to a family's own; a copy keeps what it has no field for.
     own = getattr(config, "attribute_map", {})
-    small = {own.get(name, name): value for name, value in changes.items()}
-    try:
-        return type(config).from_dict({**facts, **small})
-    except (StrictDataclassError, AttributeError, TypeError, ValueError) as error:
-        raise _refused(config.model_type, hidden, error) from error
+    return type(config).from_dict({**config.to_dict(), **{own.get(name, name): v for name, v in changes.items()}})
 
 
 def reduced_decoder(config: PretrainedConfig, family: Family) -> PreTrainedModel:

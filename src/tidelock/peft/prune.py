@@ -108,8 +108,32 @@ def fisher_scores(
 
 
 @torch.no_grad()
+def residual_scores(stack: Stack, blocks: Sequence[int], scores: Scores, *, with_outside: bool = True) -> Tensor:
+    """Return the score of each residual channel, shape (D,): the sum over the weights that read or write it.
+
+    Args:
+        stack: The frozen one.
+        blocks: Which of its blocks count.
+        scores: Of every weight of `stack`.
+        with_outside: Count what is around the blocks too. In a pool, where each device has some of the blocks and all
+            of that, only one device counts it, and the sum over the devices is that of the whole stack.
+    """
+    heads, width = Heads.of(stack.config), stack.config.hidden_size
+    sums = [_block_sums(stack, block, heads, scores) for block in blocks]
+    if with_outside:
+        outside = {name: parameter for name, parameter in stack.outside().items() if parameter.shape[-1] == width}
+        sums.append(_sums({name: _outside_axes(parameter) for name, parameter in outside.items()}, outside, scores))
+    return torch.stack([each[RESIDUAL] for each in sums]).sum(0)
+
+
+@torch.no_grad()
 def copy_pruned(
-    stack: Stack, small: Stack, blocks: Sequence[int], scores: Scores, encoder_residual: Tensor | None = None
+    stack: Stack,
+    small: Stack,
+    blocks: Sequence[int],
+    scores: Scores,
+    encoder_residual: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Copy the highest-scoring channels of a stack's blocks, and of what is around them, into a reduced stack.
 
@@ -119,6 +143,8 @@ def copy_pruned(
         blocks: The block of `stack` that each block of `small` is copied from.
         scores: Of every weight of `stack`.
         encoder_residual: For a decoder that reads an encoder: which channels were kept of that.
+        residual: The scores of the residual channels, where `stack` is a part of the one that decides; see
+            `residual_scores`.
 
     Returns:
         Which residual channels the copies are of, int64 of shape (S,), ascending.
@@ -126,13 +152,10 @@ def copy_pruned(
     Raises:
         ModelError: The family's blocks are not understood.
     """
-    heads, width = Heads.of(stack.config), stack.config.hidden_size
-    sums = [_sums(axes_of(stack.block(block), heads), dict(stack.block(block).named_parameters()), scores)
-            for block in blocks]  # fmt: skip
-    outside = {name: parameter for name, parameter in stack.outside().items() if parameter.shape[-1] == width}
-    sums_outside = _sums({name: _outside_axes(parameter) for name, parameter in outside.items()}, outside, scores)
-    residual_scores = torch.stack([each[RESIDUAL] for each in (*sums, sums_outside)]).sum(0)
-    kept = {RESIDUAL: _highest(residual_scores, small.config.hidden_size)}
+    heads = Heads.of(stack.config)
+    if residual is None:
+        residual = residual_scores(stack, blocks, scores)
+    kept = {RESIDUAL: _highest(residual, small.config.hidden_size)}
     if encoder_residual is not None:
         kept[ENCODER_RESIDUAL] = encoder_residual
     small_heads = Heads.of(small.config)
@@ -140,7 +163,8 @@ def copy_pruned(
         target = small.block(index)
         axes = axes_of(target, small_heads)
         sizes = _sizes(axes, target)
-        chosen = {g: _choose(g, score, sizes[g], (heads, small_heads)) for g, score in sums[index].items()}
+        sums = _block_sums(stack, block, heads, scores)
+        chosen = {g: _choose(g, score, sizes[g], (heads, small_heads)) for g, score in sums.items()}
         for name, parameter in target.named_parameters():
             _copy(stack.parameter(block, name), parameter, axes[name], {**chosen, **kept})
     for name, parameter in small.outside().items():
@@ -151,6 +175,12 @@ def copy_pruned(
 def _outside_axes(parameter: Tensor) -> Axes:
     """Return the axes of norms and of tables of positions or words: the last counts the residual stream."""
     return ((WHOLE,),) * (parameter.ndim - 1) + ((RESIDUAL,),)
+
+
+def _block_sums(stack: Stack, block: int, heads: Heads, scores: Scores) -> dict[Group, Tensor]:
+    """Return the score of each channel of each group of a block."""
+    module = stack.block(block)
+    return _sums(axes_of(module, heads), dict(module.named_parameters()), scores)
 
 
 def _sums(axes: Mapping[str, Axes], parameters: Mapping[str, nn.Parameter], scores: Scores) -> dict[Group, Tensor]:

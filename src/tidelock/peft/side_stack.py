@@ -9,6 +9,7 @@ F width of the state that the frozen head reads. May import errors, `model`, `pe
 from __future__ import annotations
 
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
@@ -26,8 +27,18 @@ if TYPE_CHECKING:
     from tidelock.peft.prune import Scores
     from tidelock.peft.side import SideConfig, SideInit
 
-# What the hooks on the side blocks do with a block's input, in the thread that runs the stack.
-_MIX: ContextVar[Callable[[int, Tensor], Tensor]] = ContextVar("tidelock_mix")
+
+@final
+@dataclass(slots=True)
+class _Run:
+    """What the hooks on the side blocks do with a block's input, and the last block's output that they saw."""
+
+    mix: Callable[[int, Tensor], Tensor]
+    last_BTS: Tensor | None = None
+
+
+# Of the thread that runs the stack.
+_RUN: ContextVar[_Run] = ContextVar("tidelock_side_run")
 
 
 @final
@@ -58,10 +69,16 @@ class SideStack(nn.Module):
         self._temperature = temperature
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(_mix_before(index), with_kwargs=True)
+        blocks[-1].register_forward_hook(_note_last)
 
     @torch.no_grad()
     def start_from(
-        self, backbone: Stack, blocks: Sequence[int], scores: Scores, encoder_residual: Tensor | None = None
+        self,
+        backbone: Stack,
+        blocks: Sequence[int],
+        scores: Scores,
+        encoder_residual: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Copy the backbone's highest-scoring channels into the side blocks, and begin by reading just these.
 
@@ -70,6 +87,7 @@ class SideStack(nn.Module):
             blocks: The tapped blocks.
             scores: Of each weight.
             encoder_residual: For a decoder that reads an encoder: the channels kept of that.
+            residual: Scores of the residual channels, where this stack is a part of a longer one.
 
         Returns:
             The kept channels of the residual stream, int64 of shape (S,).
@@ -77,7 +95,7 @@ class SideStack(nn.Module):
         Raises:
             ModelError: The family's blocks are not understood.
         """
-        residual_S = copy_pruned(backbone, Stack(self.stack, *self._facts), blocks, scores, encoder_residual)
+        residual_S = copy_pruned(backbone, Stack(self.stack, *self._facts), blocks, scores, encoder_residual, residual)
         self._read_channels(residual_S)
         return residual_S
 
@@ -98,20 +116,53 @@ class SideStack(nn.Module):
             cache: The side blocks' own keys and values of earlier tokens, extended in place.
             more: What else the stack takes.
         """
+        _, final_BTS = self._run(self.begin(embeddings_NE, layout), taps_ND, layout, cache, more)
+        return final_BTS
+
+    def begin(self, embeddings_NE: Tensor, layout: Layout) -> Tensor:
+        """Return the first side state, shape (B, T, S), as the stack is called with it."""
+        return layout.unpack(self.start(embeddings_NE.to(self.gates)))
+
+    def forward_part(
+        self, state_BTS: Tensor, taps_ND: Sequence[Tensor], layout: Layout, *, is_first: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the last block's output and the final state, each (B, T, S), of a stack that is part of a longer one.
+
+        Args:
+            state_BTS: What `begin` gave where the part is the first, else the output of the side block before.
+            taps_ND: The tapped blocks' outputs at the real tokens.
+            layout: How these tokens lie in the padded batch.
+            is_first: Whether the part is the first: only then is what a stack does before its first block done.
+        """
+        return self._run(state_BTS, taps_ND, layout, given_BTS=None if is_first else state_BTS)
+
+    def _run(
+        self,
+        state_BTS: Tensor,
+        taps_ND: Sequence[Tensor],
+        layout: Layout,
+        cache: Cache | None = None,
+        more: Mapping[str, Tensor] | None = None,
+        given_BTS: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the last block's output and the final state; `given_BTS` is what the first block gets instead."""
         mu = torch.sigmoid(self.gates / self._temperature)
 
         def mix(index: int, state_BTS: Tensor) -> Tensor:
+            if index == 0 and given_BTS is not None:
+                state_BTS = given_BTS
             read_NS = self.taps[index](taps_ND[index].to(self.gates))
             return mu[index] * state_BTS + (1 - mu[index]) * layout.unpack(read_NS)
 
-        start_BTS = layout.unpack(self.start(embeddings_NE.to(self.gates)))
-        token = _MIX.set(mix)
+        run = _Run(mix)
+        token = _RUN.set(run)
         try:
-            return call_decoder(
-                self.stack, start_BTS, layout.mask_BT, positions_BT=layout.positions_BT, cache=cache, more=more
+            final_BTS = call_decoder(
+                self.stack, state_BTS, layout.mask_BT, positions_BT=layout.positions_BT, cache=cache, more=more
             )
         finally:
-            _MIX.reset(token)
+            _RUN.reset(token)
+        return cast("Tensor", run.last_BTS), final_BTS
 
     def _read_channels(self, residual_S: Tensor) -> None:
         """Begin with linears that pick these channels of what they read, where that is of the residual's width."""
@@ -180,9 +231,13 @@ def _mix_before(
     def hook(
         _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        mix = _MIX.get()
+        mix = _RUN.get().mix
         if "hidden_states" in kwargs:
             return args, {**kwargs, "hidden_states": mix(index, kwargs["hidden_states"])}
         return (mix(index, args[0]), *args[1:]), kwargs
 
     return hook
+
+
+def _note_last(_block: nn.Module, _args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+    _RUN.get().last_BTS = output[0] if isinstance(output, tuple) else output
