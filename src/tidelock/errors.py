@@ -14,7 +14,8 @@
     ├── TokenRefused                13  the cloud does not know this token
     ├── ModelMismatch               14  device and cloud hold different models or different weights
     ├── ListenRefused               15  the cloud will not listen at that address, or cannot
-    └── CloudBusy                   16  the cloud has no place for another pass of this device
+    ├── CloudBusy                   16  the cloud has no place for another pass of this device
+    └── PeerError                   17  another device of the pool is gone, or does not answer in time
 
 An interrupted command (Ctrl-C) exits with 130, as a shell expects. A new error is a new leaf here, with the next
 free code of its kind (2-9: what is on this machine; 10-19: what is on the other side); a retired code is not reused.
@@ -127,3 +128,9 @@ class ListenRefused(TidelockError):
     """The cloud will not listen at the address (beyond loopback without TLS), or the system does not let it."""
 
     exit_code = 15
+
+
+class PeerError(TidelockError):
+    """Another device of the pool is gone, or does not answer in time."""
+
+    exit_code = 17

@@ -49,7 +49,7 @@ def command(
     torch.manual_seed(seed)
     model = module.open_trained(folder, config)
     try:
-        tokenizer = import_module("tidelock.run.open_model").load_tokenizer(model)
+        tokenizer = import_module("tidelock.run.open_model").load_tokenizer(model.ends.folder)
         is_plain = raw or config.task == "text-to-text"
         ids = module.raw_prompt(tokenizer, prompt) if is_plain else module.chat_prompt(tokenizer, prompt)
         pieces: list[str] = []

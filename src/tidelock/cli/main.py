@@ -35,6 +35,7 @@ COMMANDS = {
     "export": "Write a run's adapter for use elsewhere, or a merged model.",
     "cache": "Fill an activation cache ahead of a run, look at it, check or remove it.",
     "plan": "Say which devices of a pool would hold which blocks, and what a step takes.",
+    "pool": "Train on several of your own devices together.",
     "report": "Draw a run: loss, module activity, traffic and time.",
     "doctor": "Say what this machine can do, and what is wrong.",
 }
@@ -62,6 +63,7 @@ def run(args: Sequence[str]) -> int:
     """
     as_json = "--json" in args
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what gRPC would log is in our errors
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # likewise of torch.distributed
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR if as_json else logging.WARNING)
     try:
         group = typer.main.get_command(_app(next((arg for arg in args if not arg.startswith("-")), None)))

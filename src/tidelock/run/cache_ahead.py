@@ -62,7 +62,7 @@ def cache_ahead(config: RunConfig, say: Callable[[str], None], track: Track) -> 
         if not isinstance(model, BesideBlocks) or model.source.cache is None:
             msg = f"Filling a cache: expected a run with one, got --method {config.method}. Choose side, with a cache."
             raise ConfigError(msg)
-        rows = encode_examples(config, model, load_tokenizer(model), examples)
+        rows = encode_examples(config, model, load_tokenizer(model.ends.folder), examples)
         say(describe_cache(model, rows))
         different = {ids: row for row in rows for ids in model.examples_of(Collator(0)([row]))}
         left = [row for ids, row in different.items() if ids not in model.source.cache]

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from torch import Tensor, nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from tidelock.cache.config import CacheConfig
     from tidelock.device.beside_blocks import BesideBlocks
@@ -229,15 +229,22 @@ class _CloudBlocks:
         return RemoteBackbone(connection, self.ends.geometry)
 
 
-def _identity(blocks: _LocalBlocks | _CloudBlocks, model: BesideBlocks, codec: str) -> CacheIdentity:
-    """Return what a cache of the blocks' outputs is of.
+def model_hash(fingerprint: str, config: PretrainedConfig) -> str:
+    """Return a hash of a model's weights and of its configuration, which says how these are used.
 
-    The hash that stands for the model covers its configuration too, which says how the weights are used.
+    Args:
+        fingerprint: Of the weights.
+        config: The model's.
     """
-    settings = json.loads(json.dumps(blocks.ends.config.to_dict(), default=str))
+    settings = json.loads(json.dumps(config.to_dict(), default=str))
     settings = {name: value for name, value in settings.items() if name not in NOT_THE_MODEL}
+    return hashlib.sha256(json.dumps([fingerprint, settings], sort_keys=True).encode()).hexdigest()
+
+
+def _identity(blocks: _LocalBlocks | _CloudBlocks, model: BesideBlocks, codec: str) -> CacheIdentity:
+    """Return what a cache of the blocks' outputs is of."""
     return CacheIdentity(
-        model=hashlib.sha256(json.dumps([blocks.fingerprint, settings], sort_keys=True).encode()).hexdigest(),
+        model=model_hash(blocks.fingerprint, blocks.ends.config),
         tokenizer=tokenizer_sha256(blocks.ends.folder),
         dtype=blocks.dtype,
         taps=model.tapped,

@@ -164,6 +164,6 @@ def _new_run(runs: Path) -> Path:
 
 
 def _answer(model: DeviceLM, questions: list[Question]) -> list[str]:
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model.ends.folder)
     prompts = [chat_prompt(tokenizer, question.text) for question in questions]
     return complete(model, tokenizer, prompts, GenerationSettings(max_new_tokens=_ANSWER_TOKENS))

@@ -79,7 +79,7 @@ def evaluate(folder: RunFolder, config: RunConfig, data: str, split: str | None,
         torch.set_num_threads(config.threads)
     model = open_trained(folder, config)
     try:
-        rows = encode_examples(config, model, load_tokenizer(model), examples)
+        rows = encode_examples(config, model, load_tokenizer(model.ends.folder), examples)
         return measure(model, rows, config.batch_size, track)
     finally:
         model.close()

@@ -67,7 +67,7 @@ def open_model(config: RunConfig, ledger: Ledger, cache: Path | None = None) -> 
     model: DeviceLM
     peft_config = _method_config(config) if adapter is None else adapter.config
     if isinstance(peft_config, SideConfig):
-        kept = _cache_config(config, cache)
+        kept = None if cache is None else cache_config_of(config, cache)
         model = connect_side(where, side_config=peft_config, start=False, cache=kept, **shared)
     else:
         model = connect(
@@ -82,20 +82,20 @@ def open_model(config: RunConfig, ledger: Ledger, cache: Path | None = None) -> 
     return model
 
 
-def load_tokenizer(model: DeviceLM) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that belongs to a device's model.
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in a model's folder.
 
     Raises:
         ConfigError: The model's folder has none.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            model.ends.folder, trust_remote_code=False, local_files_only=True
+            folder, trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
         msg = (
             f"Tokenizer: expected one beside the model's configuration, got {type(error).__name__} "
-            f"({model.ends.folder}). Put its files there."
+            f"({folder}). Put its files there."
         )
         raise ConfigError(msg) from error
     return tokenizer
@@ -104,7 +104,7 @@ def load_tokenizer(model: DeviceLM) -> PreTrainedTokenizerBase:
 def _method_config(config: RunConfig) -> MethodConfig | SideConfig:
     """Return what a run trains."""
     if config.method == "side":
-        return _side_config(config)
+        return side_config_of(config)
     if config.method == "adapter":
         return AdapterConfig(
             bottleneck=config.bottleneck,
@@ -131,7 +131,8 @@ def _method_config(config: RunConfig) -> MethodConfig | SideConfig:
     )
 
 
-def _side_config(config: RunConfig) -> SideConfig:
+def side_config_of(config: RunConfig) -> SideConfig:
+    """Return what a run's side network is like."""
     upsample = config.upsample or ("zero" if config.side_output == "add" else "random")
     # The others need the whole model on this device, which may have no room for it where there is a cloud.
     start = config.side_init or ("magnitude" if config.cloud is None else "random")
@@ -146,9 +147,8 @@ def _side_config(config: RunConfig) -> SideConfig:
     )
 
 
-def _cache_config(config: RunConfig, folder: Path | None) -> CacheConfig | None:
-    if folder is None:
-        return None
+def cache_config_of(config: RunConfig, folder: Path) -> CacheConfig:
+    """Return how a run keeps the outputs of blocks in a folder."""
     return CacheConfig(
         folder,
         codec=config.cache_codec,

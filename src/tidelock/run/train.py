@@ -106,7 +106,7 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
     try:
         observer.say(f"Model: {_describe(model)}.")
         _say_codecs(config, model, observer)
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model.ends.folder)
         rows, eval_rows = (encode_examples(config, model, tokenizer, found) for found in (examples, eval_examples))
         observer.say(f"Data: {len(rows)} examples to learn from, {len(eval_rows)} to measure on.")
         if resume:

@@ -65,7 +65,7 @@ def test_language_modelling_is_measured_by_token(make_config, notes: Notes, tmp_
     found = evaluate(RunFolder.open(Path(config.out)), config, data, None, tracked)
     assert (tracked.total, tracked.done) == (3, 3)
     model = open_trained(RunFolder.open(Path(config.out)), config).eval()
-    encoded = encode_examples(config, model, load_tokenizer(model), read_examples(data))
+    encoded = encode_examples(config, model, load_tokenizer(model.ends.folder), read_examples(data))
     with torch.no_grad():
         # All in one batch, whose mean is over its tokens.
         expected = float(model(**Collator(0)(encoded)).loss)
@@ -82,7 +82,7 @@ def test_what_is_measured_does_not_depend_on_batches(make_config, reviews: str, 
     config = make_config(task="classification", num_labels=3)
     torch.manual_seed(3)
     model = open_model(config, Ledger())
-    rows = encode_examples(config, model, load_tokenizer(model), read_examples(reviews))
+    rows = encode_examples(config, model, load_tokenizer(model.ends.folder), read_examples(reviews))
     whole, found = measure(model, rows, 18, Tracked()), measure(model, rows, batch_size, Tracked())
     assert found.metrics == pytest.approx(whole.metrics, rel=1e-5)
     assert (found.examples, found.labels) == (18, 18)

@@ -206,7 +206,7 @@ def test_it_answers_and_is_measured(side_config: MakeConfig, notes: Notes) -> No
     measured = evaluate(folder, config, config.data, None, Tracker)
     assert measured.metrics["loss"] == pytest.approx(result.eval_loss, rel=1e-5)
     model = open_trained(folder, config)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model.ends.folder)
     prompts = [raw_prompt(tokenizer, f"where is key {number}? ") for number in (1, 2)]
     assert complete(model, tokenizer, prompts, GenerationSettings(max_new_tokens=12)) == ["in the box"] * 2
     model.close()

@@ -71,7 +71,7 @@ def test_it_learns_to_answer_and_never_runs_the_blocks_again(side_config: MakeCo
     assert measured.labels == sum(len(ids) for ids in _targets(config))
     assert measured.metrics["exact_match"] == 1
     model = open_trained(folder, config)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model.ends.folder)
     prompts = [raw_prompt(tokenizer, f"where is key {number}? ") for number in (1, 2)]
     assert complete(model, tokenizer, prompts, GenerationSettings(max_new_tokens=12)) == ["in the box"] * 2
     model.close()

@@ -138,13 +138,13 @@ def test_a_token_file_that_is_no_text_is_refused(make_config, tmp_path: Path) ->
 
 def test_a_tokenizer_that_cannot_be_read_is_named(make_config, chat_model: Path) -> None:
     model = open_model(make_config(), Ledger())
-    assert load_tokenizer(model).chat_template
+    assert load_tokenizer(model.ends.folder).chat_template
     tokenizer = chat_model / "tokenizer.json"
     good = tokenizer.read_text()
     try:
         tokenizer.write_text("{}")
         with pytest.raises(ConfigError, match="expected one beside the model's configuration"):
-            load_tokenizer(model)
+            load_tokenizer(model.ends.folder)
     finally:
         tokenizer.write_text(good)
 

@@ -1,0 +1,199 @@
+"""`tidelock pool train DATA` on one device of a pool, `tidelock pool join HOST:PORT` on the others."""
+
+from __future__ import annotations
+
+import inspect
+import ipaddress
+import socket
+from contextlib import ExitStack
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tidelock.cli.knobs import knob_options, option
+from tidelock.cli.output import Output
+from tidelock.cli.progress import StepProgress
+from tidelock.errors import ConfigError
+from tidelock.run.config import RunConfig
+from tidelock.units import format_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from tidelock.pool.layout import PoolLayout
+    from tidelock.run.pool import PoolResult
+
+ACTIONS = ("train", "join")
+_KNOBS = (
+    *("model", "out", "split", "max_length", "truncate"),
+    *("reduction", "side_init", "upsample", "side_output", "cache_codec", "cache_limit", "cache_key"),
+    *(
+        "epochs",
+        "batch_size",
+        "learning_rate",
+        "lr_schedule",
+        "warmup_steps",
+        "weight_decay",
+        "clip",
+        "seed",
+        "threads",
+    ),
+)
+_OWN_OF_PEER = frozenset({"model", "out", "threads", "cache_key"})
+_OF_LEAD = ("local", "listen", "peers", "stage", "micro_batches", "profile")
+
+
+def command(what: str, target: str, *, json: bool = False, **options: Any) -> None:
+    """Train a side network on several of your own devices: DATA on one of them (train), the others join it (join)."""
+    output = Output(json=json)
+    if what not in ACTIONS:
+        msg = f"Pool: expected train DATA or join HOST:PORT, got {what!r}. Write one of them."
+        raise ConfigError(msg)
+    knobs = {name: options.pop(name) for name in _KNOBS}
+    with StepProgress(output) as progress:
+        act = _train if what == "train" else _join
+        result = act(target, knobs, options, progress, output)
+    adapter = None if result.adapter is None else str(result.adapter)
+    values = {"event": "done", "steps": result.steps, "loss": result.loss, "seconds": round(result.seconds, 3)}
+    lines = [
+        f"Done: {result.steps} steps in {format_seconds(result.seconds)}, the last batch's loss {result.loss:.4f}."
+    ]
+    output.result({**values, "adapter": adapter}, "\n".join([*lines, *([f"Adapter: {adapter}"] if adapter else [])]))
+
+
+def _train(
+    data: str, knobs: dict[str, Any], options: dict[str, Any], progress: StepProgress, output: Output
+) -> PoolResult:
+    _refuse(options, ("peer",), "pool join")
+    count = options["local"] or options["peers"]
+    if count is None or (options["local"] is None) == (options["listen"] is None):
+        msg = "Pool: expected --local N, or --listen HOST:PORT with --peers N, got neither or both. Choose one."
+        raise ConfigError(msg)
+    host, port = ("127.0.0.1", 0) if options["listen"] is None else _address(options["listen"])
+    _require_trusted(host, trusts=options["trust_network"])
+    config = RunConfig(data=data, method="side", **knobs)
+    # Loads torch, which --help must not wait for.
+    run, peers = import_module("tidelock.run.pool"), import_module("tidelock.pool.peers")
+    processes = import_module("tidelock.run.pool_processes")
+    output.quiet_libraries()
+    store = peers.meeting_place(host, port, timeout_s=options["timeout"], is_host=True)
+    with ExitStack() as stack:
+
+        def start_others() -> None:
+            if options["local"] is not None:
+                own = ["--model", str(config.model), "--timeout", str(options["timeout"])]
+                own += [] if config.threads is None else ["--threads", str(config.threads)]
+                own += ["--cache-key", config.cache_key] if config.cache_key else []
+                where = f"{host}:{store.port}"
+                stack.enter_context(processes.local_peers(count - 1, where, own, Path(config.out) / "peers"))
+
+        store.set("peers", str(count))
+        seat = run.Seat(store, 0, count, host, options["timeout"])
+        layout_of = partial(_layout, options, count, config.batch_size)
+        result: PoolResult = run.lead(config, seat, layout_of, progress, start_others)
+        return result
+
+
+def _join(
+    where: str, knobs: dict[str, Any], options: dict[str, Any], progress: StepProgress, output: Output
+) -> PoolResult:
+    _refuse(options, _OF_LEAD, "pool train")
+    defaults = {name: parameter.default for name, parameter in _signature().parameters.items()}
+    _refuse({name: value if value != defaults[name] else None for name, value in knobs.items()},
+            [name for name in knobs if name not in _OWN_OF_PEER], "pool train")  # fmt: skip
+    host, port = _address(where)
+    _require_trusted(host, trusts=options["trust_network"])
+    run, peers = import_module("tidelock.run.pool"), import_module("tidelock.pool.peers")
+    output.quiet_libraries()
+    own = RunConfig(data="", method="side", **{name: knobs[name] for name in _OWN_OF_PEER})
+    store = peers.meeting_place(host, port, timeout_s=options["timeout"], is_host=False)
+    peer = options["peer"] if options["peer"] is not None else store.add("joined", 1)
+    seat = run.Seat(store, peer, int(store.get("peers")), _address_towards(host, port), options["timeout"])
+    result: PoolResult = run.follow(own, seat, progress)
+    return result
+
+
+def _layout(options: dict[str, Any], count: int, batch_size: int, num_blocks: int) -> PoolLayout:
+    layouts = import_module("tidelock.run.pool_layout")
+    layout: PoolLayout
+    if options["profile"] is None:
+        layout = layouts.written_layout(options["stage"] or (), num_blocks, count, options["micro_batches"])
+        return layout
+    if options["stage"]:
+        msg = "Pool: expected --profile or --stage, got both. The plan for the profile says the stages; leave one out."
+        raise ConfigError(msg)
+    inputs, planning = (import_module(f"tidelock.plan.{name}") for name in ("inputs", "plan"))
+    profile = inputs.read_profile(options["profile"])
+    layout = layouts.planned_layout(
+        planning.make_plan(profile, batch_size, options["micro_batches"]), profile, num_blocks
+    )
+    return layout
+
+
+def _refuse(options: dict[str, Any], names: Iterable[str], belongs_to: str) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in names if options[name] not in (None, False)]
+    if given:
+        msg = f"Pool: expected {', '.join(given)} with {belongs_to} only, got it here. Leave it out."
+        raise ConfigError(msg)
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        msg = f"Pool: expected an address HOST:PORT such as 192.168.1.5:29400, got {text!r}. Write it so."
+        raise ConfigError(msg)
+    return host, int(port)
+
+
+def _require_trusted(host: str, *, trusts: bool) -> None:
+    """Refuse a network that nobody has said is trusted: peers neither encrypt nor ask who connects."""
+    try:
+        is_loopback = ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
+    except OSError as error:
+        msg = f"Pool: expected a host that can be found, got {host!r} ({error}). Check the address."
+        raise ConfigError(msg) from error
+    if not is_loopback and not trusts:
+        msg = (
+            f"Pool: expected an address of this machine alone, got {host}: peers send the examples and the model's "
+            "states in clear, to whoever connects. On a network of your own, or inside WireGuard, say --trust-network."
+        )
+        raise ConfigError(msg)
+
+
+def _address_towards(host: str, port: int) -> str:
+    """Return this machine's address on the way to another."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port or 1))  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+def _signature() -> inspect.Signature:
+    what = typer.Argument(help="train, on the device with the data; join, on the others.", metavar="WHAT",
+                          show_default=False)  # fmt: skip
+    target = typer.Argument(help="DATA for train, HOST:PORT of that device for join.", metavar="TARGET",
+                            show_default=False)  # fmt: skip
+    arguments = [
+        inspect.Parameter("what", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, what]),
+        inspect.Parameter("target", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, target]),
+    ]
+    own = [
+        option("local", int | None, "train: run all peers here, as so many processes.", default=None),
+        option("listen", str | None, "train: HOST:PORT of this device, at which the others join.", default=None),
+        option("peers", int | None, "train: how many devices there are, this one among them.", default=None),
+        option("stage", list[str] | None, "train: FIRST-LAST@PEER,PEER*SHARE (repeat): who has which blocks.",
+               default=None),
+        option("micro_batches", int | None, "train: parts of a batch that go through the stages one by one.",
+               default=None),
+        option("profile", Path | None, "train: a profile of the pool, whose plan says the stages.", default=None),
+        option("peer", int | None, "join: this device's number; by default in the order of joining.", default=None),
+        option("timeout", float, "Seconds after which a silent peer counts as lost.", default=60.0),
+        option("trust_network", bool, "The network between the peers is your own, or a tunnel.", default=False),
+        option("json", bool, "Print JSON objects only.", default=False),
+    ]  # fmt: skip
+    return inspect.Signature([*arguments, *knob_options(_KNOBS), *own])
+
+
+command.__signature__ = _signature()  # type: ignore[attr-defined]  # typer reads it in place of **options

@@ -1,0 +1,229 @@
+"""One batch through a pipeline of stages, seen from one peer: forwards and backwards in 1F1B order, and their messages.
+
+PAC (arXiv 2408.10746, section 4.1): forward carries the frozen block's output and the side state; back comes the
+gradient of the side state alone, as nothing flows through the frozen blocks. What is trained is summed once a batch
+over the peers of a stage.
+
+Shapes: N real tokens, D hidden width, S side width. May import `pool`, `model`, errors and libraries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TYPE_CHECKING, Protocol, TypeAlias, final
+
+import torch
+
+from tidelock.pool.layout import one_forward_one_backward
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor, nn
+
+    from tidelock.pool.layout import PoolLayout
+    from tidelock.pool.peers import Peers, Transfer
+
+# What tells a stage's forward messages and the backward ones of a micro-batch apart.
+_FORWARD, _BACKWARD, _KINDS = 0, 1, 2
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One example: ids and, as long as these, labels, -100 where there is no loss."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+class StageCompute(Protocol):
+    """What a stage computes; a peer's own rows of a micro-batch at a time."""
+
+    forward_width: int
+    backward_width: int
+
+    def forward(self, examples: Sequence[Example], received_NW: Tensor | None, num_labels: int) -> tuple[Kept, Tensor]:
+        """Return what the backward needs, and what goes to the next stage: (N, forward width); the last one's loss.
+
+        Args:
+            examples: The rows.
+            received_NW: From the stage before; None in the first.
+            num_labels: What the loss is divided by: the labels of the whole batch.
+        """
+        ...
+
+    def backward(self, kept: Kept, received_NS: Tensor | None) -> Tensor | None:
+        """Return the gradient for the stage before, (N, its backward width); None in the first.
+
+        Args:
+            kept: From the forward.
+            received_NS: From the next stage; None in the last.
+        """
+        ...
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the stage's parameters; each peer of a stage has the same ones."""
+        ...
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is kept of a micro-batch from its forward to its backward.
+
+    Attributes:
+        state_in_NS: The side state that came in, a leaf of the graph; None in the first stage.
+        result: The side state that goes out, or the loss.
+    """
+
+    state_in_NS: Tensor | None
+    result: Tensor
+
+
+# Where among the tokens of a peer's rows those are that another peer of the next stage, or of the one before, has.
+_Parts: TypeAlias = "list[tuple[int, slice]]"
+
+
+@final
+class Pipeline:
+    """One peer's part in every batch.
+
+    Args:
+        peers: All peers.
+        layout: Who computes what.
+        compute: This peer's stage.
+    """
+
+    def __init__(self, peers: Peers, layout: PoolLayout, compute: StageCompute) -> None:
+        self._peers = peers
+        self._layout = layout
+        self._compute = compute
+        self._number = layout.stage_of(peers.peer)
+        self._stage = layout.stages[self._number]
+        peers.join(self._stage.peers)
+
+    def run(self, batch: Sequence[Example]) -> float:
+        """Compute the gradients of a batch, which are then the same on all peers of a stage; return the batch's loss.
+
+        Args:
+            batch: All its examples, the same on every peer; they are padded at the right.
+
+        Raises:
+            NonFiniteError: The loss is infinite or not a number.
+            PeerError: A peer was lost.
+        """
+        rows = self._layout.rows_of(len(batch))
+        step = _Step(self._peers, self._compute, self._number, rows, batch)
+        last = len(self._layout.stages) - 1
+        for work, number in one_forward_one_backward(len(rows), self._stage.in_flight):
+            if work == "forward":
+                step.forward(number, is_last=self._number == last)
+            else:
+                step.backward(number, is_last=self._number == last)
+        step.finish()
+        sum_gradients(self._peers, self._compute.trained().values(), self._stage.peers)
+        total = torch.tensor([step.loss], dtype=torch.float64)
+        self._peers.sum(total, range(self._peers.count))
+        return float(total)
+
+
+@final
+@dataclass
+class _Step:
+    """A batch on its way.
+
+    Attributes:
+        loss: Of this peer's rows, in the last stage.
+    """
+
+    peers: Peers
+    compute: StageCompute
+    number: int
+    rows: list[list[dict[int, range]]]
+    batch: Sequence[Example]
+    loss: float = 0.0
+    _kept: dict[int, Kept] = field(default_factory=dict)
+    _sent: list[Transfer] = field(default_factory=list)
+
+    def forward(self, number: int, *, is_last: bool) -> None:
+        """Compute the forward of a micro-batch, and send what comes of it."""
+        examples = self._own(number)
+        if not examples:
+            return
+        width = self.compute.forward_width
+        received = None if self.number == 0 else self._receive(number, self.number - 1, _FORWARD, width)
+        num_labels = sum(label != -100 for example in self.batch for label in example.labels[1:])
+        self._kept[number], result = self.compute.forward(examples, received, num_labels)
+        if is_last:
+            self.loss += float(result)
+        else:
+            self._send(result, number, self.number + 1, _FORWARD)
+
+    def backward(self, number: int, *, is_last: bool) -> None:
+        """Compute the backward of a micro-batch, and send what comes of it."""
+        if number not in self._kept:
+            return
+        width = self.compute.backward_width
+        received = None if is_last else self._receive(number, self.number + 1, _BACKWARD, width)
+        gradient = self.compute.backward(self._kept.pop(number), received)
+        if gradient is not None:
+            self._send(gradient, number, self.number - 1, _BACKWARD)
+
+    def finish(self) -> None:
+        """Wait until all that was sent has arrived."""
+        for sent in self._sent:
+            sent.wait()
+
+    def _own(self, number: int) -> Sequence[Example]:
+        rows = self.rows[number][self.number][self.peers.peer]
+        return self.batch[rows.start : rows.stop]
+
+    def _send(self, tensor_NW: Tensor, number: int, stage: int, kind: int) -> None:
+        for peer, tokens in self._parts(number, stage):
+            part = tensor_NW[tokens].contiguous()
+            self._sent.append(self.peers.send(part, peer, number * _KINDS + kind))
+
+    def _receive(self, number: int, stage: int, kind: int, width: int) -> Tensor:
+        tokens = sum(len(example.input_ids) for example in self._own(number))
+        into = torch.empty(tokens, width)
+        arriving = [
+            self.peers.receive(into[part], peer, number * _KINDS + kind) for peer, part in self._parts(number, stage)
+        ]
+        for part in arriving:
+            part.wait()
+        return into
+
+    def _parts(self, number: int, stage: int) -> _Parts:
+        """Return the peers of a neighbouring stage with rows of this peer's, and which of its tokens these are."""
+        own = self.rows[number][self.number][self.peers.peer]
+        ends = [0, *accumulate(len(self.batch[row].input_ids) for row in own)]
+        found = []
+        for peer, rows in self.rows[number][stage].items():
+            first, end = max(own.start, rows.start), min(own.stop, rows.stop)
+            if first < end:
+                found.append((peer, slice(ends[first - own.start], ends[end - own.start])))
+        return found
+
+
+def sum_gradients(peers: Peers, parameters: Iterable[nn.Parameter], group: Sequence[int]) -> None:
+    """Replace the gradients of parameters by their sums over the peers of a group, which all have the same ones.
+
+    Args:
+        peers: All peers.
+        parameters: One without a gradient counts as having zero, as on a peer that had no rows.
+        group: Who sums.
+
+    Raises:
+        PeerError: A peer was lost.
+    """
+    gradients = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    peers.sum(flat, group)
+    for gradient, part in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))

@@ -1,0 +1,160 @@
+"""How a pool trains: who learns from which example when, and one optimizer over all peers' parameters.
+
+Every peer does the same with the same random numbers, so that nobody has to be told what comes next.
+
+May import `pool`, errors and libraries.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from transformers import get_scheduler
+
+from tidelock.errors import NonFiniteError
+from tidelock.pool.layout import divide
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from tidelock.pool.peers import Peers
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a pool trains; the same on every peer.
+
+    Attributes:
+        epochs: Passes over the examples.
+        batch_size: Examples in an optimizer step.
+        learning_rate: Peak of AdamW's.
+        lr_schedule: How it falls, as `transformers` names it.
+        warmup_steps: Over how many steps it rises.
+        weight_decay: AdamW's.
+        clip: Largest norm of all gradients; 0 does not clip.
+        seed: Fixes the order of the examples.
+    """
+
+    epochs: int = 3
+    batch_size: int = 16
+    learning_rate: float = 3e-4
+    lr_schedule: str = "linear"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    seed: int = 0
+
+    def steps_per_epoch(self, examples: int) -> int:
+        """Return how many batches an epoch has."""
+        return math.ceil(examples / self.batch_size)
+
+    def order(self, examples: int, epoch: int) -> list[int]:
+        """Return the numbers of the examples in the order of the pipeline's epoch."""
+        numbers = list(range(examples))
+        random.Random(f"{self.seed} {epoch}").shuffle(numbers)  # noqa: S311  (no secret)
+        return numbers
+
+    def shards(self, examples: int, epoch: int, shares: Sequence[int]) -> list[list[list[int]]]:
+        """Return whose examples are whose in an epoch on what was cached: for each peer, for each step.
+
+        A peer has the same examples in all of these epochs, in another order in each.
+
+        Args:
+            examples: How many there are.
+            epoch: Number of the epoch.
+            shares: How many parts of the examples each peer has.
+        """
+        numbers = self.order(examples, -1)
+        steps = self.steps_per_epoch(examples)
+        found = []
+        for peer, places in enumerate(divide(range(examples), shares)):
+            own = [numbers[place] for place in places]
+            random.Random(f"{self.seed} {epoch} {peer}").shuffle(own)  # noqa: S311  (no secret)
+            found.append([own[part.start : part.stop] for part in divide(range(len(own)), [1] * steps)])
+        return found
+
+
+@final
+class Optimizer:
+    """AdamW over one peer's parameters, with the norm of all peers' gradients clipped.
+
+    Args:
+        peers: All peers.
+        parameters: This peer's.
+        replicas: How many peers have the same.
+        recipe: The run's.
+        steps: Optimizer steps of the whole run.
+
+    Attributes:
+        parameters: As given.
+        steps: Those done.
+    """
+
+    def __init__(
+        self, peers: Peers, parameters: dict[str, nn.Parameter], replicas: int, recipe: Recipe, steps: int
+    ) -> None:
+        self.parameters = parameters
+        self._peers = peers
+        self._replicas = replicas
+        self._clip = recipe.clip
+        self.steps = 0
+        self._adam = torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        schedule: Any = get_scheduler(
+            recipe.lr_schedule, self._adam, num_warmup_steps=recipe.warmup_steps, num_training_steps=steps
+        )
+        self._share_of_peak = schedule.lr_lambdas[0]
+        self._peak = recipe.learning_rate
+        self._set_rate()
+
+    def step(self) -> float:
+        """Move the parameters by their gradients, which are the same on all peers that have them; return their norm.
+
+        Raises:
+            NonFiniteError: A gradient is infinite or not a number.
+            PeerError: A peer was lost.
+        """
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        squares = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum() / self._replicas
+        self._peers.sum(squares, range(self._peers.count))
+        norm = float(squares.sqrt())
+        if not math.isfinite(norm):
+            msg = (
+                f"Gradients: expected a finite norm, got {norm}. The optimizer was not moved. Lower the learning rate, "
+                "or look for damaged examples."
+            )
+            raise NonFiniteError(msg)
+        # As `torch.nn.utils.clip_grad_norm_`.
+        factor = min(1.0, self._clip / (norm + 1e-6)) if self._clip else 1.0
+        for gradient in gradients:
+            gradient.mul_(factor)
+        self._adam.step()
+        self._adam.zero_grad()
+        self.steps += 1
+        self._set_rate()
+        return norm
+
+    def moments(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Return Adam's moments by the parameters' names, each of the parameter's shape."""
+        return {kind: {name: self._adam.state[p][kind] for name, p in self.parameters.items()} for kind in MOMENTS}
+
+    def go_on(self, moments: dict[str, dict[str, torch.Tensor]], steps: int) -> None:
+        """Go on from the moments after so many steps."""
+        for name, parameter in self.parameters.items():
+            own = {kind: moments[kind][name].clone() for kind in MOMENTS}
+            self._adam.state[parameter] = {"step": torch.tensor(float(steps)), **own}
+        self.steps = steps
+        self._set_rate()
+
+    def _set_rate(self) -> None:
+        for group in self._adam.param_groups:
+            group["lr"] = self._peak * self._share_of_peak(self.steps)

@@ -1,0 +1,103 @@
+"""A stage of the side method: frozen blocks run without a graph, and the side blocks beside them.
+
+Shapes: N real tokens, M tokens with a label, D hidden width, S side width. May import `pool`, `device`, `peft`,
+`model`, errors and libraries.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, cast, final
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from tidelock.device.causal_lm import packed_ids
+from tidelock.device.loss import causal_loss, labelled_tokens
+from tidelock.model.rows import Rows
+from tidelock.pool.pipeline import Example, Kept
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor, nn
+
+    from tidelock.model.ends import Ends
+    from tidelock.model.part import ModelPart
+    from tidelock.peft.side_part import SidePart
+
+_IGNORED = -100
+
+
+@final
+class SideStage:
+    """One peer's blocks, and its part of the side network.
+
+    Args:
+        frozen: The blocks.
+        side: What is beside them.
+        ends: The embedding, for the first stage, and the head, for the last one; None between.
+        on_outputs: Told of the rows' blocks' outputs, and of the final states at labelled tokens in the last stage.
+    """
+
+    def __init__(
+        self,
+        frozen: ModelPart,
+        side: SidePart,
+        ends: Ends | None = None,
+        on_outputs: Callable[[Sequence[Example], list[Tensor], Tensor | None], None] | None = None,
+    ) -> None:
+        self.frozen = frozen
+        self.side = side
+        self._ends = ends
+        self._on_outputs = on_outputs
+        self._hidden_width = frozen.cut.geometry.block_width
+        self.backward_width = side.network.side.start.out_features
+        self.forward_width = self._hidden_width + self.backward_width
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the stage's parameters, by their names in the whole network."""
+        return self.side.trained()
+
+    def forward(self, examples: Sequence[Example], received_NW: Tensor | None, num_labels: int) -> tuple[Kept, Tensor]:
+        """Return what the backward needs, and what goes to the next stage, or the loss; see `StageCompute`."""
+        batch = padded(examples)
+        rows = Rows.from_mask(batch["attention_mask"])
+        layout = rows.layout(self.frozen.cut.device)
+        if received_NW is None:
+            embeddings_NE = cast("Ends", self._ends).embed(packed_ids(batch["input_ids"], rows))
+            hidden_NW, state_in_NS = embeddings_NE, None
+            state_NS = self.side.begin(embeddings_NE, layout)
+        else:
+            hidden_NW, state_in_NS = received_NW[:, : self._hidden_width], received_NW[:, self._hidden_width :]
+            state_NS = state_in_NS = state_in_NS.clone().requires_grad_()
+        outputs_ND, final_ND = self.frozen.forward(hidden_NW, layout)
+        state_NS, side_final_NS = self.side(state_NS, outputs_ND, layout)
+        if not self.side.is_last:
+            self._tell(examples, outputs_ND, None)
+            message_NW = torch.cat([outputs_ND[-1].float(), state_NS.detach()], 1)
+            return Kept(state_in_NS, state_NS), message_NW
+        select_M, targets_M = labelled_tokens(batch["labels"], rows)
+        self._tell(examples, outputs_ND, final_ND[select_M])
+        final_MF = self.side.network.head(side_final_NS[select_M], final_ND[select_M])
+        loss = causal_loss(cast("Ends", self._ends).logits(final_MF), targets_M, num_labels)
+        return Kept(state_in_NS, loss), loss.detach()
+
+    def backward(self, kept: Kept, received_NS: Tensor | None) -> Tensor | None:
+        """Return the gradient for the stage before; see `StageCompute`."""
+        torch.autograd.backward(kept.result, received_NS)
+        return None if kept.state_in_NS is None else kept.state_in_NS.grad
+
+    def _tell(self, examples: Sequence[Example], outputs_ND: list[Tensor], final_MF: Tensor | None) -> None:
+        if self._on_outputs is not None:
+            self._on_outputs(examples, outputs_ND, final_MF)
+
+
+def padded(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Return examples as a batch that is padded at the right: `input_ids`, `attention_mask`, `labels`, each (B, T)."""
+    pad = partial(pad_sequence, batch_first=True)
+    return {
+        "input_ids": pad([torch.tensor(example.input_ids) for example in examples]),
+        "attention_mask": pad([torch.ones(len(example.input_ids), dtype=torch.long) for example in examples]),
+        "labels": pad([torch.tensor(example.labels) for example in examples], padding_value=_IGNORED),
+    }

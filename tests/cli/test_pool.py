@@ -1,0 +1,129 @@
+"""`tidelock pool`: a run on several peers, what comes of it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.support.chat_model import save_chat_model
+from tests.support.tidelock_process import TidelockProcess
+from tidelock.cli.main import run
+from tidelock.errors import ConfigError, DataError, ModelMismatch, PeerError
+
+Capture = pytest.CaptureFixture[str]
+LEARN = ("--learning-rate", "0.02", "--epochs", "30", "--batch-size", "4", "--threads", "1", "--reduction", "2")
+
+
+def tide(*args: object) -> int:
+    return run([str(arg) for arg in args])
+
+
+@pytest.fixture(autouse=True)
+def _own_key(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the cache's key out of the user's folder."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.getbasetemp() / "config"))
+
+
+def a_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_pool_learns_what_one_process_learns(capsys: Capture, chat_model: Path, facts: Path, tmp_path: Path) -> None:
+    data = ("pool", "train", facts, "--split", "train", "--model", chat_model, *LEARN)
+    assert tide(*data, "--local", 2, "--stage", "0-1@1", "--stage", "2-2@0", "--out", tmp_path / "two") == 0
+    printed = capsys.readouterr()
+    assert f"Adapter: {tmp_path / 'two' / 'adapter'}" in printed.out
+    assert "Pool: 2 peers; blocks 0 to 1 on peers 1; blocks 2 to 2 on peers 0." in printed.err
+    assert "Pool: peer 1 of 2" in (tmp_path / "two" / "peers" / "peer-1.log").read_text()
+    assert tide(*data, "--local", 1, "--out", tmp_path / "one") == 0
+    assert losses(tmp_path / "two")[:3] == pytest.approx(losses(tmp_path / "one")[:3], rel=1e-3)
+    capsys.readouterr()
+    for folder in ("one", "two"):
+        assert tide("generate", tmp_path / folder, "--prompt", "where is key 1?", "--max-new-tokens", 12) == 0
+        assert capsys.readouterr().out == "in the box\n"
+
+
+def test_devices_join_one_by_one(chat_model: Path, facts: Path, tmp_path: Path) -> None:
+    port, shared = a_port(), ("--model", chat_model, "--timeout", 60, "--json")
+    where = f"127.0.0.1:{port}"
+    lead = ("pool", "train", facts, "--listen", where, "--peers", 3, *LEARN[2:], "--epochs", 2)
+    stages = ("--stage", "0-0@0", "--stage", "1-2@1,2*2")
+    with (
+        TidelockProcess(*lead, *stages, *shared, "--out", tmp_path / "run", folder=tmp_path / "0") as first,
+        TidelockProcess("pool", "join", where, *shared, "--out", tmp_path / "b", folder=tmp_path / "1") as second,
+        TidelockProcess("pool", "join", where, *shared, "--out", tmp_path / "c", folder=tmp_path / "2") as third,
+    ):
+        assert first.wait() == 0, first.stderr
+        assert (second.wait(), third.wait()) == (0, 0), second.stderr + third.stderr
+        done = [process.events()[-1] for process in (first, second, third)]
+    assert [event["steps"] for event in done] == [4, 4, 4]
+    assert len({event["loss"] for event in done}) == 1
+    assert [event["adapter"] is None for event in done] == [False, True, True]
+
+
+def test_another_model_is_refused(chat_model: Path, facts: Path, tmp_path: Path) -> None:
+    other_model = save_chat_model(tmp_path / "other", seed=1)
+    where = f"127.0.0.1:{a_port()}"
+    lead = ("pool", "train", facts, "--listen", where, "--peers", 2, "--model", chat_model, "--timeout", 10)
+    with (
+        TidelockProcess(*lead, "--out", tmp_path / "run", folder=tmp_path / "0") as first,
+        TidelockProcess("pool", "join", where, "--model", other_model, "--timeout", 60, folder=tmp_path / "1") as other,
+    ):
+        assert other.wait() == ModelMismatch.exit_code, other.stderr
+        assert "that peer 0 has, got " in other.stderr
+        assert first.wait() == PeerError.exit_code, first.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        pytest.param((), "expected --local N, or --listen HOST:PORT with --peers N, got neither", id="no peers"),
+        pytest.param(("--local", 2, "--stage", "0-2"), "expected FIRST-LAST@PEER,PEER*SHARE", id="no peer in a stage"),
+        pytest.param(
+            ("--local", 2, "--stage", "0-0@0", "--stage", "1-1@1"), "all of the model's 3 blocks", id="too few blocks"
+        ),
+        pytest.param(
+            ("--local", 2, "--stage", "0-1@0", "--stage", "1-2@1"), "each block in one stage", id="a block twice"
+        ),
+        pytest.param(
+            ("--listen", "0.0.0.0:29400", "--peers", 2), "say --trust-network", id="a network that nobody trusts"
+        ),
+        pytest.param(("--local", 1, "--epochs", 0.5), "expected whole epochs, got --epochs 0.5", id="half an epoch"),
+        pytest.param(
+            ("--local", 1, "--side-init", "fisher"),
+            "expected --side-init magnitude or random",
+            id="a start of the whole",
+        ),
+        pytest.param(("--local", 1, "--peer", 1), "--peer with pool join only", id="an option of join"),
+    ],
+)
+def test_refused(
+    capsys: Capture, chat_model: Path, facts: Path, tmp_path: Path, options: tuple[object, ...], expected: str
+) -> None:
+    command = ("pool", "train", facts, "--model", chat_model, "--out", tmp_path / "run", *options)
+    assert tide(*command) == ConfigError.exit_code
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run" / "run.toml").exists()
+
+
+def test_a_mistake_in_the_data_starts_nobody(capsys: Capture, chat_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{no json\n")
+    command = ("pool", "train", tmp_path / "bad.jsonl", "--model", chat_model, "--out", tmp_path / "run")
+    assert tide(*command, "--local", 2) == DataError.exit_code
+    assert "(bad.jsonl:1)" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "peers").exists()
+
+
+def test_nobody_to_join(capsys: Capture, chat_model: Path, tmp_path: Path) -> None:
+    command = ("pool", "join", f"127.0.0.1:{a_port()}", "--model", chat_model, "--timeout", 1)
+    assert tide(*command, "--out", tmp_path) == PeerError.exit_code
+    assert "looking for peer 0" in capsys.readouterr().err
