@@ -52,6 +52,25 @@ def test_a_pool_learns_what_one_process_learns(capsys: Capture, chat_model: Path
         assert capsys.readouterr().out == "in the box\n"
 
 
+def test_an_unknown_pool_is_measured_and_planned(
+    capsys: Capture, chat_model: Path, facts: Path, tmp_path: Path
+) -> None:
+    command = ("pool", "train", facts, "--model", chat_model, "--out", tmp_path / "run", "--local", 2, *LEARN[2:])
+    assert tide(*command, "--epochs", 1) == 0
+    assert "Measuring the devices and the links between them." in capsys.readouterr().err
+    assert tide("plan", tmp_path / "run" / "profile.json", "--batch-rows", 4, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    layout = "; ".join(
+        f"blocks {stage['first_block']} to {stage['last_block']} on peers "
+        + ", ".join(device["name"].partition(":")[0] for device in stage["devices"])
+        for stage in plan["stages"]
+    )
+    # A model as small as this one is computed before a second device could have helped.
+    idle = ", ".join(name.partition(":")[0] for name in plan["left_out"])
+    layout += f"; without blocks: {idle}" if idle else ""
+    assert f"; {layout}.\n" in (tmp_path / "run" / "peers" / "peer-1.log").read_text()
+
+
 def test_devices_join_one_by_one(chat_model: Path, facts: Path, tmp_path: Path) -> None:
     port, shared = a_port(), ("--model", chat_model, "--timeout", 60, "--json")
     where = f"127.0.0.1:{port}"

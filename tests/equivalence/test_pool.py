@@ -20,7 +20,7 @@ from tidelock.peft.side import SideConfig
 from tidelock.peft.side_part import SidePart, join_parts
 from tidelock.pool.layout import PoolLayout, Stage
 from tidelock.pool.peers import Peers
-from tidelock.pool.pipeline import Example, Pipeline
+from tidelock.pool.pipeline import Example, Pipeline, sum_of_losses
 from tidelock.pool.side_stage import SideStage
 
 CONFIG = SideConfig(init="random", zero_upsample=False)
@@ -35,6 +35,7 @@ LAYOUTS = {
         (Stage(range(1), (0, 2), (2, 1), 2), Stage(range(1, BLOCKS), (1,), (1,), 1)),
         3,
     ),
+    "one without blocks": PoolLayout((Stage(range(BLOCKS), (1,), (1,)),), 2, idle=(0, 2)),
     "hybrid, uneven groups": PoolLayout(
         (Stage(range(3), (2,), (1,), 2), Stage(range(3, BLOCKS), (0, 1, 3), (1, 2, 1), 1)),
         2,
@@ -82,11 +83,14 @@ def assert_equal(folder: Path, layout: PoolLayout, batch: list[Example]) -> None
     def work(peers: Peers) -> tuple[float, dict[str, torch.Tensor]]:
         checkpoint = Checkpoint.open(str(folder))
         ends = Ends(read_config(folder), checkpoint)
-        blocks = layout.stages[layout.stage_of(peers.peer)].blocks
+        number = layout.stage_of(peers.peer)
+        if number is None:
+            return sum_of_losses(peers, 0.0), {}
+        blocks = layout.stages[number].blocks
         side = SidePart(CONFIG, ends.config, ends.geometry, blocks)
         side.load_whole(whole)
         stage = SideStage(ModelPart(checkpoint, blocks), side, ends)
-        loss = Pipeline(peers, layout, stage).run(batch)
+        loss = Pipeline(peers, layout, number, stage).run(batch)
         return loss, gradients_of(stage.trained())
 
     results = all_of(in_pool(layout.num_peers, work))

@@ -44,7 +44,7 @@ def run_in_pool(folder: Path, layout: str, tmp_path: Path, recipe: Recipe = RECI
             return CacheConfig(tmp_path / str(peers.peer), key=tmp_path / f"key{peers.peer}").open(identity)
 
         notes = Notes()
-        job = PoolJob(Checkpoint.open(str(folder)), CONFIG, start, examples(COUNT), recipe, open_cache)
+        job = PoolJob("llama", Checkpoint.open(str(folder)), CONFIG, start, examples(COUNT), recipe, open_cache)
         model = train_in_pool(peers, LAYOUTS[layout], job, notes)
         return model.network.state_dict(), notes
 

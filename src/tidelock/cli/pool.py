@@ -23,6 +23,7 @@ from tidelock.units import format_seconds
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from tidelock.plan.inputs import Profile
     from tidelock.pool.layout import PoolLayout
     from tidelock.run.pool import PoolResult
 
@@ -116,17 +117,22 @@ def _join(
     return result
 
 
-def _layout(options: dict[str, Any], count: int, batch_size: int, num_blocks: int) -> PoolLayout:
+def _layout(
+    options: dict[str, Any], count: int, batch_size: int, num_blocks: int, measured: Profile | None
+) -> PoolLayout | None:
+    """Return who computes what; None when that cannot be said before the pool is measured."""
     layouts = import_module("tidelock.run.pool_layout")
     layout: PoolLayout
-    if options["profile"] is None:
-        layout = layouts.written_layout(options["stage"] or (), num_blocks, count, options["micro_batches"])
+    if options["profile"] is None and options["stage"]:
+        layout = layouts.written_layout(options["stage"], num_blocks, count, options["micro_batches"])
         return layout
+    if options["profile"] is None and measured is None:
+        return None
     if options["stage"]:
         msg = "Pool: expected --profile or --stage, got both. The plan for the profile says the stages; leave one out."
         raise ConfigError(msg)
     inputs, planning = (import_module(f"tidelock.plan.{name}") for name in ("inputs", "plan"))
-    profile = inputs.read_profile(options["profile"])
+    profile = measured or inputs.read_profile(options["profile"])
     layout = layouts.planned_layout(
         planning.make_plan(profile, batch_size, options["micro_batches"]), profile, num_blocks
     )

@@ -67,6 +67,7 @@ class Device(_Part):
         rows: Sizes of a micro-batch that were measured, ascending.
         forward_seconds: For each of these sizes, the seconds of each block's forward.
         backward_seconds: Likewise of its backward.
+        spread: How far the measured seconds of one thing were apart, as a share of their median; 0 when not known.
     """
 
     name: Name
@@ -74,6 +75,7 @@ class Device(_Part):
     rows: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, strict=False)]
     forward_seconds: Annotated[tuple[Annotated[tuple[Seconds, ...], Field(strict=False)], ...], Field(strict=False)]
     backward_seconds: Annotated[tuple[Annotated[tuple[Seconds, ...], Field(strict=False)], ...], Field(strict=False)]
+    spread: Seconds = 0.0
 
 
 class Link(_Part):

@@ -43,6 +43,7 @@ class PoolLayout:
     Attributes:
         stages: First to last.
         micro_batches: Into how many a batch is divided, at most.
+        idle: Peers without blocks, which begin to learn when the outputs of all blocks are there.
 
     Raises:
         ConfigError: Blocks or peers are not each in one stage, or a later stage has more micro-batches in flight.
@@ -50,16 +51,17 @@ class PoolLayout:
 
     stages: tuple[Stage, ...]
     micro_batches: int
+    idle: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         blocks = [block for stage in self.stages for block in stage.blocks]
-        peers = [peer for stage in self.stages for peer in stage.peers]
+        peers = [*(peer for stage in self.stages for peer in stage.peers), *self.idle]
         flights = [stage.in_flight for stage in self.stages]
         shares = [(stage.peers, stage.shares) for stage in self.stages]
         rules = (
             ("stages with blocks", bool(blocks) and all(stage.blocks for stage in self.stages), self.stages),
             ("each block in one stage, in their order", blocks == list(range(len(blocks))), blocks),
-            ("each peer from 0 in one stage", sorted(peers) == list(range(len(peers))), peers),
+            ("each peer from 0 in one stage, or idle", sorted(peers) == list(range(len(peers))), peers),
             ("a share of at least 1 for each peer",
              all(len(p) == len(s) and all(share >= 1 for share in s) for p, s in shares), shares),
             ("no more micro-batches in flight than in the stage before, and at least 1",
@@ -74,11 +76,11 @@ class PoolLayout:
     @property
     def num_peers(self) -> int:
         """How many peers there are."""
-        return sum(len(stage.peers) for stage in self.stages)
+        return sum(len(stage.peers) for stage in self.stages) + len(self.idle)
 
-    def stage_of(self, peer: int) -> int:
-        """Return the number of a peer's stage."""
-        return next(number for number, stage in enumerate(self.stages) if peer in stage.peers)
+    def stage_of(self, peer: int) -> int | None:
+        """Return the number of a peer's stage; None when it is idle."""
+        return next((number for number, stage in enumerate(self.stages) if peer in stage.peers), None)
 
     def rows_of(self, batch_rows: int) -> list[list[dict[int, range]]]:
         """Return which rows of a batch each peer computes: by micro-batch and stage, then by peer.

@@ -93,15 +93,16 @@ class Pipeline:
     Args:
         peers: All peers.
         layout: Who computes what.
-        compute: This peer's stage.
+        number: Of this peer's stage.
+        compute: What it computes.
     """
 
-    def __init__(self, peers: Peers, layout: PoolLayout, compute: StageCompute) -> None:
+    def __init__(self, peers: Peers, layout: PoolLayout, number: int, compute: StageCompute) -> None:
         self._peers = peers
         self._layout = layout
         self._compute = compute
-        self._number = layout.stage_of(peers.peer)
-        self._stage = layout.stages[self._number]
+        self._number = number
+        self._stage = layout.stages[number]
         peers.join(self._stage.peers)
 
     def run(self, batch: Sequence[Example]) -> float:
@@ -124,9 +125,7 @@ class Pipeline:
                 step.backward(number, is_last=self._number == last)
         step.finish()
         sum_gradients(self._peers, self._compute.trained().values(), self._stage.peers)
-        total = torch.tensor([step.loss], dtype=torch.float64)
-        self._peers.sum(total, range(self._peers.count))
-        return float(total)
+        return sum_of_losses(self._peers, step.loss)
 
 
 @final
@@ -205,6 +204,17 @@ class _Step:
             if first < end:
                 found.append((peer, slice(ends[first - own.start], ends[end - own.start])))
         return found
+
+
+def sum_of_losses(peers: Peers, loss: float) -> float:
+    """Return the loss of a batch, out of what each peer has of it; a peer without a part of it gives 0.
+
+    Raises:
+        PeerError: A peer was lost.
+    """
+    total = torch.tensor([loss], dtype=torch.float64)
+    peers.sum(total, range(peers.count))
+    return float(total)
 
 
 def sum_gradients(peers: Peers, parameters: Iterable[nn.Parameter], group: Sequence[int]) -> None:

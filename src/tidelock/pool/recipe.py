@@ -90,7 +90,7 @@ class Optimizer:
 
     Args:
         peers: All peers.
-        parameters: This peer's.
+        parameters: This peer's; none of an idle one.
         replicas: How many peers have the same.
         recipe: The run's.
         steps: Optimizer steps of the whole run.
@@ -108,7 +108,9 @@ class Optimizer:
         self._replicas = replicas
         self._clip = recipe.clip
         self.steps = 0
-        self._adam = torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        self._adam = torch.optim.AdamW(
+            [{"params": list(parameters.values())}], lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        )
         schedule: Any = get_scheduler(
             recipe.lr_schedule, self._adam, num_warmup_steps=recipe.warmup_steps, num_training_steps=steps
         )
@@ -124,7 +126,9 @@ class Optimizer:
             PeerError: A peer was lost.
         """
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        squares = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum() / self._replicas
+        squares = torch.zeros((), dtype=torch.float64)
+        for gradient in gradients:
+            squares += gradient.double().square().sum() / self._replicas
         self._peers.sum(squares, range(self._peers.count))
         norm = float(squares.sqrt())
         if not math.isfinite(norm):

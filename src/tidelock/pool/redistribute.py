@@ -124,13 +124,13 @@ class Routes:
         return [(len(ids), self.hidden_width)] * self.blocks[stage] + last
 
 
-def redistribute(peers: Peers, routes: Routes, pieces: Pieces, whole: ActivationCache) -> int:
+def redistribute(peers: Peers, routes: Routes, pieces: Pieces | None, whole: ActivationCache) -> int:
     """Bring the outputs of each example to the peer that learns from it; return how many bytes this peer sent.
 
     Args:
         peers: All peers.
         routes: From where to where.
-        pieces: What this peer computed.
+        pieces: What this peer computed; None of an idle one.
         whole: Where this peer keeps whole examples.
 
     Raises:
@@ -152,7 +152,9 @@ def redistribute(peers: Peers, routes: Routes, pieces: Pieces, whole: Activation
     return sent
 
 
-def _send_wave(peers: Peers, routes: Routes, numbers: Sequence[int], pieces: Pieces, whole: ActivationCache) -> int:
+def _send_wave(
+    peers: Peers, routes: Routes, numbers: Sequence[int], pieces: Pieces | None, whole: ActivationCache
+) -> int:
     """Bring the outputs of some examples to where they go, at the same time."""
     stages = range(len(routes.blocks))
     leaving: list[Transfer] = []
@@ -160,7 +162,7 @@ def _send_wave(peers: Peers, routes: Routes, numbers: Sequence[int], pieces: Pie
     sent = 0
     for number, stage in product(numbers, stages):
         holder, owner, tag = routes.who_has[number][stage], routes.who_learns[number], number * len(stages) + stage
-        if holder == peers.peer:
+        if holder == peers.peer and pieces is not None:
             flat = torch.cat([part.flatten() for part in pieces.get(key_of(routes.examples[number]))])
             if owner == peers.peer:
                 arriving.setdefault(number, []).append(flat)

@@ -18,7 +18,7 @@ from tidelock.model.rows import Rows
 from tidelock.pool.pipeline import Example, Kept
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -58,6 +58,14 @@ class SideStage:
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the stage's parameters, by their names in the whole network."""
         return self.side.trained()
+
+    def weights(self) -> Iterator[Tensor]:
+        """Yield all weights that a pass reads, trained or not."""
+        yield from self.side.parameters()
+        yield from self.frozen.cut.parameters()
+        if self._ends is not None:
+            yield self._ends.embedding
+            yield from self._ends.head.parameters()
 
     def forward(self, examples: Sequence[Example], received_NW: Tensor | None, num_labels: int) -> tuple[Kept, Tensor]:
         """Return what the backward needs, and what goes to the next stage, or the loss; see `StageCompute`."""

@@ -21,7 +21,7 @@ from tidelock.model.geometry import geometry_of
 from tidelock.model.memory import give_back_memory
 from tidelock.model.part import ModelPart
 from tidelock.peft.side_part import GATES, SidePart
-from tidelock.pool.pipeline import Pipeline, sum_gradients
+from tidelock.pool.pipeline import Pipeline, sum_gradients, sum_of_losses
 from tidelock.pool.recipe import Optimizer
 from tidelock.pool.redistribute import Pieces, Routes, gather, holders, redistribute
 from tidelock.pool.side_stage import SideStage, padded
@@ -58,6 +58,7 @@ class PoolJob:
     """What is trained.
 
     Attributes:
+        model: Says which model it is.
         source: The model's stored tensors.
         side_config: What the side network is like.
         start: Its parameters at the beginning, by name, the same on every peer; with `init="magnitude"`, of what does
@@ -67,6 +68,7 @@ class PoolJob:
         open_cache: Given the tapped blocks, returns where their outputs are kept.
     """
 
+    model: str
     source: TensorSource
     side_config: SideConfig
     start: Mapping[str, Tensor]
@@ -92,50 +94,84 @@ def train_in_pool(peers: Peers, layout: PoolLayout, job: PoolJob, watcher: Watch
     config = read_config(job.source.folder)
     geometry = geometry_of(empty_model(config))
     steps = job.recipe.epochs * job.recipe.steps_per_epoch(len(job.examples))
-    shapes = {name: tensor.shape for name, tensor in job.start.items()}
-
-    stage = layout.stages[layout.stage_of(peers.peer)]
-    side = SidePart(job.side_config, config, geometry, stage.blocks)
-    side.load_whole(job.start)
-    frozen = ModelPart(job.source, stage.blocks)
-    ends = Ends(config, job.source) if side.is_first or side.is_last else None
-    leads = peers.peer == stage.peers[0]
-    if job.side_config.init == "magnitude":
-        scores = side.residual_scores(frozen, None if ends is None else ends.embedding)
-        peers.sum(scores if leads else scores.zero_(), range(peers.count))
-        side.start_from(frozen, scores)
-    optimizer = Optimizer(peers, side.trained(), len(stage.peers), job.recipe, steps)
-    pieces = Pieces(job.open_cache(tuple(stage.blocks)))
-    _first_epoch(peers, layout, job, SideStage(frozen, side, ends, pieces.keep), optimizer, watcher)
-    del frozen
-    slices = {GATES: slice(stage.blocks.start, stage.blocks.stop)}
-    whole, moments = gather(peers, optimizer, shapes, slices, leads=leads)
+    first = _FirstEpoch(peers, layout, job)
+    whole, moments = first.run(steps, watcher)
     give_back_memory()
-
     outputs = job.open_cache(tuple(range(geometry.num_blocks)))
     model = SideModel(Ends(config, job.source), TapSource(_no_blocks, outputs), job.side_config)
     model.load_state_dict({f"network.{name}": tensor for name, tensor in whole.items()})
-    watcher.redistributed(_share_outputs(peers, layout, job, pieces, outputs))
-    later = Optimizer(peers, dict(model.network.named_parameters()), peers.count, job.recipe, steps)
-    later.go_on(moments, optimizer.steps)
+    watcher.redistributed(_share_outputs(peers, layout, job, first.pieces, outputs))
+    optimizer = Optimizer(peers, dict(model.network.named_parameters()), peers.count, job.recipe, steps)
+    optimizer.go_on(moments, job.recipe.steps_per_epoch(len(job.examples)))
     for epoch in range(1, job.recipe.epochs):
-        _cached_epoch(peers, job, model, later, epoch, watcher)
+        _cached_epoch(peers, job, model, optimizer, epoch, watcher)
     return model
 
 
-def _first_epoch(
-    peers: Peers, layout: PoolLayout, job: PoolJob, stage: SideStage, optimizer: Optimizer, watcher: Watcher
-) -> None:
-    pipeline = Pipeline(peers, layout, stage)
-    order = job.recipe.order(len(job.examples), 0)
-    for first in range(0, len(order), job.recipe.batch_size):
-        batch = [job.examples[number] for number in order[first : first + job.recipe.batch_size]]
-        loss = pipeline.run(batch)
-        optimizer.step()
-        watcher.step(optimizer.steps, loss)
+@final
+class _FirstEpoch:
+    """The epoch through the pipeline; an idle peer only adds nothing to the others' sums.
+
+    Attributes:
+        pieces: What this peer's blocks gave; None of an idle one.
+    """
+
+    def __init__(self, peers: Peers, layout: PoolLayout, job: PoolJob) -> None:
+        self._peers = peers
+        self._layout = layout
+        self._job = job
+        self._number = layout.stage_of(peers.peer)
+        self._stage = None if self._number is None else layout.stages[self._number]
+        self.pieces = None if self._stage is None else Pieces(job.open_cache(tuple(self._stage.blocks)))
+
+    def run(self, steps: int, watcher: Watcher) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """Return the whole network's parameters and moments after the epoch, of a run of so many steps."""
+        peers, job, stage = self._peers, self._job, self._stage
+        compute = self._begin()
+        pipeline = None
+        if compute is not None and self._number is not None:
+            pipeline = Pipeline(peers, self._layout, self._number, compute)
+        trained = {} if compute is None else compute.trained()
+        optimizer = Optimizer(peers, trained, 1 if stage is None else len(stage.peers), job.recipe, steps)
+        order = job.recipe.order(len(job.examples), 0)
+        for first in range(0, len(order), job.recipe.batch_size):
+            batch = [job.examples[number] for number in order[first : first + job.recipe.batch_size]]
+            loss = sum_of_losses(peers, 0.0) if pipeline is None else pipeline.run(batch)
+            optimizer.step()
+            watcher.step(optimizer.steps, loss)
+        shapes = {name: tensor.shape for name, tensor in job.start.items()}
+        slices = {} if stage is None else {GATES: slice(stage.blocks.start, stage.blocks.stop)}
+        return gather(peers, optimizer, shapes, slices, leads=self._leads)
+
+    @property
+    def _leads(self) -> bool:
+        """Whether this peer speaks for its stage."""
+        return self._stage is not None and self._peers.peer == self._stage.peers[0]
+
+    def _begin(self) -> SideStage | None:
+        """Return what this peer computes, begun as the configuration says."""
+        peers, job = self._peers, self._job
+        config = read_config(job.source.folder)
+        geometry = geometry_of(empty_model(config))
+        by_magnitude = job.side_config.init == "magnitude"
+        if self._stage is None or self.pieces is None:
+            if by_magnitude:
+                peers.sum(torch.zeros(geometry.block_width), range(peers.count))
+            return None
+        side = SidePart(job.side_config, config, geometry, self._stage.blocks)
+        side.load_whole(job.start)
+        frozen = ModelPart(job.source, self._stage.blocks)
+        ends = Ends(config, job.source) if side.is_first or side.is_last else None
+        if by_magnitude:
+            scores = side.residual_scores(frozen, None if ends is None else ends.embedding)
+            peers.sum(scores if self._leads else scores.zero_(), range(peers.count))
+            side.start_from(frozen, scores)
+        return SideStage(frozen, side, ends, self.pieces.keep)
 
 
-def _share_outputs(peers: Peers, layout: PoolLayout, job: PoolJob, pieces: Pieces, whole: ActivationCache) -> int:
+def _share_outputs(
+    peers: Peers, layout: PoolLayout, job: PoolJob, pieces: Pieces | None, whole: ActivationCache
+) -> int:
     """Bring the outputs of all examples to the peers that learn from them; return how many bytes this one sent."""
     owners = [0] * len(job.examples)
     for peer, batches in enumerate(job.recipe.shards(len(job.examples), 1, [1] * peers.count)):
@@ -164,15 +200,15 @@ def _cached_epoch(
         numbers = [shard[step] for shard in shards]
         labels = sum(label != -100 for own in numbers for n in own for label in job.examples[n].labels[1:])
         own = [job.examples[number] for number in numbers[peers.peer]]
-        loss = torch.zeros(1, dtype=torch.float64)
+        loss = 0.0
         if own:
             result = model(**padded(own), num_items_in_batch=labels).loss
             result.backward()
-            loss += result.detach().double()
+            loss = float(result.detach())
         sum_gradients(peers, optimizer.parameters.values(), everyone)
-        peers.sum(loss, everyone)
+        total = sum_of_losses(peers, loss)
         optimizer.step()
-        watcher.step(optimizer.steps, float(loss))
+        watcher.step(optimizer.steps, total)
 
 
 def _no_blocks() -> NoReturn:

@@ -7,6 +7,7 @@
     cache/          what a side network reads of the frozen blocks, encrypted
     checkpoints/    what --resume goes on from
     metrics.jsonl   one line each time something was measured
+    profile.json    what was measured of a pool of devices
     schedule.jsonl  one line for each period of the schedule: scores, what was killed and revived
     ledger.json     the bytes that crossed, by kind, in all and by epoch
     tensorboard/    what TensorBoard reads, when the run reports to it
@@ -128,6 +129,14 @@ class RunFolder:
             StorageError: The file system refused.
         """
         self._write(self.facts, facts + "\n")
+
+    def write_profile(self, profile: str) -> None:
+        """Write what was measured of a pool, as JSON.
+
+        Raises:
+            StorageError: The file system refused.
+        """
+        self._write(self.path / "profile.json", profile + "\n")
 
     def read_facts(self) -> str:
         """Return the facts' JSON; what is not there is empty."""

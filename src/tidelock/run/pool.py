@@ -6,11 +6,16 @@ May import everything below `run`.
 from __future__ import annotations
 
 import json
+import os
+import platform
+import socket
 import time
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
+import psutil
 import torch
 from transformers import set_seed
 
@@ -25,6 +30,7 @@ from tidelock.peft.side import SideNetwork
 from tidelock.pool.layout import PoolLayout, Stage
 from tidelock.pool.peers import Peers
 from tidelock.pool.pipeline import Example
+from tidelock.pool.profiler import DeviceFacts, measure_pool
 from tidelock.pool.recipe import Recipe
 from tidelock.pool.train import PoolJob, train_in_pool
 from tidelock.run.config import RunConfig
@@ -39,10 +45,11 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
     from tidelock.cache.store import ActivationCache
+    from tidelock.plan.inputs import Profile
     from tidelock.run.trainer import Observer
 
 _FALLBACK_MAX_LENGTH = 2048
-_CONFIG, _LAYOUT, _MODEL = "configuration", "layout", "model's fingerprint"
+_CONFIG, _LAYOUT, _MODEL, _MEASURES = "configuration", "layout", "model's fingerprint", "word whether to measure"
 
 
 @final
@@ -121,7 +128,7 @@ class _Notes:
 def lead(
     config: RunConfig,
     seat: Seat,
-    layout_of: Callable[[int], PoolLayout],
+    layout_of: Callable[[int, Profile | None], PoolLayout | None],
     observer: Observer,
     on_ready: Callable[[], None],
 ) -> PoolResult:
@@ -130,7 +137,8 @@ def lead(
     Args:
         config: The run; of method `side`, with its data.
         seat: Of peer 0.
-        layout_of: Given the number of blocks, returns who computes what.
+        layout_of: Given the number of blocks and the pool's profile, returns who computes what. It is asked without a
+            profile first; when it then returns None, the pool is measured.
         observer: Told how it gets on.
         on_ready: Called when nothing of this peer's own can be wrong any more, before it waits for the others.
 
@@ -143,8 +151,8 @@ def lead(
     checkpoint.materialise()
     model_config = read_config(checkpoint.folder)
     geometry = geometry_of(empty_model(model_config))
-    layout = layout_of(geometry.num_blocks)
-    if layout.num_peers != seat.count:
+    layout = layout_of(geometry.num_blocks, None)
+    if layout is not None and layout.num_peers != seat.count:
         msg = f"Pool: expected {seat.count} peers in the stages, got {layout.num_peers}. Name each in one stage."
         raise ConfigError(msg)
     limit = geometry.max_positions or config.max_length or _FALLBACK_MAX_LENGTH
@@ -157,12 +165,21 @@ def lead(
     on_ready()
     peers = seat.open()
     peers.tell(_CONFIG, config.to_toml())
-    peers.tell(_LAYOUT, json.dumps(_to_values(layout)))
     peers.tell(_MODEL, str(checkpoint.fingerprint()))
     peers.share(_packed(examples))
-    observer.say(f"Pool: {peers.count} peers; {_described(layout)}.")
     observer.say(f"Data: {len(examples)} examples to learn from.")
     job = _job(config, checkpoint, examples, folder.cache)
+    peers.tell(_MEASURES, str(layout is None))
+    if layout is None:
+        observer.say("Measuring the devices and the links between them.")
+        profile = _measure(peers, job)
+        folder.write_profile(profile.model_dump_json(indent=2))
+        layout = layout_of(geometry.num_blocks, profile)
+    if layout is None:
+        msg = "Pool: expected a layout for the profile, got none. Name the stages."
+        raise ConfigError(msg)
+    peers.tell(_LAYOUT, json.dumps(_to_values(layout)))
+    observer.say(f"Pool: {peers.count} peers; {_described(layout)}.")
     return _train(job, peers, layout, _Notes(folder, observer, _steps_per_epoch(job)), observer)
 
 
@@ -182,7 +199,6 @@ def follow(own: RunConfig, seat: Seat, observer: Observer) -> PoolResult:
     checkpoint.materialise()
     peers = seat.open()
     config = RunConfig.from_toml(peers.ask(_CONFIG), Path(_CONFIG))
-    layout = _from_values(json.loads(peers.ask(_LAYOUT)))
     expected, found = peers.ask(_MODEL), str(checkpoint.fingerprint())
     if found != expected:
         msg = (
@@ -192,8 +208,11 @@ def follow(own: RunConfig, seat: Seat, observer: Observer) -> PoolResult:
         raise ModelMismatch(msg)
     config = replace(config, threads=own.threads, cache_key=own.cache_key, model=own.model)
     examples = _unpacked(peers.share(None))
-    observer.say(f"Pool: peer {peers.peer} of {peers.count}; {_described(layout)}.")
     job = _job(config, checkpoint, examples, Path(own.out) / "cache")
+    if peers.ask(_MEASURES) == str(True):
+        _measure(peers, job)
+    layout = _from_values(json.loads(peers.ask(_LAYOUT)))
+    observer.say(f"Pool: peer {peers.peer} of {peers.count}; {_described(layout)}.")
     return _train(job, peers, layout, _Notes(None, observer, _steps_per_epoch(job)), observer)
 
 
@@ -227,7 +246,7 @@ def _job(config: RunConfig, checkpoint: Checkpoint, examples: Sequence[Example],
     def open_cache(taps: tuple[int, ...]) -> ActivationCache:
         return cache_config_of(config, cache).open(replace(identity, taps=taps))
 
-    return PoolJob(checkpoint, side_config, start, examples, recipe, open_cache)
+    return PoolJob(identity.model, checkpoint, side_config, start, examples, recipe, open_cache)
 
 
 def _train(job: PoolJob, peers: Peers, layout: PoolLayout, notes: _Notes, observer: Observer) -> PoolResult:
@@ -242,6 +261,20 @@ def _train(job: PoolJob, peers: Peers, layout: PoolLayout, notes: _Notes, observ
     finally:
         model.close()
     return PoolResult(adapter, notes.steps, notes.loss, time.monotonic() - began)
+
+
+def _measure(peers: Peers, job: PoolJob) -> Profile:
+    """Return the pool's profile."""
+    rows = sorted({1, max(1, job.recipe.batch_size // 4), job.recipe.batch_size})
+    threads = torch.get_num_threads()
+    hardware = [platform.machine(), platform.processor(), os.cpu_count(), threads]
+    libraries = [f"{name} {version(name)}" for name in ("tidelock", "torch", "transformers")]
+    device = DeviceFacts(
+        name=f"{socket.gethostname()} ({threads} thread{'s' if threads > 1 else ''})",
+        memory_bytes=psutil.virtual_memory().available,
+        key=json.dumps([job.model, "fp32", hardware, libraries]),
+    )
+    return measure_pool(peers, job, rows, device)
 
 
 def _steps_per_epoch(job: PoolJob) -> int:
@@ -263,15 +296,16 @@ def _check(config: RunConfig) -> None:
 
 
 def _described(layout: PoolLayout) -> str:
-    return "; ".join(
+    stages = "; ".join(
         f"blocks {stage.blocks.start} to {stage.blocks.stop - 1} on peers {', '.join(map(str, stage.peers))}"
         for stage in layout.stages
     )
+    return stages + (f"; without blocks: {', '.join(map(str, layout.idle))}" if layout.idle else "")
 
 
 def _to_values(layout: PoolLayout) -> dict[str, object]:
     stages = [{**asdict(stage), "blocks": [stage.blocks.start, stage.blocks.stop]} for stage in layout.stages]
-    return {"stages": stages, "micro_batches": layout.micro_batches}
+    return {"stages": stages, "micro_batches": layout.micro_batches, "idle": layout.idle}
 
 
 def _from_values(values: dict[str, list[dict[str, list[int]]]]) -> PoolLayout:
@@ -279,7 +313,7 @@ def _from_values(values: dict[str, list[dict[str, list[int]]]]) -> PoolLayout:
         Stage(range(*stage["blocks"]), tuple(stage["peers"]), tuple(stage["shares"]), int(stage["in_flight"]))  # type: ignore[call-overload]
         for stage in values["stages"]
     )
-    return PoolLayout(stages, int(values["micro_batches"]))  # type: ignore[call-overload]
+    return PoolLayout(stages, int(values["micro_batches"]), tuple(values["idle"]))  # type: ignore[call-overload, arg-type]
 
 
 def _packed(examples: Sequence[Example]) -> torch.Tensor:

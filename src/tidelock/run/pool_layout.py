@@ -48,18 +48,12 @@ def planned_layout(plan: Plan, profile: Profile, num_blocks: int) -> PoolLayout:
     """Return the layout of a plan; a device's number in the profile is that of its peer.
 
     Raises:
-        ConfigError: The profile is of another number of blocks, or the plan leaves a device out.
+        ConfigError: The profile is of another number of blocks.
     """
     if len(profile.blocks) != num_blocks:
         msg = (
             f"Profile: expected the model's {num_blocks} blocks, got {len(profile.blocks)} ({plan.title}). Count "
             "embedding and head into the first and the last block, or take the profile of this model."
-        )
-        raise ConfigError(msg)
-    if plan.left_out:
-        msg = (
-            f"Plan: expected work for every device, got none for {', '.join(plan.left_out)}, which would not help. "
-            "Take these out of the profile, and start without them."
         )
         raise ConfigError(msg)
     numbers = {device.name: number for number, device in enumerate(profile.devices)}
@@ -74,6 +68,7 @@ def planned_layout(plan: Plan, profile: Profile, num_blocks: int) -> PoolLayout:
             for stage in plan.stages
         ),
         plan.micro_batches,
+        tuple(numbers[name] for name in plan.left_out),
     )
 
 

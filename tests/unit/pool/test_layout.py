@@ -83,7 +83,7 @@ def test_holders_by_hand():
     [
         ((), 1, "stages with blocks"),
         ((Stage(range(1, 2), (0,), (1,)),), 1, "each block in one stage"),
-        ((Stage(range(2), (1,), (1,)),), 1, "each peer from 0 in one stage"),
+        ((Stage(range(2), (1,), (1,)),), 1, "each peer from 0 in one stage, or idle"),
         ((Stage(range(2), (0, 1), (1,)),), 1, "a share of at least 1 for each peer"),
         ((Stage(range(1), (0,), (1,), 1), Stage(range(1, 2), (1,), (1,), 2)), 1, "no more micro-batches in flight"),
         ((Stage(range(2), (0,), (1,)),), 0, "at least 1 micro-batch"),

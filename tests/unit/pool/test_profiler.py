@@ -1,0 +1,102 @@
+"""What is measured of a device: its bytes by hand, and that it is measured once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.equivalence.test_pool import examples
+from tests.support.pool import all_of, in_pool
+from tests.support.tiny_models import BLOCKS, save_tiny_model
+from tidelock.model.checkpoint import Checkpoint
+from tidelock.model.ends import Ends, read_config
+from tidelock.model.part import ModelPart
+from tidelock.peft.side import SideConfig
+from tidelock.pool import profiler
+from tidelock.pool.profiler import DeviceFacts, measure_device, measure_pool
+from tidelock.pool.recipe import Recipe
+from tidelock.pool.train import PoolJob
+
+ROWS = (1, 3)
+DEVICE = DeviceFacts("box", 1000, "this machine")
+
+
+@pytest.fixture
+def job(tmp_path):
+    source = Checkpoint.open(str(save_tiny_model("llama", tmp_path / "model")))
+    return PoolJob("llama", source, SideConfig(init="random"), {}, examples(5), Recipe(), NotImplemented)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIDELOCK_CACHE", str(tmp_path / "cache"))
+
+
+def test_bytes_by_hand(job):
+    found = measure_device(job, ROWS)
+    assert len(found.blocks) == BLOCKS
+    config = read_config(job.source.folder)
+    ends = Ends(config, job.source)
+    first, middle, *_, last = found.blocks
+    side = 4  # a hidden width of 32 by 8
+    per_block = middle.gradient_bytes
+    assert first.gradient_bytes == per_block + 4 * (32 * side + side)  # the side network's own start
+    frozen = sum(p.numel() for p in ModelPart(job.source, range(1, 2)).cut.parameters())
+    assert middle.parameter_bytes == 4 * frozen + per_block
+    assert first.parameter_bytes == 4 * (frozen + ends.embedding.numel()) + first.gradient_bytes
+    lengths = sorted(len(example.input_ids) for example in job.examples)[1:4]
+    assert middle.forward_bytes_per_row == int(4 * sum(lengths) / 3 * (32 + side))
+    assert middle.backward_bytes_per_row == int(4 * sum(lengths) / 3 * side)
+    for block in found.blocks:
+        assert block.optimizer_bytes == 2 * block.gradient_bytes
+        # At least the tap, which the gradient of its linear needs; and no weight is taken for something kept.
+        assert 4 * sum(lengths) / 3 * 32 <= block.kept_bytes_per_row < 4 * ends.embedding.numel()
+    assert last.kept_bytes_per_row > middle.kept_bytes_per_row
+    for table in (found.device.forward_seconds, found.device.backward_seconds):
+        assert [len(seconds) for seconds in table] == [BLOCKS, BLOCKS]
+        assert all(second > 0 for seconds in table for second in seconds)
+
+
+def test_a_device_is_measured_once(job, tmp_path, monkeypatch):
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return measure_device(*args)
+
+    monkeypatch.setattr(profiler, "measure_device", counted)
+
+    def profile(some_job, device):
+        return all_of(in_pool(2, lambda peers: measure_pool(peers, some_job, ROWS, device)))
+
+    first = profile(job, DEVICE)
+    assert first[0] == first[1]
+    assert [device.name for device in first[0].devices] == ["0: box", "1: box"]
+    assert [device.memory_bytes for device in first[0].devices] == [1000, 1000]
+    assert first[0].links.between[0].bytes_per_second > 0
+    assert len(calls) == 1
+    again = profile(job, replace(DEVICE, name="the same box", memory_bytes=5))
+    assert len(calls) == 1
+    assert again[0].devices[0].forward_seconds == first[0].devices[0].forward_seconds
+    assert again[0].devices[0].memory_bytes == 5
+    profile(job, replace(DEVICE, key="another machine"))
+    profile(replace(job, side_config=SideConfig(init="random", reduction=4)), DEVICE)
+    assert len(calls) == 3
+    for kept in (tmp_path / "cache" / "profiles").glob("*.json"):
+        kept.write_text("{")
+    profile(job, DEVICE)
+    assert len(calls) == 4
+
+
+def test_what_is_not_kept_is_said(job, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    (error,) = in_pool(1, lambda peers: measure_pool(peers, job, ROWS, DEVICE))
+    assert "expected the disk to take it, got Not a directory" in str(error)
+
+
+def test_it_leaves_no_gradient_behind(job):
+    before = torch.is_grad_enabled()
+    measure_device(job, ROWS)
+    assert torch.is_grad_enabled() == before
