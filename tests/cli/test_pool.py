@@ -42,7 +42,7 @@ def test_a_pool_learns_what_one_process_learns(capsys: Capture, chat_model: Path
     assert tide(*data, "--local", 2, "--stage", "0-1@1", "--stage", "2-2@0", "--out", tmp_path / "two") == 0
     printed = capsys.readouterr()
     assert f"Adapter: {tmp_path / 'two' / 'adapter'}" in printed.out
-    assert "Pool: 2 peers; blocks 0 to 1 on peers 1; blocks 2 to 2 on peers 0." in printed.err
+    assert "Pool: peer 0 of 2; blocks 0 to 1 on peers 1; blocks 2 to 2 on peers 0." in printed.err
     assert "Pool: peer 1 of 2" in (tmp_path / "two" / "peers" / "peer-1.log").read_text()
     assert tide(*data, "--local", 1, "--out", tmp_path / "one") == 0
     assert losses(tmp_path / "two")[:3] == pytest.approx(losses(tmp_path / "one")[:3], rel=1e-3)

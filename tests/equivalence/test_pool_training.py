@@ -14,7 +14,7 @@ from tidelock.cache.config import CacheConfig
 from tidelock.cache.identity import CacheIdentity
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.pool.peers import Peers
-from tidelock.pool.recipe import Recipe
+from tidelock.pool.recipe import Progress, Recipe
 from tidelock.pool.side_stage import padded
 from tidelock.pool.train import PoolJob, train_in_pool
 
@@ -23,28 +23,35 @@ COUNT = 10
 
 
 class Notes:
-    def __init__(self) -> None:
+    def __init__(self, steps: int) -> None:
+        self.first = steps
+        self.saved: dict[int, Progress] = {}
         self.losses: list[float] = []
         self.sent: list[int] = []
 
     def step(self, step: int, loss: float) -> None:
-        assert step == len(self.losses) + 1
+        assert step == self.first + len(self.losses) + 1
         self.losses.append(loss)
+
+    def save(self, progress: Progress) -> None:
+        copied = {kind: {n: t.clone() for n, t in values.items()} for kind, values in progress.moments.items()}
+        parameters = {name: tensor.clone() for name, tensor in progress.parameters.items()}
+        self.saved[progress.steps] = Progress(progress.steps, parameters, copied)
 
     def redistributed(self, sent_bytes: int) -> None:
         self.sent.append(sent_bytes)
 
 
-def run_in_pool(folder: Path, layout: str, tmp_path: Path, recipe: Recipe = RECIPE):
-    start = side_model(folder, CONFIG).network.state_dict()
+def run_in_pool(folder: Path, layout: str, tmp_path: Path, begin: Progress | None = None):
+    first = begin or Progress(0, side_model(folder, CONFIG).network.state_dict(), {})
 
     def work(peers: Peers):
         def open_cache(taps):
             identity = CacheIdentity("0" * 64, "1" * 64, "fp32", taps, None, "fp32")
             return CacheConfig(tmp_path / str(peers.peer), key=tmp_path / f"key{peers.peer}").open(identity)
 
-        notes = Notes()
-        job = PoolJob("llama", Checkpoint.open(str(folder)), CONFIG, start, examples(COUNT), recipe, open_cache)
+        notes = Notes(first.steps)
+        job = PoolJob("llama", Checkpoint.open(str(folder)), CONFIG, first, examples(COUNT), RECIPE, 2, open_cache)
         model = train_in_pool(peers, LAYOUTS[layout], job, notes)
         return model.network.state_dict(), notes
 
@@ -87,3 +94,16 @@ def test_a_run_is_that_of_one_process(layout: str, tiny_models: Path, tmp_path: 
     for name, tensor in expected.items():
         assert not torch.equal(first[name], start[name]), name
         torch.testing.assert_close(first[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 8])  # in the first epoch, at its end, and in later ones
+@pytest.mark.parametrize("layout", ["hybrid", "one without blocks"])
+def test_a_run_goes_on_bit_for_bit(layout: str, steps: int, tiny_models: Path, tmp_path: Path) -> None:
+    whole = run_in_pool(tiny_models / "llama", layout, tmp_path)
+    state, notes = whole[0]
+    assert list(notes.saved) == [2, 3, 4, 6, 8]
+    resumed = run_in_pool(tiny_models / "llama", layout, tmp_path, notes.saved[steps])
+    for found, later in resumed:
+        assert later.losses == notes.losses[steps:]
+        assert all(torch.equal(found[name], state[name]) for name in state)
+        assert later.sent == [0]

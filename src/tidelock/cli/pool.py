@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import ipaddress
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -18,44 +18,36 @@ from tidelock.cli.output import Output
 from tidelock.cli.progress import StepProgress
 from tidelock.errors import ConfigError
 from tidelock.run.config import RunConfig
+from tidelock.run.folder import RunFolder
 from tidelock.units import format_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from tidelock.plan.inputs import Profile
     from tidelock.pool.layout import PoolLayout
-    from tidelock.run.pool import PoolResult
+    from tidelock.run.pool import PoolResult, Seat
 
-ACTIONS = ("train", "join")
+ACTIONS = ("train", "join", "resume")
 _KNOBS = (
     *("model", "out", "split", "max_length", "truncate"),
     *("reduction", "side_init", "upsample", "side_output", "cache_codec", "cache_limit", "cache_key"),
-    *(
-        "epochs",
-        "batch_size",
-        "learning_rate",
-        "lr_schedule",
-        "warmup_steps",
-        "weight_decay",
-        "clip",
-        "seed",
-        "threads",
-    ),
+    *("epochs", "batch_size", "learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "clip", "seed"),
+    *("save_every", "keep", "threads"),
 )
 _OWN_OF_PEER = frozenset({"model", "out", "threads", "cache_key"})
 _OF_LEAD = ("local", "listen", "peers", "stage", "micro_batches", "profile")
 
 
 def command(what: str, target: str, *, json: bool = False, **options: Any) -> None:
-    """Train a side network on several of your own devices: DATA on one of them (train), the others join it (join)."""
+    """Train a side network on several of your own devices: DATA on one of them (train, resume), the others join it."""
     output = Output(json=json)
     if what not in ACTIONS:
-        msg = f"Pool: expected train DATA or join HOST:PORT, got {what!r}. Write one of them."
+        msg = f"Pool: expected train DATA, resume RUN or join HOST:PORT, got {what!r}. Write one of them."
         raise ConfigError(msg)
     knobs = {name: options.pop(name) for name in _KNOBS}
     with StepProgress(output) as progress:
-        act = _train if what == "train" else _join
+        act = {"train": _train, "resume": _resume, "join": _join}[what]
         result = act(target, knobs, options, progress, output)
     adapter = None if result.adapter is None else str(result.adapter)
     values = {"event": "done", "steps": result.steps, "loss": result.loss, "seconds": round(result.seconds, 3)}
@@ -68,6 +60,31 @@ def command(what: str, target: str, *, json: bool = False, **options: Any) -> No
 def _train(
     data: str, knobs: dict[str, Any], options: dict[str, Any], progress: StepProgress, output: Output
 ) -> PoolResult:
+    config = RunConfig(data=data, method="side", **knobs)
+    with _leading(options, config) as (seat, start_others):
+        run = import_module("tidelock.run.pool")
+        output.quiet_libraries()
+        layout_of = partial(_layout, options, seat.count, config.batch_size)
+        result: PoolResult = run.lead(config, seat, layout_of, progress, start_others)
+        return result
+
+
+def _resume(
+    folder: str, knobs: dict[str, Any], options: dict[str, Any], progress: StepProgress, output: Output
+) -> PoolResult:
+    _refuse_changed(knobs, _KNOBS)
+    _refuse(options, ("stage", "micro_batches", "profile"), "pool train")
+    config = RunFolder.open(Path(folder)).config()
+    with _leading(options, config) as (seat, start_others):
+        run = import_module("tidelock.run.pool")
+        output.quiet_libraries()
+        result: PoolResult = run.resume(Path(folder), seat, progress, start_others)
+        return result
+
+
+@contextmanager
+def _leading(options: dict[str, Any], config: RunConfig) -> Iterator[tuple[Seat, Callable[[], None]]]:
+    """Open the meeting place; give peer 0's seat, and what starts the other peers where they are processes here."""
     _refuse(options, ("peer",), "pool join")
     count = options["local"] or options["peers"]
     if count is None or (options["local"] is None) == (options["listen"] is None):
@@ -75,12 +92,11 @@ def _train(
         raise ConfigError(msg)
     host, port = ("127.0.0.1", 0) if options["listen"] is None else _address(options["listen"])
     _require_trusted(host, trusts=options["trust_network"])
-    config = RunConfig(data=data, method="side", **knobs)
     # Loads torch, which --help must not wait for.
     run, peers = import_module("tidelock.run.pool"), import_module("tidelock.pool.peers")
     processes = import_module("tidelock.run.pool_processes")
-    output.quiet_libraries()
     store = peers.meeting_place(host, port, timeout_s=options["timeout"], is_host=True)
+    store.set("peers", str(count))
     with ExitStack() as stack:
 
         def start_others() -> None:
@@ -91,27 +107,22 @@ def _train(
                 where = f"{host}:{store.port}"
                 stack.enter_context(processes.local_peers(count - 1, where, own, Path(config.out) / "peers"))
 
-        store.set("peers", str(count))
-        seat = run.Seat(store, 0, count, host, options["timeout"])
-        layout_of = partial(_layout, options, count, config.batch_size)
-        result: PoolResult = run.lead(config, seat, layout_of, progress, start_others)
-        return result
+        yield run.Seat(store, 0, count, host, options["timeout"]), start_others
 
 
 def _join(
     where: str, knobs: dict[str, Any], options: dict[str, Any], progress: StepProgress, output: Output
 ) -> PoolResult:
     _refuse(options, _OF_LEAD, "pool train")
-    defaults = {name: parameter.default for name, parameter in _signature().parameters.items()}
-    _refuse({name: value if value != defaults[name] else None for name, value in knobs.items()},
-            [name for name in knobs if name not in _OWN_OF_PEER], "pool train")  # fmt: skip
+    _refuse_changed(knobs, [name for name in knobs if name not in _OWN_OF_PEER])
     host, port = _address(where)
     _require_trusted(host, trusts=options["trust_network"])
     run, peers = import_module("tidelock.run.pool"), import_module("tidelock.pool.peers")
+    processes = import_module("tidelock.run.pool_processes")
     output.quiet_libraries()
     own = RunConfig(data="", method="side", **{name: knobs[name] for name in _OWN_OF_PEER})
     store = peers.meeting_place(host, port, timeout_s=options["timeout"], is_host=False)
-    peer = options["peer"] if options["peer"] is not None else store.add("joined", 1)
+    peer = processes.own_number(Path(own.out), options["peer"], lambda: store.add("joined", 1))
     seat = run.Seat(store, peer, int(store.get("peers")), _address_towards(host, port), options["timeout"])
     result: PoolResult = run.follow(own, seat, progress)
     return result
@@ -146,6 +157,12 @@ def _refuse(options: dict[str, Any], names: Iterable[str], belongs_to: str) -> N
         raise ConfigError(msg)
 
 
+def _refuse_changed(knobs: dict[str, Any], names: Iterable[str]) -> None:
+    """Refuse options of the run that are not as they are by default."""
+    defaults = {name: parameter.default for name, parameter in _signature().parameters.items()}
+    _refuse({name: knobs[name] if knobs[name] != defaults[name] else None for name in knobs}, names, "pool train")
+
+
 def _address(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
@@ -177,9 +194,9 @@ def _address_towards(host: str, port: int) -> str:
 
 
 def _signature() -> inspect.Signature:
-    what = typer.Argument(help="train, on the device with the data; join, on the others.", metavar="WHAT",
+    what = typer.Argument(help="train or resume, on the device with the data; join, on the others.", metavar="WHAT",
                           show_default=False)  # fmt: skip
-    target = typer.Argument(help="DATA for train, HOST:PORT of that device for join.", metavar="TARGET",
+    target = typer.Argument(help="train: DATA; resume: the run's folder; join: HOST:PORT of peer 0.", metavar="TARGET",
                             show_default=False)  # fmt: skip
     arguments = [
         inspect.Parameter("what", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, what]),

@@ -77,9 +77,14 @@ class SidePart(nn.Module):
     @torch.no_grad()
     def load_whole(self, state: Mapping[str, Tensor]) -> None:
         """Take this part's parameters out of those of the whole network."""
+        own = self.own_of(state)
         for name, parameter in self.trained().items():
-            value = state[name]
-            parameter.copy_(value[self.blocks.start : self.blocks.stop] if name == GATES else value)
+            parameter.copy_(own[name])
+
+    def own_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what is this part's of tensors that are shaped as the whole network's parameters, by their names."""
+        mine = slice(self.blocks.start, self.blocks.stop)
+        return {name: whole[name][mine] if name == GATES else whole[name] for name in self.names.values()}
 
     def residual_scores(self, frozen: ModelPart, embedding_VE: Tensor | None) -> Tensor:
         """Return this part's share of the residual channels' scores by magnitude, shape (D,); see `start_from`.

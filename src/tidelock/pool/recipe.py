@@ -19,9 +19,9 @@ from tidelock.errors import NonFiniteError
 from tidelock.pool.layout import divide
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from tidelock.pool.peers import Peers
 
@@ -82,6 +82,22 @@ class Recipe:
             random.Random(f"{self.seed} {epoch} {peer}").shuffle(own)  # noqa: S311  (no secret)
             found.append([own[part.start : part.stop] for part in divide(range(len(own)), [1] * steps)])
         return found
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A whole side network on its way; what a run begins or goes on with.
+
+    Attributes:
+        steps: Optimizer steps done.
+        parameters: By name.
+        moments: Adam's, by kind (`MOMENTS`) and by the parameters' names; empty before the first step.
+    """
+
+    steps: int
+    parameters: Mapping[str, Tensor]
+    moments: Mapping[str, Mapping[str, Tensor]]
 
 
 @final
@@ -147,15 +163,17 @@ class Optimizer:
         self._set_rate()
         return norm
 
-    def moments(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Return Adam's moments by the parameters' names, each of the parameter's shape."""
-        return {kind: {name: self._adam.state[p][kind] for name, p in self.parameters.items()} for kind in MOMENTS}
+    def progress(self) -> Progress:
+        """Return these parameters and their moments, after one step or more."""
+        moments = {kind: {name: self._adam.state[p][kind] for name, p in self.parameters.items()} for kind in MOMENTS}
+        return Progress(self.steps, {name: p.detach() for name, p in self.parameters.items()}, moments)
 
-    def go_on(self, moments: dict[str, dict[str, torch.Tensor]], steps: int) -> None:
-        """Go on from the moments after so many steps."""
-        for name, parameter in self.parameters.items():
-            own = {kind: moments[kind][name].clone() for kind in MOMENTS}
-            self._adam.state[parameter] = {"step": torch.tensor(float(steps)), **own}
+    def go_on(self, steps: int, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on after so many steps with these moments of the parameters; without any, begin."""
+        if moments:
+            for name, parameter in self.parameters.items():
+                own = {kind: moments[kind][name].clone() for kind in MOMENTS}
+                self._adam.state[parameter] = {"step": torch.tensor(float(steps)), **own}
         self.steps = steps
         self._set_rate()
 

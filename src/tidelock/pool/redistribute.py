@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias, final
 import torch
 
 from tidelock.errors import CacheError
-from tidelock.pool.recipe import MOMENTS
+from tidelock.pool.recipe import MOMENTS, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -187,8 +187,8 @@ def _send_wave(
 
 def gather(
     peers: Peers, optimizer: Optimizer, shapes: Mapping[str, torch.Size], slices: Mapping[str, slice], *, leads: bool
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Return the whole network's parameters and their moments, the same on every peer.
+) -> Progress:
+    """Return the whole network as it is after the last step, the same on every peer.
 
     Args:
         peers: All peers.
@@ -200,9 +200,9 @@ def gather(
     Raises:
         PeerError: A peer was lost.
     """
-    own = {"": {name: p.detach() for name, p in optimizer.parameters.items()}, **optimizer.moments()}
-    found: dict[str, dict[str, Tensor]] = {}
-    for kind, values in own.items():
+    own = optimizer.progress()
+    found: list[dict[str, Tensor]] = []
+    for values in (own.parameters, *(own.moments[kind] for kind in MOMENTS)):
         whole = {name: torch.zeros(shape) for name, shape in shapes.items()}
         if leads:
             for name, value in values.items():
@@ -210,5 +210,5 @@ def gather(
         flat = torch.cat([tensor.flatten() for tensor in whole.values()])
         peers.sum(flat, range(peers.count))  # with zeros: no bit changes
         parts = flat.split([tensor.numel() for tensor in whole.values()])
-        found[kind] = {name: part.view(shapes[name]) for name, part in zip(whole, parts, strict=True)}
-    return found.pop(""), {kind: found[kind] for kind in MOMENTS}
+        found.append({name: part.view(shapes[name]) for name, part in zip(whole, parts, strict=True)})
+    return Progress(own.steps, found[0], dict(zip(MOMENTS, found[1:], strict=True)))

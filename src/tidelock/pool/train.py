@@ -27,9 +27,7 @@ from tidelock.pool.redistribute import Pieces, Routes, gather, holders, redistri
 from tidelock.pool.side_stage import SideStage, padded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from torch import Tensor
+    from collections.abc import Callable, Sequence
 
     from tidelock.cache.store import ActivationCache
     from tidelock.model.checkpoint import TensorSource
@@ -37,7 +35,7 @@ if TYPE_CHECKING:
     from tidelock.pool.layout import PoolLayout
     from tidelock.pool.peers import Peers
     from tidelock.pool.pipeline import Example
-    from tidelock.pool.recipe import Recipe
+    from tidelock.pool.recipe import Progress, Recipe
 
 
 class Watcher(Protocol):
@@ -45,6 +43,10 @@ class Watcher(Protocol):
 
     def step(self, step: int, loss: float) -> None:
         """An optimizer step is done, with the batch's loss before it."""
+        ...
+
+    def save(self, progress: Progress) -> None:
+        """The whole network as it is now, which a run can go on with; the same on every peer."""
         ...
 
     def redistributed(self, sent_bytes: int) -> None:
@@ -61,19 +63,21 @@ class PoolJob:
         model: Says which model it is.
         source: The model's stored tensors.
         side_config: What the side network is like.
-        start: Its parameters at the beginning, by name, the same on every peer; with `init="magnitude"`, of what does
-            not come from the model's weights.
+        begin: What it begins or goes on with, the same on every peer; before the first step, with `init="magnitude"`,
+            of what does not come from the model's weights.
         examples: All of them, on every peer.
         recipe: How it is trained.
+        save_every: Steps between two calls of `Watcher.save`.
         open_cache: Given the tapped blocks, returns where their outputs are kept.
     """
 
     model: str
     source: TensorSource
     side_config: SideConfig
-    start: Mapping[str, Tensor]
+    begin: Progress
     examples: Sequence[Example]
     recipe: Recipe
+    save_every: int
     open_cache: Callable[[tuple[int, ...]], ActivationCache]
 
 
@@ -94,15 +98,17 @@ def train_in_pool(peers: Peers, layout: PoolLayout, job: PoolJob, watcher: Watch
     config = read_config(job.source.folder)
     geometry = geometry_of(empty_model(config))
     steps = job.recipe.epochs * job.recipe.steps_per_epoch(len(job.examples))
-    first = _FirstEpoch(peers, layout, job)
-    whole, moments = first.run(steps, watcher)
+    per_epoch = job.recipe.steps_per_epoch(len(job.examples))
+    first, progress = _FirstEpoch(peers, layout, job), job.begin
+    if progress.steps < per_epoch:
+        progress = first.run(steps, watcher)
     give_back_memory()
     outputs = job.open_cache(tuple(range(geometry.num_blocks)))
     model = SideModel(Ends(config, job.source), TapSource(_no_blocks, outputs), job.side_config)
-    model.load_state_dict({f"network.{name}": tensor for name, tensor in whole.items()})
+    model.load_state_dict({f"network.{name}": tensor for name, tensor in progress.parameters.items()})
     watcher.redistributed(_share_outputs(peers, layout, job, first.pieces, outputs))
     optimizer = Optimizer(peers, dict(model.network.named_parameters()), peers.count, job.recipe, steps)
-    optimizer.go_on(moments, job.recipe.steps_per_epoch(len(job.examples)))
+    optimizer.go_on(progress.steps, progress.moments)
     for epoch in range(1, job.recipe.epochs):
         _cached_epoch(peers, job, model, optimizer, epoch, watcher)
     return model
@@ -124,8 +130,8 @@ class _FirstEpoch:
         self._stage = None if self._number is None else layout.stages[self._number]
         self.pieces = None if self._stage is None else Pieces(job.open_cache(tuple(self._stage.blocks)))
 
-    def run(self, steps: int, watcher: Watcher) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-        """Return the whole network's parameters and moments after the epoch, of a run of so many steps."""
+    def run(self, steps: int, watcher: Watcher) -> Progress:
+        """Return the whole network after the epoch, of a run of so many steps."""
         peers, job, stage = self._peers, self._job, self._stage
         compute = self._begin()
         pipeline = None
@@ -133,15 +139,27 @@ class _FirstEpoch:
             pipeline = Pipeline(peers, self._layout, self._number, compute)
         trained = {} if compute is None else compute.trained()
         optimizer = Optimizer(peers, trained, 1 if stage is None else len(stage.peers), job.recipe, steps)
-        order = job.recipe.order(len(job.examples), 0)
-        for first in range(0, len(order), job.recipe.batch_size):
+        if compute is not None:
+            moments = {kind: compute.side.own_of(values) for kind, values in job.begin.moments.items()}
+            optimizer.go_on(job.begin.steps, moments)
+        else:
+            optimizer.steps = job.begin.steps
+        order, progress = job.recipe.order(len(job.examples), 0), job.begin
+        for first in range(job.begin.steps * job.recipe.batch_size, len(order), job.recipe.batch_size):
             batch = [job.examples[number] for number in order[first : first + job.recipe.batch_size]]
             loss = sum_of_losses(peers, 0.0) if pipeline is None else pipeline.run(batch)
             optimizer.step()
             watcher.step(optimizer.steps, loss)
-        shapes = {name: tensor.shape for name, tensor in job.start.items()}
+            if optimizer.steps % job.save_every == 0 or first + job.recipe.batch_size >= len(order):
+                progress = self._gather(optimizer)
+                watcher.save(progress)
+        return progress
+
+    def _gather(self, optimizer: Optimizer) -> Progress:
+        stage = self._stage
+        shapes = {name: tensor.shape for name, tensor in self._job.begin.parameters.items()}
         slices = {} if stage is None else {GATES: slice(stage.blocks.start, stage.blocks.stop)}
-        return gather(peers, optimizer, shapes, slices, leads=self._leads)
+        return gather(self._peers, optimizer, shapes, slices, leads=self._leads)
 
     @property
     def _leads(self) -> bool:
@@ -153,13 +171,13 @@ class _FirstEpoch:
         peers, job = self._peers, self._job
         config = read_config(job.source.folder)
         geometry = geometry_of(empty_model(config))
-        by_magnitude = job.side_config.init == "magnitude"
+        by_magnitude = job.side_config.init == "magnitude" and job.begin.steps == 0
         if self._stage is None or self.pieces is None:
             if by_magnitude:
                 peers.sum(torch.zeros(geometry.block_width), range(peers.count))
             return None
         side = SidePart(job.side_config, config, geometry, self._stage.blocks)
-        side.load_whole(job.start)
+        side.load_whole(job.begin.parameters)
         frozen = ModelPart(job.source, self._stage.blocks)
         ends = Ends(config, job.source) if side.is_first or side.is_last else None
         if by_magnitude:
@@ -196,7 +214,10 @@ def _cached_epoch(
     """Learn from this peer's share of each batch; the gradients are those of the whole batch."""
     everyone = range(peers.count)
     shards = job.recipe.shards(len(job.examples), epoch, [1] * peers.count)
-    for step in range(job.recipe.steps_per_epoch(len(job.examples))):
+    per_epoch = job.recipe.steps_per_epoch(len(job.examples))
+    for step in range(per_epoch):
+        if epoch * per_epoch + step < optimizer.steps:  # done before the run was broken off
+            continue
         numbers = [shard[step] for shard in shards]
         labels = sum(label != -100 for own in numbers for n in own for label in job.examples[n].labels[1:])
         own = [job.examples[number] for number in numbers[peers.peer]]
@@ -209,6 +230,8 @@ def _cached_epoch(
         total = sum_of_losses(peers, loss)
         optimizer.step()
         watcher.step(optimizer.steps, total)
+        if optimizer.steps % job.save_every == 0:
+            watcher.save(optimizer.progress())
 
 
 def _no_blocks() -> NoReturn:

@@ -8,6 +8,7 @@
     checkpoints/    what --resume goes on from
     metrics.jsonl   one line each time something was measured
     profile.json    what was measured of a pool of devices
+    layout.json     which of them compute what
     schedule.jsonl  one line for each period of the schedule: scores, what was killed and revived
     ledger.json     the bytes that crossed, by kind, in all and by epoch
     tensorboard/    what TensorBoard reads, when the run reports to it
@@ -66,6 +67,7 @@ class RunFolder:
         self.images = path / "report"
         self._toml = path / "run.toml"
         self._ledger = path / "ledger.json"
+        self._layout = path / "layout.json"
 
     @classmethod
     def new(cls, path: Path) -> RunFolder:
@@ -137,6 +139,29 @@ class RunFolder:
             StorageError: The file system refused.
         """
         self._write(self.path / "profile.json", profile + "\n")
+
+    def write_layout(self, layout: str) -> None:
+        """Write which devices of a pool compute what, as JSON.
+
+        Raises:
+            StorageError: The file system refused.
+        """
+        self._write(self._layout, layout + "\n")
+
+    def read_layout(self) -> str:
+        """Return that JSON.
+
+        Raises:
+            CheckpointError: There is none: it was no run in a pool, or it had not begun.
+        """
+        try:
+            return self._layout.read_text(encoding="utf-8")
+        except OSError as error:
+            msg = (
+                f"Run folder: expected one of a pool, with a layout.json, got {error.strerror} ({self._layout}). Begin "
+                "another run."
+            )
+            raise CheckpointError(msg) from error
 
     def read_facts(self) -> str:
         """Return the facts' JSON; what is not there is empty."""

@@ -13,11 +13,10 @@ import time
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, cast, final
 
 import psutil
 import torch
-from transformers import set_seed
 
 from tidelock.cache.identity import CacheIdentity
 from tidelock.data.encode import Encoder, encode_all
@@ -26,7 +25,6 @@ from tidelock.errors import ConfigError, ModelMismatch
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import empty_model, read_config, tokenizer_sha256
 from tidelock.model.geometry import geometry_of
-from tidelock.peft.side import SideNetwork
 from tidelock.pool.layout import PoolLayout, Stage
 from tidelock.pool.peers import Peers
 from tidelock.pool.pipeline import Example
@@ -37,6 +35,7 @@ from tidelock.run.config import RunConfig
 from tidelock.run.connect_side import model_hash
 from tidelock.run.folder import RunFolder
 from tidelock.run.open_model import cache_config_of, load_tokenizer, side_config_of
+from tidelock.run.pool_checkpoint import load_progress, save_progress, shared_begin
 from tidelock.units import format_bytes
 
 if TYPE_CHECKING:
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
 
     from tidelock.cache.store import ActivationCache
     from tidelock.plan.inputs import Profile
+    from tidelock.pool.recipe import Progress
     from tidelock.run.trainer import Observer
 
 _FALLBACK_MAX_LENGTH = 2048
@@ -98,12 +98,13 @@ class Seat:
 class _Notes:
     """Writes metrics on peer 0, and tells the observer."""
 
-    def __init__(self, folder: RunFolder | None, observer: Observer, per_epoch: int) -> None:
+    def __init__(self, folder: RunFolder | None, observer: Observer, job: PoolJob, keep: int) -> None:
         self.loss = float("nan")
-        self.steps = 0
+        self.steps = job.begin.steps
         self.folder = folder
         self._observer = observer
-        self._per_epoch = per_epoch
+        self._per_epoch = _steps_per_epoch(job)
+        self._keep = keep
         self._began = time.monotonic()
 
     def step(self, step: int, loss: float) -> None:
@@ -115,6 +116,11 @@ class _Notes:
             row = {"step": step, "loss": loss, "epoch": step / self._per_epoch, "step_seconds": now - self._began}
             self.folder.append_metrics(row)
         self._began = now
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint, which is whole or not there."""
+        if self.folder is not None:
+            save_progress(progress, self.folder, self._keep)
 
     def redistributed(self, sent_bytes: int) -> None:
         """Say that the pipeline is done."""
@@ -149,38 +155,57 @@ def lead(
     folder = RunFolder.new(Path(config.out))
     checkpoint = Checkpoint.open(str(config.model))
     checkpoint.materialise()
-    model_config = read_config(checkpoint.folder)
-    geometry = geometry_of(empty_model(model_config))
-    layout = layout_of(geometry.num_blocks, None)
-    if layout is not None and layout.num_peers != seat.count:
-        msg = f"Pool: expected {seat.count} peers in the stages, got {layout.num_peers}. Name each in one stage."
-        raise ConfigError(msg)
-    limit = geometry.max_positions or config.max_length or _FALLBACK_MAX_LENGTH
-    encoder = Encoder(
-        load_tokenizer(checkpoint.folder), max_length=min(config.max_length or limit, limit), truncate=config.truncate
-    )
-    rows = encode_all(encoder, read_examples(config.data, split=config.split))
-    examples = [Example(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows]
+    num_blocks = geometry_of(empty_model(read_config(checkpoint.folder))).num_blocks
+    layout = layout_of(num_blocks, None)
+    if layout is not None:
+        _require_peers(layout, seat)
+    examples = _examples(config, checkpoint)
     folder.write_config(config)
     on_ready()
     peers = seat.open()
-    peers.tell(_CONFIG, config.to_toml())
-    peers.tell(_MODEL, str(checkpoint.fingerprint()))
-    peers.share(_packed(examples))
+    _tell(peers, config, checkpoint, examples, measures=layout is None)
+    job = _job(config, checkpoint, examples, folder.cache, shared_begin(peers, config, checkpoint, None))
     observer.say(f"Data: {len(examples)} examples to learn from.")
-    job = _job(config, checkpoint, examples, folder.cache)
-    peers.tell(_MEASURES, str(layout is None))
     if layout is None:
         observer.say("Measuring the devices and the links between them.")
         profile = _measure(peers, job)
         folder.write_profile(profile.model_dump_json(indent=2))
-        layout = layout_of(geometry.num_blocks, profile)
-    if layout is None:
-        msg = "Pool: expected a layout for the profile, got none. Name the stages."
-        raise ConfigError(msg)
-    peers.tell(_LAYOUT, json.dumps(_to_values(layout)))
-    observer.say(f"Pool: {peers.count} peers; {_described(layout)}.")
-    return _train(job, peers, layout, _Notes(folder, observer, _steps_per_epoch(job)), observer)
+        layout = cast("PoolLayout", layout_of(num_blocks, profile))
+    folder.write_layout(json.dumps(_to_values(layout)))
+    peers.tell(_LAYOUT, folder.read_layout())
+    return _train(job, peers, layout, _Notes(folder, observer, job, config.keep), observer)
+
+
+def resume(path: Path, seat: Seat, observer: Observer, on_ready: Callable[[], None]) -> PoolResult:
+    """Go on with a run in a pool that was broken off, as peer 0, with the same peers.
+
+    Args:
+        path: The run's folder.
+        seat: As for `lead`.
+        observer: Told how it gets on.
+        on_ready: As for `lead`.
+
+    Raises:
+        CheckpointError: There is no run in a pool in the folder, or its checkpoint is damaged.
+        TidelockError: Any of its kinds.
+    """
+    folder = RunFolder.open(path)
+    config = folder.config()
+    layout = _from_values(json.loads(folder.read_layout()))
+    _require_peers(layout, seat)
+    checkpoint = Checkpoint.open(str(config.model))
+    checkpoint.materialise()
+    examples = _examples(config, checkpoint)
+    saved = folder.latest_checkpoint()
+    found = None if saved is None else load_progress(saved)
+    on_ready()
+    peers = seat.open()
+    _tell(peers, config, checkpoint, examples, measures=False)
+    job = _job(config, checkpoint, examples, folder.cache, shared_begin(peers, config, checkpoint, found))
+    folder.keep_until(job.begin.steps)
+    observer.say(f"Going on from {saved or 'the beginning: there is no whole checkpoint yet'}.")
+    peers.tell(_LAYOUT, folder.read_layout())
+    return _train(job, peers, layout, _Notes(folder, observer, job, config.keep), observer)
 
 
 def follow(own: RunConfig, seat: Seat, observer: Observer) -> PoolResult:
@@ -208,19 +233,45 @@ def follow(own: RunConfig, seat: Seat, observer: Observer) -> PoolResult:
         raise ModelMismatch(msg)
     config = replace(config, threads=own.threads, cache_key=own.cache_key, model=own.model)
     examples = _unpacked(peers.share(None))
-    job = _job(config, checkpoint, examples, Path(own.out) / "cache")
+    begin = shared_begin(peers, config, checkpoint, None)
+    job = _job(config, checkpoint, examples, Path(own.out) / "cache", begin)
     if peers.ask(_MEASURES) == str(True):
         _measure(peers, job)
     layout = _from_values(json.loads(peers.ask(_LAYOUT)))
-    observer.say(f"Pool: peer {peers.peer} of {peers.count}; {_described(layout)}.")
-    return _train(job, peers, layout, _Notes(None, observer, _steps_per_epoch(job)), observer)
+    return _train(job, peers, layout, _Notes(None, observer, job, config.keep), observer)
 
 
-def _job(config: RunConfig, checkpoint: Checkpoint, examples: Sequence[Example], cache: Path) -> PoolJob:
+def _require_peers(layout: PoolLayout, seat: Seat) -> None:
+    if layout.num_peers != seat.count:
+        msg = f"Pool: expected {layout.num_peers} peers, as the stages have, got {seat.count}. Start as many."
+        raise ConfigError(msg)
+
+
+def _examples(config: RunConfig, checkpoint: Checkpoint) -> list[Example]:
+    """Return a run's encoded examples."""
+    limit = geometry_of(empty_model(read_config(checkpoint.folder))).max_positions
+    max_length = min(config.max_length or limit or _FALLBACK_MAX_LENGTH, limit or config.max_length or 1 << 30)
+    encoder = Encoder(load_tokenizer(checkpoint.folder), max_length=max_length, truncate=config.truncate)
+    rows = encode_all(encoder, read_examples(config.data, split=config.split))
+    return [Example(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows]
+
+
+def _tell(
+    peers: Peers, config: RunConfig, checkpoint: Checkpoint, examples: Sequence[Example], *, measures: bool
+) -> None:
+    """Tell the other peers what is done."""
+    peers.tell(_CONFIG, config.to_toml())
+    peers.tell(_MODEL, str(checkpoint.fingerprint()))
+    peers.tell(_MEASURES, str(measures))
+    peers.share(_packed(examples))
+
+
+def _job(
+    config: RunConfig, checkpoint: Checkpoint, examples: Sequence[Example], cache: Path, begin: Progress
+) -> PoolJob:
     """Return what is trained, once this process is set up for it."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    set_seed(config.seed)
     model_config = read_config(checkpoint.folder)
     recipe = Recipe(
         epochs=int(config.epochs),
@@ -233,7 +284,6 @@ def _job(config: RunConfig, checkpoint: Checkpoint, examples: Sequence[Example],
         seed=config.seed,
     )
     side_config = side_config_of(config)
-    start = SideNetwork(side_config, model_config, geometry_of(empty_model(model_config))).state_dict()
     identity = CacheIdentity(
         model=model_hash(str(checkpoint.fingerprint()), model_config),
         tokenizer=tokenizer_sha256(checkpoint.folder),
@@ -246,12 +296,13 @@ def _job(config: RunConfig, checkpoint: Checkpoint, examples: Sequence[Example],
     def open_cache(taps: tuple[int, ...]) -> ActivationCache:
         return cache_config_of(config, cache).open(replace(identity, taps=taps))
 
-    return PoolJob(identity.model, checkpoint, side_config, start, examples, recipe, open_cache)
+    return PoolJob(identity.model, checkpoint, side_config, begin, examples, recipe, config.save_every, open_cache)
 
 
 def _train(job: PoolJob, peers: Peers, layout: PoolLayout, notes: _Notes, observer: Observer) -> PoolResult:
     began = time.monotonic()
-    observer.start(job.recipe.epochs * _steps_per_epoch(job), 0)
+    observer.say(f"Pool: peer {peers.peer} of {peers.count}; {_described(layout)}.")
+    observer.start(job.recipe.epochs * _steps_per_epoch(job), job.begin.steps)
     model = train_in_pool(peers, layout, job, notes)
     observer.finish()
     adapter = None if notes.folder is None else notes.folder.adapter

@@ -1,4 +1,4 @@
-"""Peers of a pool as processes of this machine. May import errors and libraries."""
+"""Peers of a pool: as processes of this machine, and which of them a process is. May import errors and libraries."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import contextlib
 import subprocess
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tidelock.errors import StorageError
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
 _STOP_SECONDS = 10
 
@@ -53,3 +55,28 @@ def local_peers(count: int, address: str, options: Sequence[str], out: Path) -> 
                 process.wait(timeout=_STOP_SECONDS)
             process.kill()  # does nothing to one that has ended
             process.wait()
+
+
+def own_number(out: Path, given: int | None, next_free: Callable[[], int]) -> int:
+    """Return a peer's number: the given one, or that of last time, which its cache goes with, or the next.
+
+    Args:
+        out: The peer's folder, which remembers it.
+        given: By whoever started it.
+        next_free: Returns a number that no other peer has.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    remembered = out / "peer"
+    try:
+        number = given
+        if number is None and remembered.is_file():
+            number = int(remembered.read_text(encoding="utf-8"))
+        number = next_free() if number is None else number
+        out.mkdir(parents=True, exist_ok=True)
+        remembered.write_text(f"{number}\n", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        msg = f"Peer's folder: expected one to write its number to, got {error} ({remembered}). Choose another --out."
+        raise StorageError(msg) from error
+    return number

@@ -16,7 +16,7 @@ from tidelock.model.part import ModelPart
 from tidelock.peft.side import SideConfig
 from tidelock.pool import profiler
 from tidelock.pool.profiler import DeviceFacts, measure_device, measure_pool
-from tidelock.pool.recipe import Recipe
+from tidelock.pool.recipe import Progress, Recipe
 from tidelock.pool.train import PoolJob
 
 ROWS = (1, 3)
@@ -26,7 +26,9 @@ DEVICE = DeviceFacts("box", 1000, "this machine")
 @pytest.fixture
 def job(tmp_path):
     source = Checkpoint.open(str(save_tiny_model("llama", tmp_path / "model")))
-    return PoolJob("llama", source, SideConfig(init="random"), {}, examples(5), Recipe(), NotImplemented)
+    return PoolJob(
+        "llama", source, SideConfig(init="random"), Progress(0, {}, {}), examples(5), Recipe(), 1, NotImplemented
+    )
 
 
 @pytest.fixture(autouse=True)
