@@ -127,6 +127,7 @@ class PlainSideSeq2Seq(nn.Module):
             for index in tapped:
                 blocks[index].register_forward_hook(self._keep(f"{name} {index}"))
             for index, block in enumerate(cast("nn.ModuleList", side.stack.get_submodule(family.blocks))):
+                block._forward_hooks.clear()
                 block._forward_pre_hooks.clear()
                 block._forward_pre_hooks_with_kwargs.clear()
                 block.forward = self._mixing(side, index, f"{name} {tapped[index]}", block.forward)

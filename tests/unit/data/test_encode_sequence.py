@@ -89,8 +89,9 @@ def test_no_error_shows_text_or_label(make_tokenizer):
             encode(make_tokenizer(), example, **settings)
         assert SECRET not in str(caught.value)
         assert str(SECRET_LABEL) not in str(caught.value)
-    assert SECRET not in repr(example.content)
-    assert str(SECRET_LABEL) not in repr(example.content)
+    shown, _, _ = repr(example.content).partition(" at 0x")  # an address has digits of its own
+    assert SECRET not in shown
+    assert str(SECRET_LABEL) not in shown
 
 
 def test_a_long_text_is_refused_or_cut_at_the_right(make_tokenizer):
