@@ -1,0 +1,75 @@
+"""The figures of pools: how runs are summed up, and that the page shows what was measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+
+import pytest
+
+from tests.architecture.source import ROOT
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("pool_benchmark", ROOT / "benchmarks" / "pool.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_runs_are_summed_up_by_hand(benchmark):
+    seconds = {
+        "one peer": (4.0, 2.0),
+        "two peers, data parallel": (2.0, 1.0),
+        "two peers, straight pipeline": (2.5, 1.0),
+    }
+    seconds["two peers, as planned"] = (2.0, 1.25)
+    runs = [
+        {
+            "variant": name,
+            "round": round_,
+            "first_epoch": [first, first + round_],
+            "cached": [cached],
+            "planned": 3.0 + round_ if name.endswith("planned") else None,
+        }
+        for round_ in (0, 1)
+        for name, (first, cached) in seconds.items()
+    ]
+    found = benchmark.summarise(runs)
+    assert found["one peer"] == {
+        "first_epoch": 4.0,
+        "cached": 2.0,
+        "planned": None,
+        "first_epoch_speed_up": 1.0,
+        "cached_speed_up": 1.0,
+    }
+    assert found["two peers, data parallel"]["first_epoch_speed_up"] == 2.0
+    assert found["two peers, straight pipeline"]["cached_speed_up"] == 2.0
+    assert found["two peers, as planned"]["planned"] == 3.5
+    shown = benchmark.tables(
+        {
+            "model": "m",
+            "examples": {"count": 3, "mean_tokens": 7.4},
+            "batch_size": 2,
+            "rounds": 2,
+            "summary": found,
+        }
+    )
+    assert "m, 3 texts of 7 tokens in the mean" in shown
+    assert "| two peers, as planned | 2.00 | 2.00x | 1.25 | 1.60x | 3.50 (+75%) |" in shown
+
+
+def test_the_page_shows_the_tables_of_the_results(benchmark):
+    page = (ROOT / "docs" / "pool.md").read_text(encoding="utf-8")
+    _, begin, rest = page.partition("<!-- pool: begin -->\n")
+    shown, end, _ = rest.partition("\n<!-- pool: end -->")
+    assert begin
+    assert end
+    result = json.loads(benchmark.RESULTS.read_text())
+    assert shown == benchmark.tables(result)
+    assert result["summary"] == benchmark.summarise(result["runs"])
