@@ -95,7 +95,10 @@ def test_another_model_is_refused(chat_model: Path, facts: Path, tmp_path: Path)
     lead = ("pool", "train", facts, "--listen", where, "--peers", 2, "--model", chat_model, "--timeout", 10)
     with (
         TidelockProcess(*lead, "--out", tmp_path / "run", folder=tmp_path / "0") as first,
-        TidelockProcess("pool", "join", where, "--model", other_model, "--timeout", 60, folder=tmp_path / "1") as other,
+        TidelockProcess(
+            *("pool", "join", where, "--model", other_model, "--timeout", 60, "--out", tmp_path / "b"),
+            folder=tmp_path / "1",
+        ) as other,
     ):
         assert other.wait() == ModelMismatch.exit_code, other.stderr
         assert "that peer 0 has, got " in other.stderr
@@ -122,6 +125,9 @@ def test_another_model_is_refused(chat_model: Path, facts: Path, tmp_path: Path)
             "expected --side-init magnitude or random",
             id="a start of the whole",
         ),
+        pytest.param(("--local", 0), "expected at least 1 peer, got 0", id="nobody"),
+        pytest.param(("--local", 2, "--peers", 3), "got neither or both", id="two numbers of peers"),
+        pytest.param(("--local", 1, "--timeout", 0), "--timeout: expected seconds above 0", id="no time"),
         pytest.param(("--local", 1, "--peer", 1), "--peer with pool join only", id="an option of join"),
     ],
 )

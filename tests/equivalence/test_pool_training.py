@@ -66,7 +66,7 @@ def one_process(folder: Path, peers: int, recipe: Recipe = RECIPE):
     warm, order = recipe.warmup_steps, recipe.order(COUNT, 0)
     batches = [order[first : first + recipe.batch_size] for first in range(0, COUNT, recipe.batch_size)]
     for epoch in range(1, recipe.epochs):
-        shards = recipe.shards(COUNT, epoch, [1] * peers)
+        shards = recipe.shards(COUNT, epoch, peers)
         batches += [[n for shard in shards for n in shard[step]] for step in range(recipe.steps_per_epoch(COUNT))]
     for done, batch in enumerate(batches):
         adam.param_groups[0]["lr"] = recipe.learning_rate * (

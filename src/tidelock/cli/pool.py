@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import ipaddress
+import math
 import socket
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,7 @@ from tidelock.errors import ConfigError
 from tidelock.run.config import RunConfig
 from tidelock.run.folder import RunFolder
 from tidelock.units import format_seconds
+from tidelock.wire.address import parse_listen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from tidelock.plan.inputs import Profile
     from tidelock.pool.layout import PoolLayout
     from tidelock.run.pool import PoolResult, Seat
+    from tidelock.wire.address import Address
 
 ACTIONS = ("train", "join", "resume")
 _KNOBS = (
@@ -61,7 +64,7 @@ def _train(
     data: str, knobs: dict[str, Any], options: dict[str, Any], progress: StepProgress, output: Output
 ) -> PoolResult:
     config = RunConfig(data=data, method="side", **knobs)
-    with _leading(options, config) as (seat, start_others):
+    with _leading(options, config, resumes=False) as (seat, start_others):
         run = import_module("tidelock.run.pool")
         output.quiet_libraries()
         layout_of = partial(_layout, options, seat.count, config.batch_size)
@@ -74,8 +77,8 @@ def _resume(
 ) -> PoolResult:
     _refuse_changed(knobs, _KNOBS)
     _refuse(options, ("stage", "micro_batches", "profile"), "pool train")
-    config = RunFolder.open(Path(folder)).config()
-    with _leading(options, config) as (seat, start_others):
+    config = replace(RunFolder.open(Path(folder)).config(), out=folder)  # which may have been moved
+    with _leading(options, config, resumes=True) as (seat, start_others):
         run = import_module("tidelock.run.pool")
         output.quiet_libraries()
         result: PoolResult = run.resume(Path(folder), seat, progress, start_others)
@@ -83,20 +86,24 @@ def _resume(
 
 
 @contextmanager
-def _leading(options: dict[str, Any], config: RunConfig) -> Iterator[tuple[Seat, Callable[[], None]]]:
+def _leading(options: dict[str, Any], config: RunConfig, *, resumes: bool) -> Iterator[tuple[Seat, Callable[[], None]]]:
     """Open the meeting place; give peer 0's seat, and what starts the other peers where they are processes here."""
     _refuse(options, ("peer",), "pool join")
-    count = options["local"] or options["peers"]
-    if count is None or (options["local"] is None) == (options["listen"] is None):
+    local, listen, given = options["local"], options["listen"], options["peers"]
+    if (local is None) == (listen is None) or (listen is None) != (given is None):
         msg = "Pool: expected --local N, or --listen HOST:PORT with --peers N, got neither or both. Choose one."
         raise ConfigError(msg)
-    host, port = ("127.0.0.1", 0) if options["listen"] is None else _address(options["listen"])
-    _require_trusted(host, trusts=options["trust_network"])
+    count = given if local is None else local
+    if count < 1:
+        msg = f"Pool: expected at least 1 peer, got {count}. Give --local or --peers a larger number."
+        raise ConfigError(msg)
+    address = _trusted_address(listen or "127.0.0.1:0", options)
     # Loads torch, which --help must not wait for.
     run, peers = import_module("tidelock.run.pool"), import_module("tidelock.pool.peers")
     processes = import_module("tidelock.run.pool_processes")
-    store = peers.meeting_place(host, port, timeout_s=options["timeout"], is_host=True)
+    store = peers.meeting_place(address.host, address.port, timeout_s=options["timeout"], is_host=True)
     store.set("peers", str(count))
+    store.set("resumes", str(resumes))
     with ExitStack() as stack:
 
         def start_others() -> None:
@@ -104,10 +111,10 @@ def _leading(options: dict[str, Any], config: RunConfig) -> Iterator[tuple[Seat,
                 own = ["--model", str(config.model), "--timeout", str(options["timeout"])]
                 own += [] if config.threads is None else ["--threads", str(config.threads)]
                 own += ["--cache-key", config.cache_key] if config.cache_key else []
-                where = f"{host}:{store.port}"
+                where = f"{address.host}:{store.port}"
                 stack.enter_context(processes.local_peers(count - 1, where, own, Path(config.out) / "peers"))
 
-        yield run.Seat(store, 0, count, host, options["timeout"]), start_others
+        yield run.Seat(store, 0, count, address.host, options["timeout"]), start_others
 
 
 def _join(
@@ -115,15 +122,19 @@ def _join(
 ) -> PoolResult:
     _refuse(options, _OF_LEAD, "pool train")
     _refuse_changed(knobs, [name for name in knobs if name not in _OWN_OF_PEER])
-    host, port = _address(where)
-    _require_trusted(host, trusts=options["trust_network"])
+    address = _trusted_address(where, options)
     run, peers = import_module("tidelock.run.pool"), import_module("tidelock.pool.peers")
     processes = import_module("tidelock.run.pool_processes")
     output.quiet_libraries()
     own = RunConfig(data="", method="side", **{name: knobs[name] for name in _OWN_OF_PEER})
-    store = peers.meeting_place(host, port, timeout_s=options["timeout"], is_host=False)
-    peer = processes.own_number(Path(own.out), options["peer"], lambda: store.add("joined", 1))
-    seat = run.Seat(store, peer, int(store.get("peers")), _address_towards(host, port), options["timeout"])
+    store = peers.meeting_place(address.host, address.port, timeout_s=options["timeout"], is_host=False)
+    count, out = int(store.get("peers")), Path(own.out)
+    given = options["peer"]
+    if given is None and store.get("resumes") == b"True":
+        given = processes.remembered_number(out)
+    peer = processes.claim_number(given, count, lambda number: bool(store.add(f"peer {number}", 1) == 1))
+    processes.remember_number(out, peer)
+    seat = run.Seat(store, peer, count, _address_towards(address), options["timeout"])
     result: PoolResult = run.follow(own, seat, progress)
     return result
 
@@ -163,33 +174,29 @@ def _refuse_changed(knobs: dict[str, Any], names: Iterable[str]) -> None:
     _refuse({name: knobs[name] if knobs[name] != defaults[name] else None for name in knobs}, names, "pool train")
 
 
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        msg = f"Pool: expected an address HOST:PORT such as 192.168.1.5:29400, got {text!r}. Write it so."
+def _trusted_address(text: str, options: dict[str, Any]) -> Address:
+    """Return where peers meet; refuse a network that nobody has said is trusted.
+
+    Peers neither encrypt nor ask who connects.
+    """
+    if not 0 < options["timeout"] < math.inf:
+        msg = f"--timeout: expected seconds above 0, got {options['timeout']}. Change it."
         raise ConfigError(msg)
-    return host, int(port)
-
-
-def _require_trusted(host: str, *, trusts: bool) -> None:
-    """Refuse a network that nobody has said is trusted: peers neither encrypt nor ask who connects."""
-    try:
-        is_loopback = ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
-    except OSError as error:
-        msg = f"Pool: expected a host that can be found, got {host!r} ({error}). Check the address."
-        raise ConfigError(msg) from error
-    if not is_loopback and not trusts:
+    address = parse_listen(text, tls=False)
+    if not address.is_loopback and not options["trust_network"]:
         msg = (
-            f"Pool: expected an address of this machine alone, got {host}: peers send the examples and the model's "
-            "states in clear, to whoever connects. On a network of your own, or inside WireGuard, say --trust-network."
+            f"Pool: expected an address of this machine alone, got {address.host}: peers send the examples and the "
+            "model's states in clear, to whoever connects. On a network of your own, or inside WireGuard, say "
+            "--trust-network."
         )
         raise ConfigError(msg)
+    return address
 
 
-def _address_towards(host: str, port: int) -> str:
+def _address_towards(address: Address) -> str:
     """Return this machine's address on the way to another."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port or 1))  # sends nothing
+        probe.connect((address.host, address.port))  # sends nothing
         return str(probe.getsockname()[0])
 
 

@@ -30,12 +30,11 @@ if TYPE_CHECKING:
 
 @final
 class ModelPart:
-    """Blocks `first` to `end - 1` of a decoder, run without a graph.
+    """Blocks `first` to `end - 1` of a decoder in fp32, run without a graph.
 
     Args:
         source: The model's stored tensors; only those of the part are read.
         blocks: Numbers of the blocks, consecutive.
-        dtype: What they compute in.
 
     Attributes:
         blocks: As given.
@@ -48,7 +47,7 @@ class ModelPart:
         ModelError: A tensor is missing or has the wrong shape, or the architecture cannot be cut.
     """
 
-    def __init__(self, source: TensorSource, blocks: range, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, source: TensorSource, blocks: range) -> None:
         config = read_config(source.folder).get_text_config()
         if not 0 <= blocks.start < blocks.stop <= config.num_hidden_layers:
             msg = (
@@ -56,7 +55,9 @@ class ModelPart:
                 f"{blocks.stop - 1}. Choose blocks that the model has."
             )
             raise ModelError(msg)
-        model = AutoModelForCausalLM.from_config(part_config(config, blocks), dtype=dtype, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(
+            part_config(config, blocks), dtype=torch.float32, trust_remote_code=False
+        )
         _read_weights(model, source, blocks.start)
         self.blocks = blocks
         self.is_first = blocks.start == 0

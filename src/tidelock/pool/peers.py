@@ -179,6 +179,6 @@ def _lost(what: str) -> Iterator[None]:
         reason = str(error).partition("]")[2].strip() or str(error)
         msg = (
             f"Pool: expected an answer while {what}, got: {reason.splitlines()[0]} Look whether that peer runs and is "
-            "reached, and start again: what is cached and saved stays."
+            "reached, and go on with `tidelock pool resume`: what is cached and saved stays."
         )
         raise PeerError(msg) from error

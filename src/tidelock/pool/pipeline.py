@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tidelock.pool.layout import PoolLayout
     from tidelock.pool.peers import Peers, Transfer
 
+IGNORED = -100
 # What tells a stage's forward messages and the backward ones of a micro-batch apart.
 _FORWARD, _BACKWARD, _KINDS = 0, 1, 2
 
@@ -36,6 +37,11 @@ class Example:
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+
+    @property
+    def num_labels(self) -> int:
+        """How many of the tokens predict a label."""
+        return sum(label != IGNORED for label in self.labels[1:])
 
 
 class StageCompute(Protocol):
@@ -153,7 +159,7 @@ class _Step:
             return
         width = self.compute.forward_width
         received = None if self.number == 0 else self._receive(number, self.number - 1, _FORWARD, width)
-        num_labels = sum(label != -100 for example in self.batch for label in example.labels[1:])
+        num_labels = sum(example.num_labels for example in self.batch)
         self._kept[number], result = self.compute.forward(examples, received, num_labels)
         if is_last:
             self.loss += float(result)

@@ -19,7 +19,7 @@ from tidelock.errors import NonFiniteError
 from tidelock.pool.layout import divide
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from torch import Tensor, nn
 
@@ -64,7 +64,7 @@ class Recipe:
         random.Random(f"{self.seed} {epoch}").shuffle(numbers)  # noqa: S311  (no secret)
         return numbers
 
-    def shards(self, examples: int, epoch: int, shares: Sequence[int]) -> list[list[list[int]]]:
+    def shards(self, examples: int, epoch: int, peers: int) -> list[list[list[int]]]:
         """Return whose examples are whose in an epoch on what was cached: for each peer, for each step.
 
         A peer has the same examples in all of these epochs, in another order in each.
@@ -72,12 +72,12 @@ class Recipe:
         Args:
             examples: How many there are.
             epoch: Number of the epoch.
-            shares: How many parts of the examples each peer has.
+            peers: How many share them, evenly.
         """
         numbers = self.order(examples, -1)
         steps = self.steps_per_epoch(examples)
         found = []
-        for peer, places in enumerate(divide(range(examples), shares)):
+        for peer, places in enumerate(divide(range(examples), [1] * peers)):
             own = [numbers[place] for place in places]
             random.Random(f"{self.seed} {epoch} {peer}").shuffle(own)  # noqa: S311  (no secret)
             found.append([own[part.start : part.stop] for part in divide(range(len(own)), [1] * steps)])
@@ -134,8 +134,8 @@ class Optimizer:
         self._peak = recipe.learning_rate
         self._set_rate()
 
-    def step(self) -> float:
-        """Move the parameters by their gradients, which are the same on all peers that have them; return their norm.
+    def step(self) -> None:
+        """Move the parameters by their gradients, which are the same on all peers that have them.
 
         Raises:
             NonFiniteError: A gradient is infinite or not a number.
@@ -161,7 +161,6 @@ class Optimizer:
         self._adam.zero_grad()
         self.steps += 1
         self._set_rate()
-        return norm
 
     def progress(self) -> Progress:
         """Return these parameters and their moments, after one step or more."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias, final
 import torch
 
 from tidelock.errors import CacheError
+from tidelock.pool.pipeline import IGNORED
 from tidelock.pool.recipe import MOMENTS, Progress
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 # Examples whose outputs are on their way at the same time.
 _AT_ONCE = 8
-_IGNORED = -100
 
 # As `SideModel.examples_of` has it, so that a side model finds the entries.
 Key: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]]"
@@ -40,7 +40,7 @@ Key: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]]"
 
 def key_of(example: Example) -> Key:
     """Return an example as a cache has it: its ids, and where it begins and which tokens predict a label."""
-    selected = [place for place, label in enumerate(example.labels[1:]) if label != _IGNORED]
+    selected = [place for place, label in enumerate(example.labels[1:]) if label != IGNORED]
     return example.input_ids, (0, *selected)
 
 
@@ -78,7 +78,10 @@ class Pieces:
         """
         found = self._cache.get(key)
         if found is None:
-            msg = "Pool: expected this peer's outputs of an example of the first epoch, got none. Repeat that epoch."
+            msg = (
+                "Pool: expected this peer's outputs of an example of the first epoch, got none. Give it the --out that "
+                "it had, or begin another run."
+            )
             raise CacheError(msg)
         return found
 

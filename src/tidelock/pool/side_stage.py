@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tidelock.device.causal_lm import packed_ids
 from tidelock.device.loss import causal_loss, labelled_tokens
 from tidelock.model.rows import Rows
-from tidelock.pool.pipeline import Example, Kept
+from tidelock.pool.pipeline import IGNORED, Example, Kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from tidelock.model.ends import Ends
     from tidelock.model.part import ModelPart
     from tidelock.peft.side_part import SidePart
-
-_IGNORED = -100
 
 
 @final
@@ -107,5 +105,5 @@ def padded(examples: Sequence[Example]) -> dict[str, Tensor]:
     return {
         "input_ids": pad([torch.tensor(example.input_ids) for example in examples]),
         "attention_mask": pad([torch.ones(len(example.input_ids), dtype=torch.long) for example in examples]),
-        "labels": pad([torch.tensor(example.labels) for example in examples], padding_value=_IGNORED),
+        "labels": pad([torch.tensor(example.labels) for example in examples], padding_value=IGNORED),
     }

@@ -192,7 +192,7 @@ def _share_outputs(
 ) -> int:
     """Bring the outputs of all examples to the peers that learn from them; return how many bytes this one sent."""
     owners = [0] * len(job.examples)
-    for peer, batches in enumerate(job.recipe.shards(len(job.examples), 1, [1] * peers.count)):
+    for peer, batches in enumerate(job.recipe.shards(len(job.examples), 1, peers.count)):
         for batch in batches:
             for number in batch:
                 owners[number] = peer
@@ -213,17 +213,17 @@ def _cached_epoch(
 ) -> None:
     """Learn from this peer's share of each batch; the gradients are those of the whole batch."""
     everyone = range(peers.count)
-    shards = job.recipe.shards(len(job.examples), epoch, [1] * peers.count)
+    shards = job.recipe.shards(len(job.examples), epoch, peers.count)
     per_epoch = job.recipe.steps_per_epoch(len(job.examples))
     for step in range(per_epoch):
         if epoch * per_epoch + step < optimizer.steps:  # done before the run was broken off
             continue
         numbers = [shard[step] for shard in shards]
-        labels = sum(label != -100 for own in numbers for n in own for label in job.examples[n].labels[1:])
+        num_labels = sum(job.examples[number].num_labels for own in numbers for number in own)
         own = [job.examples[number] for number in numbers[peers.peer]]
         loss = 0.0
         if own:
-            result = model(**padded(own), num_items_in_batch=labels).loss
+            result = model(**padded(own), num_items_in_batch=num_labels).loss
             result.backward()
             loss = float(result.detach())
         sum_gradients(peers, optimizer.parameters.values(), everyone)
@@ -237,6 +237,6 @@ def _cached_epoch(
 def _no_blocks() -> NoReturn:
     msg = (
         "Pool: expected the outputs of all blocks for an example to be kept, got none or damaged ones, and the blocks "
-        "are let go. Start again: what is kept is not computed again."
+        "are let go. Begin another run."
     )
     raise CacheError(msg)

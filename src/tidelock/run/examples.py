@@ -58,8 +58,7 @@ def encode_examples(
     Raises:
         TidelockError: As the encoders.
     """
-    limit = model.ends.max_positions
-    max_length = min(config.max_length or limit or _FALLBACK_MAX_LENGTH, limit or config.max_length or 1 << 30)
+    max_length = longest_example(config, model.ends.max_positions)
     if model.num_labels is not None:
         encoder = SequenceEncoder(
             tokenizer, max_length=max_length, truncate=config.truncate, num_labels=model.num_labels
@@ -68,3 +67,13 @@ def encode_examples(
     if config.task == "text-to-text":
         return list(PairEncoder(tokenizer, max_length=max_length, truncate=config.truncate).encode_all(examples))
     return list(encode_all(Encoder(tokenizer, max_length=max_length, truncate=config.truncate), examples))
+
+
+def longest_example(config: RunConfig, limit: int | None) -> int:
+    """Return the most tokens that an example of a run may have.
+
+    Args:
+        config: The run.
+        limit: Most positions that the model was made for, or None.
+    """
+    return min(config.max_length or limit or _FALLBACK_MAX_LENGTH, limit or config.max_length or 1 << 30)

@@ -33,6 +33,7 @@ from tidelock.pool.recipe import Recipe
 from tidelock.pool.train import PoolJob, train_in_pool
 from tidelock.run.config import RunConfig
 from tidelock.run.connect_side import model_hash
+from tidelock.run.examples import longest_example
 from tidelock.run.folder import RunFolder
 from tidelock.run.open_model import cache_config_of, load_tokenizer, side_config_of
 from tidelock.run.pool_checkpoint import load_progress, save_progress, shared_begin
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from tidelock.pool.recipe import Progress
     from tidelock.run.trainer import Observer
 
-_FALLBACK_MAX_LENGTH = 2048
 _CONFIG, _LAYOUT, _MODEL, _MEASURES = "configuration", "layout", "model's fingerprint", "word whether to measure"
 
 
@@ -250,7 +250,7 @@ def _require_peers(layout: PoolLayout, seat: Seat) -> None:
 def _examples(config: RunConfig, checkpoint: Checkpoint) -> list[Example]:
     """Return a run's encoded examples."""
     limit = geometry_of(empty_model(read_config(checkpoint.folder))).max_positions
-    max_length = min(config.max_length or limit or _FALLBACK_MAX_LENGTH, limit or config.max_length or 1 << 30)
+    max_length = longest_example(config, limit)
     encoder = Encoder(load_tokenizer(checkpoint.folder), max_length=max_length, truncate=config.truncate)
     rows = encode_all(encoder, read_examples(config.data, split=config.split))
     return [Example(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows]

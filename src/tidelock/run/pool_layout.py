@@ -21,17 +21,14 @@ def written_layout(stages: Sequence[str], num_blocks: int, num_peers: int, micro
     """Return the layout that `--stage` options give.
 
     Args:
-        stages: Each `FIRST-LAST@PEER,PEER*SHARE`; none is all blocks on all peers: data parallelism.
+        stages: One or more, each `FIRST-LAST@PEER,PEER*SHARE`.
         num_blocks: Of the model.
         num_peers: Of the pool.
-        micro_batches: In a batch; None is as many as there are stages, or 1.
+        micro_batches: In a batch; None is as many as there are stages.
 
     Raises:
         ConfigError: One is malformed, or they do not hold each block and each peer once.
     """
-    if not stages:
-        peers = tuple(range(num_peers))
-        return PoolLayout((Stage(range(num_blocks), peers, (1,) * num_peers),), micro_batches or 1)
     read = [_stage(text, len(stages) - number) for number, text in enumerate(stages)]
     layout = PoolLayout(tuple(read), micro_batches or len(stages))
     last = layout.stages[-1].blocks.stop

@@ -8,13 +8,15 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from tidelock.errors import StorageError
+from tidelock.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 _STOP_SECONDS = 10
+# In a peer's folder.
+_NUMBER = "peer"
 
 
 @contextmanager
@@ -57,26 +59,43 @@ def local_peers(count: int, address: str, options: Sequence[str], out: Path) -> 
             process.wait()
 
 
-def own_number(out: Path, given: int | None, next_free: Callable[[], int]) -> int:
-    """Return a peer's number: the given one, or that of last time, which its cache goes with, or the next.
+def claim_number(given: int | None, count: int, claim: Callable[[int], bool]) -> int:
+    """Return the number of a peer that joins, which no other one has.
 
     Args:
-        out: The peer's folder, which remembers it.
-        given: By whoever started it.
-        next_free: Returns a number that no other peer has.
+        given: The one that it is to have; None takes the first free one.
+        count: Of all peers; peer 0 is there already.
+        claim: Takes a number, and returns whether it was free.
 
     Raises:
-        StorageError: The folder cannot be written.
+        ConfigError: There is no such number, or another peer has it.
     """
-    remembered = out / "peer"
+    numbers = range(1, count) if given is None else [given]
+    for number in numbers:
+        if 1 <= number < count and claim(number):
+            return number
+    expected = f"a free number from 1 to {count - 1}" if count > 1 else "no peer besides peer 0"
+    msg = f"Joining a pool: expected {expected}, got {'none' if given is None else given}. Choose another --peer."
+    raise ConfigError(msg)
+
+
+def remembered_number(out: Path) -> int | None:
+    """Return the number that a peer had, which its cache goes with; None when its folder has none."""
     try:
-        number = given
-        if number is None and remembered.is_file():
-            number = int(remembered.read_text(encoding="utf-8"))
-        number = next_free() if number is None else number
+        return int((out / _NUMBER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def remember_number(out: Path, number: int) -> None:
+    """Write a peer's number into its folder.
+
+    Raises:
+        StorageError: The file system refused.
+    """
+    try:
         out.mkdir(parents=True, exist_ok=True)
-        remembered.write_text(f"{number}\n", encoding="utf-8")
-    except (OSError, ValueError) as error:
-        msg = f"Peer's folder: expected one to write its number to, got {error} ({remembered}). Choose another --out."
+        (out / _NUMBER).write_text(f"{number}\n", encoding="utf-8")
+    except OSError as error:
+        msg = f"Peer's folder: expected one that can be written, got {error.strerror} ({out}). Choose another --out."
         raise StorageError(msg) from error
-    return number

@@ -59,15 +59,15 @@ def test_it_is_the_order_that_the_simulator_predicts(micro_batches, flights):
 
 
 def test_every_example_is_learned_from_once_an_epoch_by_one_peer():
-    recipe, shares = Recipe(epochs=3, batch_size=4, seed=3), [1, 2, 1]
-    epochs = [recipe.shards(11, epoch, shares) for epoch in (1, 2)]
+    recipe = Recipe(epochs=3, batch_size=4, seed=3)
+    epochs = [recipe.shards(11, epoch, 3) for epoch in (1, 2)]
     for shards in epochs:
         assert sorted(n for shard in shards for batch in shard for n in batch) == list(range(11))
         assert all(len(shard) == recipe.steps_per_epoch(11) == 3 for shard in shards)
     first, second = ([sorted(n for batch in shard for n in batch) for shard in shards] for shards in epochs)
     assert first == second
     assert epochs[0] != epochs[1]
-    assert [len(shard) for shard in first] == [3, 5, 3]
+    assert [len(shard) for shard in first] == [4, 3, 4]
 
 
 def test_holders_by_hand():

@@ -20,7 +20,7 @@ def test_as_written():
     assert written_layout(["0-1@1,0*3", "2-2@2"], 3, 3, None) == PoolLayout(
         (Stage(range(2), (1, 0), (1, 3), 2), Stage(range(2, 3), (2,), (1,), 1)), 2
     )
-    assert written_layout([], 3, 2, 4) == PoolLayout((Stage(range(3), (0, 1), (1, 1)),), 4)
+    assert written_layout(["0-2@0,1"], 3, 2, 4) == PoolLayout((Stage(range(3), (0, 1), (1, 1)),), 4)
 
 
 def test_as_planned():
