@@ -11,7 +11,7 @@ import pytest
 from tests.support.chat_model import save_chat_model
 from tests.support.tidelock_process import TidelockProcess
 from tidelock.cli.main import run
-from tidelock.errors import ConfigError, DataError, ModelMismatch, PeerError
+from tidelock.errors import ConfigError, DataError, ListenRefused, ModelMismatch, PeerError
 
 Capture = pytest.CaptureFixture[str]
 LEARN = ("--learning-rate", "0.02", "--epochs", "30", "--batch-size", "4", "--threads", "1", "--reduction", "2")
@@ -146,6 +146,14 @@ def test_a_mistake_in_the_data_starts_nobody(capsys: Capture, chat_model: Path, 
     assert tide(*command, "--local", 2) == DataError.exit_code
     assert "(bad.jsonl:1)" in capsys.readouterr().err
     assert not (tmp_path / "run" / "peers").exists()
+
+
+def test_a_port_that_is_taken(capsys: Capture, chat_model: Path, facts: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = ("pool", "train", facts, "--model", chat_model, "--out", tmp_path / "run", "--listen", where)
+        assert tide(*command, "--peers", 2) == ListenRefused.exit_code
+    assert f"expected to listen at {where}, got Address already in use" in capsys.readouterr().err
 
 
 def test_nobody_to_join(capsys: Capture, chat_model: Path, tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ _KNOBS = (
     *("save_every", "keep", "threads"),
 )
 _OWN_OF_PEER = frozenset({"model", "out", "threads", "cache_key"})
+# What peer 0 leaves at the meeting place for those that join.
+_COUNT, _RESUMES = "number of peers", "word whether the run goes on"
 _OF_LEAD = ("local", "listen", "peers", "stage", "micro_batches", "profile")
 
 
@@ -102,8 +104,8 @@ def _leading(options: dict[str, Any], config: RunConfig, *, resumes: bool) -> It
     run, peers = import_module("tidelock.run.pool"), import_module("tidelock.pool.peers")
     processes = import_module("tidelock.run.pool_processes")
     store = peers.meeting_place(address.host, address.port, timeout_s=options["timeout"], is_host=True)
-    store.set("peers", str(count))
-    store.set("resumes", str(resumes))
+    store.set(_COUNT, str(count))
+    store.set(_RESUMES, str(resumes))
     with ExitStack() as stack:
 
         def start_others() -> None:
@@ -128,9 +130,9 @@ def _join(
     output.quiet_libraries()
     own = RunConfig(data="", method="side", **{name: knobs[name] for name in _OWN_OF_PEER})
     store = peers.meeting_place(address.host, address.port, timeout_s=options["timeout"], is_host=False)
-    count, out = int(store.get("peers")), Path(own.out)
+    count, out = int(peers.ask(store, _COUNT)), Path(own.out)
     given = options["peer"]
-    if given is None and store.get("resumes") == b"True":
+    if given is None and peers.ask(store, _RESUMES) == str(True):
         given = processes.remembered_number(out)
     peer = processes.claim_number(given, count, lambda number: bool(store.add(f"peer {number}", 1) == 1))
     processes.remember_number(out, peer)

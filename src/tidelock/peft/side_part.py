@@ -49,6 +49,7 @@ class SidePart(nn.Module):
         blocks: As given.
         is_first: Whether the whole network begins here.
         is_last: Whether it ends here.
+        names: Of each own parameter that the outcome depends on, its name in the whole network.
 
     Raises:
         ConfigError: The configuration chooses or narrows taps.
@@ -160,7 +161,7 @@ class SidePart(nn.Module):
             state_NS = (
                 self.begin(torch.zeros(2, network.side.start.in_features), layout)
                 if self.is_first
-                else (torch.zeros(2, width))
+                else torch.zeros(2, width)
             )
             state_NS, final_NS = self(state_NS, outputs_ND, layout)
             result = state_NS

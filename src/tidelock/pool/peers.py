@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import distributed
 
-from tidelock.errors import PeerError
+from tidelock.errors import ListenRefused, PeerError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -39,14 +39,22 @@ def meeting_place(host: str, port: int, *, timeout_s: float, is_host: bool) -> T
         is_host: Whether this peer holds it.
 
     Raises:
-        PeerError: It cannot be opened, or is not there in time.
+        ListenRefused: This peer cannot listen there.
+        PeerError: The meeting place is not there in time.
     """
     timeout = timedelta(seconds=timeout_s)
     with _lost(f"opening the meeting place at {host}:{port}" if is_host else f"looking for peer 0 at {host}:{port}"):
         if not is_host:
             store: TCPStore = _distributed.TCPStore(host, port, timeout=timeout, is_master=False)
             return store
-        listening = socket.create_server((host, port))  # by itself it would listen at every address
+        try:
+            listening = socket.create_server((host, port))  # by itself it would listen at every address
+        except OSError as error:
+            msg = (
+                f"Pool: expected to listen at {host}:{port}, got {error.strerror}. Choose a free port, and an "
+                "address of this device."
+            )
+            raise ListenRefused(msg) from error
         hosted: TCPStore = _distributed.TCPStore(
             host,
             listening.getsockname()[1],
@@ -56,6 +64,16 @@ def meeting_place(host: str, port: int, *, timeout_s: float, is_host: bool) -> T
             master_listen_fd=listening.detach(),
         )
     return hosted
+
+
+def ask(store: Store, name: str) -> str:
+    """Return the text that a peer leaves at a meeting place, once it has.
+
+    Raises:
+        PeerError: It was not there in time.
+    """
+    with _lost(f"waiting for the {name}"):
+        return store.get(name).decode()
 
 
 @final
@@ -97,8 +115,7 @@ class Peers:
         Raises:
             PeerError: It was not there in time.
         """
-        with _lost(f"waiting for the {name}"):
-            return self._store.get(name).decode()
+        return ask(self._store, name)
 
     def share(self, numbers: Tensor | None) -> Tensor:
         """Return the int64 vector that peer 0 gives, on every peer; the others give None."""
