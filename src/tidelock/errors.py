@@ -15,7 +15,7 @@
     ├── ModelMismatch               14  device and cloud hold different models or different weights
     ├── ListenRefused               15  the cloud will not listen at that address, or cannot
     ├── CloudBusy                   16  the cloud has no place for another pass of this device
-    └── PeerError                   17  another device of the pool is gone, or does not answer in time
+    └── PeerError                   17  a device that the pool cannot do without is gone or silent
 
 An interrupted command (Ctrl-C) exits with 130, as a shell expects. A new error is a new leaf here, with the next
 free code of its kind (2-9: what is on this machine; 10-19: what is on the other side); a retired code is not reused.
@@ -131,6 +131,6 @@ class ListenRefused(TidelockError):
 
 
 class PeerError(TidelockError):
-    """Another device of the pool is gone, or does not answer in time."""
+    """A device that the pool cannot do without is gone or silent."""
 
     exit_code = 17

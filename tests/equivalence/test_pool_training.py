@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,55 +13,124 @@ import torch
 from tests.equivalence.test_pool import CONFIG, LAYOUTS, examples
 from tests.support.plain_side import side_model
 from tests.support.pool import all_of, in_pool
+from tests.support.tiny_models import BLOCKS
 from tidelock.cache.config import CacheConfig
+from tidelock.cache.folder import CacheFolder
 from tidelock.cache.identity import CacheIdentity
+from tidelock.errors import PeerError
 from tidelock.model.checkpoint import Checkpoint
+from tidelock.pool.layout import PoolLayout, Stage
 from tidelock.pool.peers import Peers
 from tidelock.pool.recipe import Progress, Recipe
+from tidelock.pool.redistribute import Kept
 from tidelock.pool.side_stage import padded
-from tidelock.pool.train import PoolJob, train_in_pool
+from tidelock.pool.train import PoolJob, PoolTraining
 
 RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=1e-2, warmup_steps=2, clip=0.5)
 COUNT = 10
 
 
 class Notes:
-    def __init__(self, steps: int) -> None:
+    """Takes notes, and has its peer die or the pool change where it is told to."""
+
+    def __init__(self, steps: int, dies_at: str | None = None, changes_after: int | None = None) -> None:
         self.first = steps
         self.saved: dict[int, Progress] = {}
         self.losses: list[float] = []
         self.sent: list[int] = []
+        self.filled: list[int] = []
+        self.dies_at, self.changes_after = dies_at, changes_after
 
     def step(self, step: int, loss: float) -> None:
         assert step == self.first + len(self.losses) + 1
         self.losses.append(loss)
+        self._may_die(f"step {step}")
 
     def save(self, progress: Progress) -> None:
         copied = {kind: {n: t.clone() for n, t in values.items()} for kind, values in progress.moments.items()}
         parameters = {name: tensor.clone() for name, tensor in progress.parameters.items()}
         self.saved[progress.steps] = Progress(progress.steps, parameters, copied)
+        self._may_die(f"save {progress.steps}")
+
+    def fill(self, examples: int) -> None:
+        self.filled.append(examples)
+        self._may_die("fill")
 
     def redistributed(self, sent_bytes: int) -> None:
         self.sent.append(sent_bytes)
+        self._may_die("redistributed")
+
+    def wants_change(self) -> bool:
+        return self.first + len(self.losses) == self.changes_after
+
+    def _may_die(self, where: str) -> None:
+        if where == self.dies_at:
+            raise DiedError
 
 
-def run_in_pool(folder: Path, layout: str, tmp_path: Path, begin: Progress | None = None):
+class DiedError(Exception):
+    """What a peer dies of."""
+
+
+@dataclass
+class Outcome:
+    """What a peer saw of a round."""
+
+    notes: Notes
+    progress: Progress
+    state: dict[str, torch.Tensor] | None
+    error: PeerError | None
+
+
+def run_in_pool(
+    folder: Path,
+    layout: PoolLayout,
+    tmp_path: Path,
+    begin: Progress | None = None,
+    *,
+    places: Sequence[int] | None = None,
+    **lead: Any,
+) -> list[Outcome]:
+    """Return what each peer saw of a round; those that died are left out.
+
+    Args:
+        folder: The model's.
+        layout: Who computes what.
+        tmp_path: Where the peers' caches are.
+        begin: From where.
+        places: Number of each peer's cache; by default that of the peer.
+        lead: `dies_at` of the last peer, `changes_after` of peer 0.
+    """
     first = begin or Progress(0, side_model(folder, CONFIG).network.state_dict(), {})
 
-    def work(peers: Peers):
+    def work(peers: Peers) -> Outcome:
+        place = tmp_path / str(peers.peer if places is None else places[peers.peer])
+
         def open_cache(taps):
             identity = CacheIdentity("0" * 64, "1" * 64, "fp32", taps, None, "fp32")
-            return CacheConfig(tmp_path / str(peers.peer), key=tmp_path / f"key{peers.peer}").open(identity)
+            return CacheConfig(place, key=tmp_path / f"key{place.name}").open(identity)
 
-        notes = Notes(first.steps)
-        job = PoolJob("llama", Checkpoint.open(str(folder)), CONFIG, first, examples(COUNT), RECIPE, 2, open_cache)
-        model = train_in_pool(peers, LAYOUTS[layout], job, notes)
-        return model.network.state_dict(), notes
+        there = [range(found.taps[0], found.taps[-1] + 1) for _, found in CacheFolder(place).groups() if found]
+        dies_at = lead.get("dies_at") if peers.peer == peers.count - 1 else None
+        notes = Notes(first.steps, dies_at, lead.get("changes_after") if peers.peer == 0 else None)
+        kept = Kept(open_cache, there, BLOCKS)
+        job = PoolJob("llama", Checkpoint.open(str(folder)), CONFIG, first, examples(COUNT), RECIPE, 2, kept)
+        training, model, error = PoolTraining(peers, layout, job, notes), None, None
+        try:
+            model = training.run()
+        except PeerError as lost:
+            error = lost.with_traceback(None)  # which would keep the round's connections open
+        finally:
+            peers.close()
+        return Outcome(notes, training.progress, None if model is None else model.network.state_dict(), error)
 
-    return all_of(in_pool(LAYOUTS[layout].num_peers, work))
+    outcomes = in_pool(layout.num_peers, work)
+    died = [outcome for outcome in outcomes if isinstance(outcome, DiedError)]
+    assert len(died) == ("dies_at" in lead)
+    return all_of([outcome for outcome in outcomes if outcome not in died])
 
 
-def one_process(folder: Path, peers: int, recipe: Recipe = RECIPE):
+def one_process(folder: Path, recipe: Recipe = RECIPE):
     """Train as a person would, on the batches that the pool has."""
     model, losses = side_model(folder, CONFIG), []
     rows, steps = examples(COUNT), recipe.epochs * recipe.steps_per_epoch(COUNT)
@@ -66,7 +138,7 @@ def one_process(folder: Path, peers: int, recipe: Recipe = RECIPE):
     warm, order = recipe.warmup_steps, recipe.order(COUNT, 0)
     batches = [order[first : first + recipe.batch_size] for first in range(0, COUNT, recipe.batch_size)]
     for epoch in range(1, recipe.epochs):
-        shards = recipe.shards(COUNT, epoch, peers)
+        shards = recipe.shards(COUNT, epoch, 1)
         batches += [[n for shard in shards for n in shard[step]] for step in range(recipe.steps_per_epoch(COUNT))]
     for done, batch in enumerate(batches):
         adam.param_groups[0]["lr"] = recipe.learning_rate * (
@@ -81,29 +153,147 @@ def one_process(folder: Path, peers: int, recipe: Recipe = RECIPE):
     return model.network.state_dict(), losses
 
 
+def assert_is_that_of_one_process(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    expected, _ = one_process(folder)
+    start = side_model(folder, CONFIG).network.state_dict()
+    for name, tensor in expected.items():
+        assert not torch.equal(state[name], start[name]), name
+        torch.testing.assert_close(state[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_is_that_of_one_process(layout: str, tiny_models: Path, tmp_path: Path) -> None:
-    expected, losses = one_process(tiny_models / "llama", LAYOUTS[layout].num_peers)
-    results = run_in_pool(tiny_models / "llama", layout, tmp_path)
-    first, _ = results[0]
-    for state, notes in results:
-        assert notes.losses == pytest.approx(losses, rel=1e-4)
-        assert all(torch.equal(state[name], first[name]) for name in first)
-        assert len(notes.sent) == 1
-    start = side_model(tiny_models / "llama", CONFIG).network.state_dict()
-    for name, tensor in expected.items():
-        assert not torch.equal(first[name], start[name]), name
-        torch.testing.assert_close(first[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
+    _, losses = one_process(tiny_models / "llama")
+    outcomes = run_in_pool(tiny_models / "llama", LAYOUTS[layout], tmp_path)
+    first = outcomes[0].state
+    assert first is not None
+    for outcome in outcomes:
+        assert outcome.state is not None
+        assert outcome.notes.losses == pytest.approx(losses, rel=1e-4)
+        assert all(torch.equal(outcome.state[name], first[name]) for name in first)
+        assert len(outcome.notes.sent) == 1
+        assert outcome.notes.filled == []
+    assert_is_that_of_one_process(tiny_models / "llama", first)
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 8])  # in the first epoch, at its end, and in later ones
 @pytest.mark.parametrize("layout", ["hybrid", "one without blocks"])
 def test_a_run_goes_on_bit_for_bit(layout: str, steps: int, tiny_models: Path, tmp_path: Path) -> None:
-    whole = run_in_pool(tiny_models / "llama", layout, tmp_path)
-    state, notes = whole[0]
+    whole = run_in_pool(tiny_models / "llama", LAYOUTS[layout], tmp_path)
+    state, notes = whole[0].state, whole[0].notes
+    assert state is not None
     assert list(notes.saved) == [2, 3, 4, 6, 8]
-    resumed = run_in_pool(tiny_models / "llama", layout, tmp_path, notes.saved[steps])
-    for found, later in resumed:
-        assert later.losses == notes.losses[steps:]
-        assert all(torch.equal(found[name], state[name]) for name in state)
-        assert later.sent == [0]
+    for later in run_in_pool(tiny_models / "llama", LAYOUTS[layout], tmp_path, notes.saved[steps]):
+        assert later.state is not None
+        assert later.notes.losses == notes.losses[steps:]
+        assert all(torch.equal(later.state[name], state[name]) for name in state)
+        assert later.notes.sent == [0]
+        assert later.notes.filled == []
+
+
+# By how many are left; other cuts than those of `LAYOUTS`.
+AFTERWARDS = {
+    1: PoolLayout((Stage(range(BLOCKS), (0,), (1,)),), 2),
+    2: PoolLayout((Stage(range(3), (1,), (1,), 2), Stage(range(3, BLOCKS), (0,), (1,))), 2),
+    3: PoolLayout((Stage(range(2), (1,), (1,), 2), Stage(range(2, BLOCKS), (0, 2), (1, 1))), 2),
+}
+PER_EPOCH = 3
+
+
+def lost_with_last(layout: PoolLayout, steps: int, *, is_shared: bool) -> int:
+    """Return of how many examples of so many steps the last peer alone had what some block gave.
+
+    Args:
+        layout: By which they were computed.
+        steps: Those that are not done again.
+        is_shared: Whether peers have the outputs of what they learn from besides.
+    """
+    last, order, found = layout.num_peers - 1, RECIPE.order(COUNT, 0), 0
+    owners = RECIPE.owners(COUNT, layout.num_peers)
+    for first in range(0, min(steps * RECIPE.batch_size, COUNT), RECIPE.batch_size):
+        batch = order[first : first + RECIPE.batch_size]
+        for stages in layout.rows_of(len(batch)):
+            gone = {row for by_peer in stages for row in by_peer.get(last, ())}
+            found += sum(not is_shared or owners[batch[row]] == last for row in gone)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dies_at", "goes_on_from"),
+    [
+        ("step 1", {0}),
+        ("step 2", {0}),  # before the network was gathered
+        ("save 2", {2}),
+        ("step 3", {2}),
+        ("save 3", {3}),
+        ("redistributed", {3}),
+        ("step 4", {3, 4}),  # whether the others had all that they needed for it is a race
+        ("step 7", {6, 7}),
+    ],
+)
+@pytest.mark.parametrize("layout", ["hybrid", "straight pipeline", "one without blocks"])
+def test_the_others_go_on_without_a_lost_peer(
+    layout: str, dies_at: str, goes_on_from: set[int], tiny_models: Path, tmp_path: Path
+) -> None:
+    left = run_in_pool(tiny_models / "llama", LAYOUTS[layout], tmp_path, dies_at=dies_at)
+    assert all(outcome.error is not None for outcome in left)
+    progress = left[0].progress
+    assert progress.steps in goes_on_from
+    outcomes = run_in_pool(tiny_models / "llama", AFTERWARDS[len(left)], tmp_path, progress)
+    for outcome in outcomes:
+        assert outcome.state is not None
+        assert outcome.notes.first == progress.steps
+        assert outcome.notes.first + len(outcome.notes.losses) == RECIPE.epochs * PER_EPOCH
+        filled = sum(outcome.notes.filled)
+        most = lost_with_last(LAYOUTS[layout], progress.steps, is_shared=False)
+        least = lost_with_last(LAYOUTS[layout], progress.steps, is_shared=True)
+        if dies_at in {"step 4", "step 7"}:
+            assert filled == least
+        elif dies_at == "redistributed":
+            assert least <= filled <= most
+        else:
+            assert filled == most
+        assert_is_that_of_one_process(tiny_models / "llama", outcome.state)
+
+
+def test_something_of_every_kind_is_lost() -> None:
+    """Look whether the test before asserts what it says it does."""
+    counts = {
+        layout: [lost_with_last(LAYOUTS[layout], 3, is_shared=is_shared) for is_shared in (False, True)]
+        for layout in ("hybrid", "straight pipeline", "one without blocks")
+    }
+    assert counts["one without blocks"] == [0, 0]
+    assert counts["straight pipeline"][0] == COUNT
+    assert 0 < counts["hybrid"][1] < counts["hybrid"][0] < COUNT
+
+
+def test_blocks_that_are_run_again_may_be_lost_again(tiny_models: Path, tmp_path: Path) -> None:
+    folder, layout = tiny_models / "llama", LAYOUTS["straight pipeline"]
+    left = run_in_pool(folder, layout, tmp_path, dies_at="step 4")
+    again = run_in_pool(folder, AFTERWARDS[2], tmp_path, left[0].progress, dies_at="fill")
+    assert [outcome.notes.filled for outcome in again] == [[lost_with_last(layout, 3, is_shared=True)]]
+    (alone,) = run_in_pool(folder, AFTERWARDS[1], tmp_path, again[0].progress)
+    assert alone.state is not None
+    assert_is_that_of_one_process(folder, alone.state)
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 4, 6])
+def test_a_pool_grows_between_two_steps(after: int, tiny_models: Path, tmp_path: Path) -> None:
+    folder = tiny_models / "llama"
+    before = run_in_pool(folder, AFTERWARDS[2], tmp_path, changes_after=after)
+    for outcome in before:
+        assert outcome.progress.steps == after
+        assert (outcome.state, outcome.error) == (None, None)
+    for outcome in run_in_pool(folder, AFTERWARDS[3], tmp_path, before[0].progress):
+        assert outcome.state is not None
+        assert outcome.notes.filled == []
+        assert_is_that_of_one_process(folder, outcome.state)
+
+
+def test_peers_may_come_back_with_other_numbers(tiny_models: Path, tmp_path: Path) -> None:
+    folder = tiny_models / "llama"
+    before = run_in_pool(folder, AFTERWARDS[3], tmp_path, changes_after=4)
+    for outcome in run_in_pool(folder, AFTERWARDS[3], tmp_path, before[0].progress, places=(2, 0, 1)):
+        assert outcome.state is not None
+        assert outcome.notes.filled == []
+        assert_is_that_of_one_process(folder, outcome.state)

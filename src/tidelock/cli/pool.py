@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import socket
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
     from tidelock.plan.inputs import Profile
     from tidelock.pool.layout import PoolLayout
-    from tidelock.run.pool import PoolResult, Seat
+    from tidelock.pool.meeting import MeetingPlace
+    from tidelock.run.pool import PoolResult
     from tidelock.wire.address import Address
 
 ACTIONS = ("train", "join", "resume")
@@ -39,13 +41,13 @@ _KNOBS = (
     *("save_every", "keep", "threads"),
 )
 _OWN_OF_PEER = frozenset({"model", "out", "threads", "cache_key"})
-# What peer 0 leaves at the meeting place for those that join.
-_COUNT, _RESUMES = "number of peers", "word whether the run goes on"
 _OF_LEAD = ("local", "listen", "peers", "stage", "micro_batches", "profile")
 
 
 def command(what: str, target: str, *, json: bool = False, **options: Any) -> None:
     """Train a side network on several of your own devices: DATA on one of them (train, resume), the others join it."""
+    # Of a lost peer torch would print its own stack; this is read when it is loaded.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     output = Output(json=json)
     if what not in ACTIONS:
         msg = f"Pool: expected train DATA, resume RUN or join HOST:PORT, got {what!r}. Write one of them."
@@ -66,11 +68,11 @@ def _train(
     data: str, knobs: dict[str, Any], options: dict[str, Any], progress: StepProgress, output: Output
 ) -> PoolResult:
     config = RunConfig(data=data, method="side", **knobs)
-    with _leading(options, config, resumes=False) as (seat, start_others):
+    with _leading(options, config) as (meeting, count, start_others):
         run = import_module("tidelock.run.pool")
         output.quiet_libraries()
-        layout_of = partial(_layout, options, seat.count, config.batch_size)
-        result: PoolResult = run.lead(config, seat, layout_of, progress, start_others)
+        layout_of = partial(_layout, options, count, config.batch_size)
+        result: PoolResult = run.lead(config, meeting, count, layout_of, progress, start_others)
         return result
 
 
@@ -80,16 +82,17 @@ def _resume(
     _refuse_changed(knobs, _KNOBS)
     _refuse(options, ("stage", "micro_batches", "profile"), "pool train")
     config = replace(RunFolder.open(Path(folder)).config(), out=folder)  # which may have been moved
-    with _leading(options, config, resumes=True) as (seat, start_others):
+    with _leading(options, config) as (meeting, count, start_others):
         run = import_module("tidelock.run.pool")
         output.quiet_libraries()
-        result: PoolResult = run.resume(Path(folder), seat, progress, start_others)
+        layout_of = partial(_layout, options, count, config.batch_size)
+        result: PoolResult = run.resume(Path(folder), meeting, count, layout_of, progress, start_others)
         return result
 
 
 @contextmanager
-def _leading(options: dict[str, Any], config: RunConfig, *, resumes: bool) -> Iterator[tuple[Seat, Callable[[], None]]]:
-    """Open the meeting place; give peer 0's seat, and what starts the other peers where they are processes here."""
+def _leading(options: dict[str, Any], config: RunConfig) -> Iterator[tuple[MeetingPlace, int, Callable[[], None]]]:
+    """Open the meeting place; give it, the number of peers, and what starts the others if they are processes here."""
     _refuse(options, ("peer",), "pool join")
     local, listen, given = options["local"], options["listen"], options["peers"]
     if (local is None) == (listen is None) or (listen is None) != (given is None):
@@ -101,11 +104,8 @@ def _leading(options: dict[str, Any], config: RunConfig, *, resumes: bool) -> It
         raise ConfigError(msg)
     address = _trusted_address(listen or "127.0.0.1:0", options)
     # Loads torch, which --help must not wait for.
-    run, peers = import_module("tidelock.run.pool"), import_module("tidelock.pool.peers")
-    processes = import_module("tidelock.run.pool_processes")
-    store = peers.meeting_place(address.host, address.port, timeout_s=options["timeout"], is_host=True)
-    store.set(_COUNT, str(count))
-    store.set(_RESUMES, str(resumes))
+    places, processes = import_module("tidelock.pool.meeting"), import_module("tidelock.run.pool_processes")
+    meeting, port = places.MeetingPlace.host(address.host, address.port, timeout_s=options["timeout"])
     with ExitStack() as stack:
 
         def start_others() -> None:
@@ -113,10 +113,10 @@ def _leading(options: dict[str, Any], config: RunConfig, *, resumes: bool) -> It
                 own = ["--model", str(config.model), "--timeout", str(options["timeout"])]
                 own += [] if config.threads is None else ["--threads", str(config.threads)]
                 own += ["--cache-key", config.cache_key] if config.cache_key else []
-                where = f"{address.host}:{store.port}"
+                where = f"{address.host}:{port}"
                 stack.enter_context(processes.local_peers(count - 1, where, own, Path(config.out) / "peers"))
 
-        yield run.Seat(store, 0, count, address.host, options["timeout"]), start_others
+        yield meeting, count, start_others
 
 
 def _join(
@@ -125,34 +125,34 @@ def _join(
     _refuse(options, _OF_LEAD, "pool train")
     _refuse_changed(knobs, [name for name in knobs if name not in _OWN_OF_PEER])
     address = _trusted_address(where, options)
-    run, peers = import_module("tidelock.run.pool"), import_module("tidelock.pool.peers")
+    run, places = import_module("tidelock.run.pool"), import_module("tidelock.pool.meeting")
     processes = import_module("tidelock.run.pool_processes")
     output.quiet_libraries()
     own = RunConfig(data="", method="side", **{name: knobs[name] for name in _OWN_OF_PEER})
-    store = peers.meeting_place(address.host, address.port, timeout_s=options["timeout"], is_host=False)
-    count, out = int(peers.ask(store, _COUNT)), Path(own.out)
+    meeting = places.MeetingPlace.find(
+        address.host, address.port, own_host=_address_towards(address), timeout_s=options["timeout"]
+    )
     given = options["peer"]
-    if given is None and peers.ask(store, _RESUMES) == str(True):
-        given = processes.remembered_number(out)
-    peer = processes.claim_number(given, count, lambda number: bool(store.add(f"peer {number}", 1) == 1))
-    processes.remember_number(out, peer)
-    seat = run.Seat(store, peer, count, _address_towards(address), options["timeout"])
-    result: PoolResult = run.follow(own, seat, progress)
+    # The number that it had, which what it has cached goes with.
+    wish = processes.remembered_number(Path(own.out)) if given is None else given
+    result: PoolResult = run.follow(own, meeting, progress, wish=wish, insists=given is not None)
     return result
 
 
 def _layout(
-    options: dict[str, Any], count: int, batch_size: int, num_blocks: int, measured: Profile | None
+    options: dict[str, Any], first_count: int, batch_size: int, num_blocks: int, count: int, measured: Profile | None
 ) -> PoolLayout | None:
     """Return who computes what; None when that cannot be said before the pool is measured."""
+    if measured is None and count != first_count:  # what was said was said of another pool
+        return None
     layouts = import_module("tidelock.run.pool_layout")
     layout: PoolLayout
-    if options["profile"] is None and options["stage"]:
+    if measured is None and options["profile"] is None:
+        if not options["stage"]:
+            return None
         layout = layouts.written_layout(options["stage"], num_blocks, count, options["micro_batches"])
         return layout
-    if options["profile"] is None and measured is None:
-        return None
-    if options["stage"]:
+    if options["profile"] is not None and options["stage"]:
         msg = "Pool: expected --profile or --stage, got both. The plan for the profile says the stages; leave one out."
         raise ConfigError(msg)
     inputs, planning = (import_module(f"tidelock.plan.{name}") for name in ("inputs", "plan"))
@@ -160,6 +160,9 @@ def _layout(
     layout = layouts.planned_layout(
         planning.make_plan(profile, batch_size, options["micro_batches"]), profile, num_blocks
     )
+    if layout.num_peers != count:
+        msg = f"Pool: expected {layout.num_peers} peers, as the profile has devices, got {count}. Start as many."
+        raise ConfigError(msg)
     return layout
 
 
@@ -220,7 +223,8 @@ def _signature() -> inspect.Signature:
         option("micro_batches", int | None, "train: parts of a batch that go through the stages one by one.",
                default=None),
         option("profile", Path | None, "train: a profile of the pool, whose plan says the stages.", default=None),
-        option("peer", int | None, "join: this device's number; by default in the order of joining.", default=None),
+        option("peer", int | None, "join: this device's number at the start; by default in the order of joining.",
+               default=None),
         option("timeout", float, "Seconds after which a silent peer counts as lost.", default=60.0),
         option("trust_network", bool, "The network between the peers is your own, or a tunnel.", default=False),
         option("json", bool, "Print JSON objects only.", default=False),

@@ -9,71 +9,52 @@ May import errors and libraries.
 
 from __future__ import annotations
 
-import socket
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, final
+from threading import Thread
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import torch
 from torch import distributed
 
-from tidelock.errors import ListenRefused, PeerError
+from tidelock.errors import PeerError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
-    from torch._C._distributed_c10d import ProcessGroup, Store, TCPStore, Work
+    from torch._C._distributed_c10d import ProcessGroup, Store, Work
+
+T = TypeVar("T")
 
 # Its types leave out what is used here.
 _distributed: Any = distributed
 
 
-def meeting_place(host: str, port: int, *, timeout_s: float, is_host: bool) -> TCPStore:
-    """Return where peers find each other.
+def in_time(seconds: float, work: Callable[[], T]) -> T:
+    """Return what some work gives, done in a thread that is left alone when it takes too long.
 
-    Args:
-        host: Address of the peer that holds it; that one listens there and nowhere else.
-        port: Likewise; 0 takes a free one, which `TCPStore.port` says.
-        timeout_s: Seconds to wait for it, and later for anything in it.
-        is_host: Whether this peer holds it.
+    A `TCPStore` asks a host that hangs, without any deadline.
 
     Raises:
-        ListenRefused: This peer cannot listen there.
-        PeerError: The meeting place is not there in time.
+        TimeoutError: It takes longer.
     """
-    timeout = timedelta(seconds=timeout_s)
-    with _lost(f"opening the meeting place at {host}:{port}" if is_host else f"looking for peer 0 at {host}:{port}"):
-        if not is_host:
-            store: TCPStore = _distributed.TCPStore(host, port, timeout=timeout, is_master=False)
-            return store
+    done: Future[T] = Future()
+
+    def run() -> None:
         try:
-            listening = socket.create_server((host, port))  # by itself it would listen at every address
-        except OSError as error:
-            msg = (
-                f"Pool: expected to listen at {host}:{port}, got {error.strerror}. Choose a free port, and an "
-                "address of this device."
-            )
-            raise ListenRefused(msg) from error
-        hosted: TCPStore = _distributed.TCPStore(
-            host,
-            listening.getsockname()[1],
-            is_master=True,
-            timeout=timeout,
-            wait_for_workers=False,
-            master_listen_fd=listening.detach(),
-        )
-    return hosted
+            done.set_result(work())
+        except Exception as error:  # noqa: BLE001  (raised where it is waited for)
+            done.set_exception(error)
 
-
-def ask(store: Store, name: str) -> str:
-    """Return the text that a peer leaves at a meeting place, once it has.
-
-    Raises:
-        PeerError: It was not there in time.
-    """
-    with _lost(f"waiting for the {name}"):
-        return store.get(name).decode()
+    Thread(target=run, daemon=True).start()
+    try:
+        return done.result(seconds)
+    except FutureTimeoutError as error:
+        msg = f"no answer within {seconds:g} s."
+        raise TimeoutError(msg) from error
 
 
 @final
@@ -101,13 +82,19 @@ class Peers:
         self._store = store
         self._host = host
         self._timeout = timedelta(seconds=timeout_s)
-        self._all = self._open("all", range(count))
-        self._groups: dict[tuple[int, ...], ProcessGroup] = {tuple(range(count)): self._all}
+        # The store and Gloo have this deadline too, and say more when they keep it.
+        self._patience_s = 2 * timeout_s
+        self._everyone = tuple(range(count))
+        self._groups: dict[tuple[int, ...], ProcessGroup] = {self._everyone: self._open("all", self._everyone)}
 
     def tell(self, name: str, text: str) -> None:
-        """Leave a text for the other peers."""
-        with _lost("leaving a notice"):
-            self._store.set(name, text)
+        """Leave a text for the other peers.
+
+        Raises:
+            PeerError: Peer 0 is lost.
+        """
+        with lost("leaving a notice"):
+            in_time(self._patience_s, lambda: self._store.set(name, text))
 
     def ask(self, name: str) -> str:
         """Return the text that a peer leaves, once it has.
@@ -115,7 +102,30 @@ class Peers:
         Raises:
             PeerError: It was not there in time.
         """
-        return ask(self._store, name)
+        with lost(f"waiting for the {name}"):
+            return in_time(self._patience_s, lambda: self._store.get(name)).decode()
+
+    def agree(self, *, changes: bool) -> bool:
+        """Return whether one of the peers says so; all of them call this."""
+        said = torch.tensor([int(changes)])
+        self.sum(said, range(self.count))
+        return bool(said)
+
+    def union(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return the pairs of numbers that one of the peers gives or several, in order; all of them call this."""
+        numbers = [number for pair in pairs for number in pair]
+        sizes = torch.zeros(self.count, dtype=torch.long)
+        sizes[self.peer] = len(numbers)
+        self.sum(sizes, self._everyone)
+        ends = sizes.cumsum(0).tolist()
+        given = torch.zeros(int(sizes.sum()), dtype=torch.long)
+        given[ends[self.peer] - len(numbers) : ends[self.peer]] = torch.tensor(numbers, dtype=torch.long)
+        self.sum(given, self._everyone)
+        return sorted({(first, second) for first, second in given.view(-1, 2).tolist()})
+
+    def close(self) -> None:
+        """Let go of the others, who notice it; what is under way fails."""
+        self._groups.clear()
 
     def share(self, numbers: Tensor | None) -> Tensor:
         """Return the int64 vector that peer 0 gives, on every peer; the others give None."""
@@ -133,13 +143,16 @@ class Peers:
 
     def send(self, tensor: Tensor, to: int, tag: int) -> Transfer:
         """Begin to send a contiguous tensor, which must not change before the sending is waited for."""
-        with _lost(f"sending to peer {to}"):
-            return Transfer(self._all.send([tensor], to, tag), f"sending to peer {to}", tensor)
+        with lost(f"sending to peer {to}"):
+            work = self._groups[self._everyone].send([tensor], to, tag)
+            return Transfer(work, f"sending to peer {to}", tensor)
 
     def receive(self, into: Tensor, sender: int, tag: int) -> Transfer:
         """Begin to receive into a contiguous tensor."""
-        with _lost(f"receiving from peer {sender}"):
-            return Transfer(self._all.recv([into], sender, tag), f"receiving from peer {sender}", into)
+        with lost(f"receiving from peer {sender}"):
+            return Transfer(
+                self._groups[self._everyone].recv([into], sender, tag), f"receiving from peer {sender}", into
+            )
 
     def sum(self, tensor: Tensor, group: Sequence[int]) -> None:
         """Replace a tensor by its sum over a group that was joined.
@@ -148,7 +161,7 @@ class Peers:
             PeerError: A peer was lost.
         """
         if len(group) > 1:
-            with _lost("summing over peers " + ", ".join(map(str, group))):
+            with lost("summing over peers " + ", ".join(map(str, group))):
                 self._groups[tuple(group)].allreduce([tensor]).wait()
 
     def _open(self, name: str, group: Sequence[int]) -> ProcessGroup:
@@ -157,8 +170,9 @@ class Peers:
         options._devices = [gloo.create_device(hostname=self._host)]  # noqa: SLF001
         options._timeout = self._timeout  # noqa: SLF001
         store = _distributed.PrefixStore(name, self._store)
-        with _lost("meeting peers " + ", ".join(map(str, group))):
-            opened: ProcessGroup = gloo(store, list(group).index(self.peer), len(group), options)
+        with lost("meeting peers " + ", ".join(map(str, group))):
+            place = list(group).index(self.peer)
+            opened: ProcessGroup = in_time(self._patience_s, lambda: gloo(store, place, len(group), options))
             return opened
 
 
@@ -183,19 +197,25 @@ class Transfer:
         Raises:
             PeerError: The peer was lost.
         """
-        with _lost(self._what):
+        with lost(self._what):
             self._work.wait()
         return self._tensor
 
 
 @contextmanager
-def _lost(what: str) -> Iterator[None]:
+def lost(what: str) -> Iterator[None]:
+    """Raise as `PeerError` what `torch.distributed` raises when a peer is lost.
+
+    Args:
+        what: What this peer was doing, for the message.
+    """
     try:
         yield
     except (RuntimeError, OSError) as error:
-        reason = str(error).partition("]")[2].strip() or str(error)
+        # Gloo begins with its own file and line, and ends with advice of its own.
+        reason = (str(error).partition("]")[2].strip() or str(error)).splitlines()[0].partition(". This is ")[0]
         msg = (
-            f"Pool: expected an answer while {what}, got: {reason.splitlines()[0]} Look whether that peer runs and is "
-            "reached, and go on with `tidelock pool resume`: what is cached and saved stays."
+            f"Pool: expected an answer while {what}, got: {reason.rstrip('.')}. Look whether that peer runs and is "
+            "reached. What is cached and saved stays."
         )
         raise PeerError(msg) from error

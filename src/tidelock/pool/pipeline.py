@@ -133,6 +133,22 @@ class Pipeline:
         sum_gradients(self._peers, self._compute.trained().values(), self._stage.peers)
         return sum_of_losses(self._peers, step.loss)
 
+    def fill(self, batch: Sequence[Example]) -> None:
+        """Compute forwards alone, for what the blocks give.
+
+        Args:
+            batch: As for `run`.
+
+        Raises:
+            PeerError: A peer was lost.
+        """
+        rows = self._layout.rows_of(len(batch))
+        step = _Step(self._peers, self._compute, self._number, rows, batch)
+        with torch.no_grad():
+            for number in range(len(rows)):
+                step.forward(number, is_last=self._number == len(self._layout.stages) - 1)
+        step.finish()
+
 
 @final
 @dataclass

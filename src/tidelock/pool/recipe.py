@@ -67,20 +67,31 @@ class Recipe:
     def shards(self, examples: int, epoch: int, peers: int) -> list[list[list[int]]]:
         """Return whose examples are whose in an epoch on what was cached: for each peer, for each step.
 
-        A peer has the same examples in all of these epochs, in another order in each.
+        Each example has a place in a batch that it keeps, and each peer some of the places. So a peer has the same
+        examples in all of these epochs, in another order in each, and a step has the same ones for any number of peers.
 
         Args:
             examples: How many there are.
             epoch: Number of the epoch.
             peers: How many share them, evenly.
         """
-        numbers = self.order(examples, -1)
-        steps = self.steps_per_epoch(examples)
-        found = []
-        for peer, places in enumerate(divide(range(examples), [1] * peers)):
-            own = [numbers[place] for place in places]
-            random.Random(f"{self.seed} {epoch} {peer}").shuffle(own)  # noqa: S311  (no secret)
-            found.append([own[part.start : part.stop] for part in divide(range(len(own)), [1] * steps)])
+        numbers, steps = self.order(examples, -1), self.steps_per_epoch(examples)
+        places: list[list[int]] = []
+        for place, some in enumerate(divide(range(examples), [1] * self.batch_size)):
+            own = numbers[some.start : some.stop]
+            random.Random(f"{self.seed} {epoch} {place}").shuffle(own)  # noqa: S311  (no secret)
+            places.append(own)
+        return [
+            [[places[place][step] for place in own if step < len(places[place])] for step in range(steps)]
+            for own in divide(range(self.batch_size), [1] * peers)
+        ]
+
+    def owners(self, examples: int, peers: int) -> list[int]:
+        """Return for each example which peer learns from it in the epochs on what was cached."""
+        found = [0] * examples
+        for peer, steps in enumerate(self.shards(examples, 1, peers)):
+            for number in (number for step in steps for number in step):
+                found[number] = peer
         return found
 
 

@@ -1,8 +1,8 @@
 """From a pipeline to data parallelism: every peer gets the whole side network, and the outputs for its own examples.
 
 PAC (arXiv 2408.10746, section 5.2) does so after the first epoch. While the pipeline runs, each peer keeps what its
-blocks gave; then who has an example's outputs sends them to who will learn from it, once. An example that is there
-already is not sent, so that this can be repeated where it broke off.
+blocks gave; then who has an example's outputs sends them to who will learn from it, once. From where they come is found
+from what every peer has, whatever has happened before: so this can be repeated where it broke off, and by other peers.
 
 Shapes: N real tokens of an example, M of them with a label, D hidden width, F width of the final state. May import
 `pool`, `cache`, errors and libraries.
@@ -11,7 +11,6 @@ Shapes: N real tokens of an example, M of them with a label, D hidden width, F w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 from typing import TYPE_CHECKING, TypeAlias, final
 
 import torch
@@ -21,15 +20,14 @@ from tidelock.pool.pipeline import IGNORED
 from tidelock.pool.recipe import MOMENTS, Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
     from tidelock.cache.store import ActivationCache
-    from tidelock.pool.layout import PoolLayout
     from tidelock.pool.peers import Peers, Transfer
     from tidelock.pool.pipeline import Example
-    from tidelock.pool.recipe import Optimizer, Recipe
+    from tidelock.pool.recipe import Optimizer
 
 # Examples whose outputs are on their way at the same time.
 _AT_ONCE = 8
@@ -45,18 +43,44 @@ def key_of(example: Example) -> Key:
 
 
 @final
-class Pieces:
-    """What one peer's blocks gave, example by example.
+class Kept:
+    """What this peer has of the blocks' outputs, example by example, by the blocks that gave them.
 
     Args:
-        cache: Of this peer alone, for its stage's blocks.
+        open_cache: Given consecutive blocks, returns where their outputs are kept.
+        there: Of which blocks there is something already.
+        num_blocks: Of the model.
     """
 
-    def __init__(self, cache: ActivationCache) -> None:
-        self._cache = cache
+    def __init__(
+        self, open_cache: Callable[[tuple[int, ...]], ActivationCache], there: Iterable[range], num_blocks: int
+    ) -> None:
+        self._open_cache = open_cache
+        self._caches: dict[range, ActivationCache] = {}
+        for blocks in there:
+            self.of(blocks)
+        self._all = range(num_blocks)
 
-    def keep(self, examples: Sequence[Example], outputs_ND: Sequence[Tensor], final_MF: Tensor | None) -> None:
-        """Keep what the blocks gave for examples; arguments as `SideStage` tells them.
+    @property
+    def whole(self) -> ActivationCache:
+        """The outputs of all blocks, which a side model learns from."""
+        return self.of(self._all)
+
+    def of(self, blocks: range) -> ActivationCache:
+        """Return what is kept of some blocks."""
+        if blocks not in self._caches:
+            self._caches[blocks] = self._open_cache(tuple(blocks))
+        return self._caches[blocks]
+
+    def inventory(self, examples: Sequence[Example]) -> dict[range, list[int]]:
+        """Return of which examples there is something: the numbers, by the blocks."""
+        keys = [key_of(example) for example in examples]
+        return {blocks: [n for n, key in enumerate(keys) if key in cache] for blocks, cache in self._caches.items()}
+
+    def keep(
+        self, blocks: range, examples: Sequence[Example], outputs_ND: Sequence[Tensor], final_MF: Tensor | None
+    ) -> None:
+        """Keep what blocks gave for examples; the other arguments as `SideStage` tells them.
 
         Raises:
             StorageError: There is no room.
@@ -68,121 +92,171 @@ class Pieces:
             for parts, final in zip(by_example, final_MF.split([len(place) - 1 for _, place in keys]), strict=True):
                 parts.append(final.float())
         for key, parts in zip(keys, by_example, strict=True):
-            self._cache.put(key, parts)
+            self.of(blocks).put(key, parts)
 
-    def get(self, key: Key) -> tuple[Tensor, ...]:
+    def get(self, blocks: range, key: Key) -> tuple[Tensor, ...]:
         """Return what was kept of an example.
 
         Raises:
-            CacheError: Nothing, or it is damaged.
+            CacheError: It is damaged, or gone since the inventory.
         """
-        found = self._cache.get(key)
+        found = self.of(blocks).get(key)
         if found is None:
             msg = (
-                "Pool: expected this peer's outputs of an example of the first epoch, got none. Give it the --out that "
-                "it had, or begin another run."
+                "Pool: expected the outputs of an example that this peer has kept, got damaged ones or none any more. "
+                "Let it join again, or go on with `tidelock pool resume`: they are computed again."
             )
             raise CacheError(msg)
         return found
 
 
-def holders(layout: PoolLayout, recipe: Recipe, examples: int) -> list[list[int]]:
-    """Return for each example which peer of each stage computed it in the first epoch."""
-    order, found = recipe.order(examples, 0), [[0] * len(layout.stages) for _ in range(examples)]
-    for first in range(0, examples, recipe.batch_size):
-        batch = order[first : first + recipe.batch_size]
-        for micro_batch in layout.rows_of(len(batch)):
-            for stage, by_peer in enumerate(micro_batch):
-                for peer, rows in by_peer.items():
-                    for row in rows:
-                        found[batch[row]][stage] = peer
+# Where an example's outputs are: from the first block to the last one, which blocks' on which peer.
+Route: TypeAlias = "list[tuple[range, int]]"
+
+
+def find_routes(
+    peers: Peers, kept: Kept, examples: Sequence[Example], owners: Sequence[int], num_blocks: int
+) -> list[Route | None]:
+    """Return from where each example's outputs come to the peer that it is for, the same on every peer.
+
+    Args:
+        peers: All peers; all of them call this.
+        kept: What this one has.
+        examples: All examples.
+        owners: For each of them the peer that it is for.
+        num_blocks: Of the model.
+
+    Returns:
+        For each example its route; None of one whose outputs are not all there.
+
+    Raises:
+        PeerError: A peer was lost.
+    """
+    own = kept.inventory(examples)
+    spans = peers.union([(blocks.start, blocks.stop) for blocks in own])
+    there = torch.zeros(len(spans), len(examples), peers.count, dtype=torch.int8)
+    for place, span in enumerate(spans):
+        there[place, own.get(range(*span), []), peers.peer] = 1
+    peers.sum(there, range(peers.count))
+    who_has = there.tolist()
+    found: list[Route | None] = []
+    for number, owner in enumerate(owners):
+        having = {
+            range(*span): [peer for peer, has in enumerate(who_has[place][number]) if has]
+            for place, span in enumerate(spans)
+        }
+        found.append(_route(having, owner, num_blocks))
     return found
+
+
+def _route(having: Mapping[range, Sequence[int]], owner: int, num_blocks: int) -> Route | None:
+    """Return a route with the fewest parts; of these the one with the longest first parts."""
+    best: dict[int, Route] = {num_blocks: []}  # from a block to the end
+    for start in reversed(range(num_blocks)):
+        onwards = [
+            [(blocks, owner if owner in holders else holders[0]), *best[blocks.stop]]
+            for blocks, holders in having.items()
+            if blocks.start == start and holders and blocks.stop in best
+        ]
+        if onwards:
+            best[start] = min(onwards, key=lambda route: (len(route), -len(route[0][0])))
+    return best.get(0)
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Routes:
-    """From which peers to which one the outputs of each example go.
+class Widths:
+    """What a model's outputs are like.
 
     Attributes:
-        examples: All examples.
-        who_has: For each of them the peer of each stage that computed it; see `holders`.
-        who_learns: For each of them the peer that it is for.
-        blocks: How many blocks each stage has.
-        hidden_width: D.
-        final_width: F.
+        num_blocks: How many blocks it has.
+        hidden: D.
+        final: F.
     """
 
-    examples: Sequence[Example]
-    who_has: Sequence[Sequence[int]]
-    who_learns: Sequence[int]
-    blocks: Sequence[int]
-    hidden_width: int
-    final_width: int
+    num_blocks: int
+    hidden: int
+    final: int
 
-    def shapes(self, number: int, stage: int) -> list[tuple[int, int]]:
-        """Return the shapes of what a stage gives for an example."""
-        ids, (_, *selected) = key_of(self.examples[number])
-        last = [(len(selected), self.final_width)] if stage == len(self.blocks) - 1 else []
-        return [(len(ids), self.hidden_width)] * self.blocks[stage] + last
+    def shapes(self, example: Example, blocks: range) -> list[tuple[int, int]]:
+        """Return the shapes of what blocks give for an example."""
+        ids, (_, *selected) = key_of(example)
+        last = [(len(selected), self.final)] if blocks.stop == self.num_blocks else []
+        return [(len(ids), self.hidden)] * len(blocks) + last
 
 
-def redistribute(peers: Peers, routes: Routes, pieces: Pieces | None, whole: ActivationCache) -> int:
+def redistribute(
+    peers: Peers,
+    examples: Sequence[Example],
+    routes: Sequence[Route | None],
+    owners: Sequence[int],
+    kept: Kept,
+    widths: Widths,
+) -> int:
     """Bring the outputs of each example to the peer that learns from it; return how many bytes this peer sent.
 
     Args:
         peers: All peers.
-        routes: From where to where.
-        pieces: What this peer computed; None of an idle one.
-        whole: Where this peer keeps whole examples.
+        examples: All examples.
+        routes: From where; see `find_routes`. An example without a route is left out.
+        owners: To which peer.
+        kept: What this peer has.
+        widths: Of the model's outputs.
 
     Raises:
+        CacheError: What this peer has is damaged.
         PeerError: A peer was lost.
         StorageError: There is no room.
     """
-    there = torch.tensor(
-        [
-            owner == peers.peer and key_of(example) in whole
-            for example, owner in zip(routes.examples, routes.who_learns, strict=True)
-        ],
-        dtype=torch.int,
+    whole = range(widths.num_blocks)
+    moves = [
+        _Move(number, examples[number], route, owner)
+        for number, (route, owner) in enumerate(zip(routes, owners, strict=True))
+        if route is not None and route != [(whole, owner)]
+    ]
+    return sum(
+        _send_wave(peers, moves[first : first + _AT_ONCE], kept, widths) for first in range(0, len(moves), _AT_ONCE)
     )
-    peers.sum(there, range(peers.count))
-    missing = (there == 0).nonzero().flatten().tolist()
-    sent = 0
-    for first in range(0, len(missing), _AT_ONCE):
-        sent += _send_wave(peers, routes, missing[first : first + _AT_ONCE], pieces, whole)
-    return sent
 
 
-def _send_wave(
-    peers: Peers, routes: Routes, numbers: Sequence[int], pieces: Pieces | None, whole: ActivationCache
-) -> int:
+@final
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """An example whose outputs are brought to a peer."""
+
+    number: int
+    example: Example
+    route: Route
+    owner: int
+
+
+def _send_wave(peers: Peers, moves: Sequence[_Move], kept: Kept, widths: Widths) -> int:
     """Bring the outputs of some examples to where they go, at the same time."""
-    stages = range(len(routes.blocks))
     leaving: list[Transfer] = []
     arriving: dict[int, list[Tensor | Transfer]] = {}
     sent = 0
-    for number, stage in product(numbers, stages):
-        holder, owner, tag = routes.who_has[number][stage], routes.who_learns[number], number * len(stages) + stage
-        if holder == peers.peer and pieces is not None:
-            flat = torch.cat([part.flatten() for part in pieces.get(key_of(routes.examples[number]))])
-            if owner == peers.peer:
-                arriving.setdefault(number, []).append(flat)
-            else:
-                leaving.append(peers.send(flat, owner, tag))
-                sent += flat.numel() * flat.element_size()
-        elif owner == peers.peer:
-            size = sum(rows * width for rows, width in routes.shapes(number, stage))
-            arriving.setdefault(number, []).append(peers.receive(torch.empty(size), holder, tag))
-    for number, parts in arriving.items():
+    for move in moves:
+        for blocks, holder in move.route:
+            tag = move.number * widths.num_blocks + blocks.start
+            if holder == peers.peer:
+                flat = torch.cat([part.flatten() for part in kept.get(blocks, key_of(move.example))])
+                if move.owner == peers.peer:
+                    arriving.setdefault(move.number, []).append(flat)
+                else:
+                    leaving.append(peers.send(flat, move.owner, tag))
+                    sent += flat.numel() * flat.element_size()
+            elif move.owner == peers.peer:
+                size = sum(rows * width for rows, width in widths.shapes(move.example, blocks))
+                arriving.setdefault(move.number, []).append(peers.receive(torch.empty(size), holder, tag))
+    for move in moves:
         tensors: list[Tensor] = []
-        for stage, part in zip(stages, parts, strict=True):
+        for (blocks, _), part in zip(move.route, arriving.get(move.number, []), strict=move.owner == peers.peer):
             flat = part if isinstance(part, torch.Tensor) else part.wait()
-            shapes = routes.shapes(number, stage)
+            shapes = widths.shapes(move.example, blocks)
             split = flat.split([rows * width for rows, width in shapes])
             tensors += [each.view(shape) for each, shape in zip(split, shapes, strict=True)]
-        whole.put(key_of(routes.examples[number]), tensors)
+        if move.owner == peers.peer:
+            kept.whole.put(key_of(move.example), tensors)
     for transfer in leaving:
         transfer.wait()
     return sent

@@ -1,7 +1,8 @@
 """One peer's run: an epoch through the pipeline, then epochs on what was kept, in data parallel.
 
 PAC (arXiv 2408.10746, section 5): once each example has gone through the frozen blocks, every peer gets the whole side
-network and the blocks' outputs for its own share of the examples; the blocks are let go.
+network and the blocks' outputs for its own share of the examples; the blocks are let go. When the pool changes, the
+peers that are there then go on from the state that peer 0 has; outputs that went with a lost peer are computed again.
 
 May import `pool`, `device`, `cache`, `peft`, `model`, errors and libraries.
 """
@@ -9,6 +10,7 @@ May import `pool`, `device`, `cache`, `peft`, `model`, errors and libraries.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn, Protocol, final
 
 import torch
@@ -23,19 +25,21 @@ from tidelock.model.part import ModelPart
 from tidelock.peft.side_part import GATES, SidePart
 from tidelock.pool.pipeline import Pipeline, sum_gradients, sum_of_losses
 from tidelock.pool.recipe import Optimizer
-from tidelock.pool.redistribute import Pieces, Routes, gather, holders, redistribute
+from tidelock.pool.redistribute import Widths, find_routes, gather, redistribute
 from tidelock.pool.side_stage import SideStage, padded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from tidelock.cache.store import ActivationCache
+    from torch import Tensor
+
     from tidelock.model.checkpoint import TensorSource
     from tidelock.peft.side import SideConfig
     from tidelock.pool.layout import PoolLayout
     from tidelock.pool.peers import Peers
     from tidelock.pool.pipeline import Example
     from tidelock.pool.recipe import Progress, Recipe
+    from tidelock.pool.redistribute import Kept
 
 
 class Watcher(Protocol):
@@ -49,8 +53,16 @@ class Watcher(Protocol):
         """The whole network as it is now, which a run can go on with; the same on every peer."""
         ...
 
+    def fill(self, examples: int) -> None:
+        """Of so many examples there is not every block's output any more; the blocks are run for them again."""
+        ...
+
     def redistributed(self, sent_bytes: int) -> None:
         """The first epoch's outputs are where later epochs need them; this peer has sent so many bytes."""
+        ...
+
+    def wants_change(self) -> bool:
+        """Whether the pool is to change after this step, since somebody wants to join it."""
         ...
 
 
@@ -68,7 +80,7 @@ class PoolJob:
         examples: All of them, on every peer.
         recipe: How it is trained.
         save_every: Steps between two calls of `Watcher.save`.
-        open_cache: Given the tapped blocks, returns where their outputs are kept.
+        kept: What this peer has of the blocks' outputs.
     """
 
     model: str
@@ -78,49 +90,122 @@ class PoolJob:
     examples: Sequence[Example]
     recipe: Recipe
     save_every: int
-    open_cache: Callable[[tuple[int, ...]], ActivationCache]
-
-
-def train_in_pool(peers: Peers, layout: PoolLayout, job: PoolJob, watcher: Watcher) -> SideModel:
-    """Train a side network in a pool; return the model, whose network is the same on every peer.
-
-    Args:
-        peers: All peers.
-        layout: Who computes what in the first epoch.
-        job: What is trained.
-        watcher: Told how it gets on.
-
-    Raises:
-        NonFiniteError: A loss or a gradient is infinite or not a number.
-        PeerError: A peer was lost.
-        StorageError: There is no room for what is kept.
-    """
-    config = read_config(job.source.folder)
-    geometry = geometry_of(empty_model(config))
-    steps = job.recipe.epochs * job.recipe.steps_per_epoch(len(job.examples))
-    per_epoch = job.recipe.steps_per_epoch(len(job.examples))
-    first, progress = _FirstEpoch(peers, layout, job), job.begin
-    if progress.steps < per_epoch:
-        progress = first.run(steps, watcher)
-    give_back_memory()
-    outputs = job.open_cache(tuple(range(geometry.num_blocks)))
-    model = SideModel(Ends(config, job.source), TapSource(_no_blocks, outputs), job.side_config)
-    model.load_state_dict({f"network.{name}": tensor for name, tensor in progress.parameters.items()})
-    watcher.redistributed(_share_outputs(peers, layout, job, first.pieces, outputs))
-    optimizer = Optimizer(peers, dict(model.network.named_parameters()), peers.count, job.recipe, steps)
-    optimizer.go_on(progress.steps, progress.moments)
-    for epoch in range(1, job.recipe.epochs):
-        _cached_epoch(peers, job, model, optimizer, epoch, watcher)
-    return model
+    kept: Kept
 
 
 @final
-class _FirstEpoch:
-    """The epoch through the pipeline; an idle peer only adds nothing to the others' sums.
+class PoolTraining:
+    """One round of a run: what a set of peers does until the run is done, or the pool changes.
 
-    Attributes:
-        pieces: What this peer's blocks gave; None of an idle one.
+    Args:
+        peers: All peers.
+        layout: Who computes what while the blocks are run.
+        job: What is trained.
+        watcher: Told how it gets on.
     """
+
+    def __init__(self, peers: Peers, layout: PoolLayout, job: PoolJob, watcher: Watcher) -> None:
+        self._peers = peers
+        self._job = job
+        self._watcher = watcher
+        self._per_epoch = job.recipe.steps_per_epoch(len(job.examples))
+        self._steps = job.recipe.epochs * self._per_epoch
+        self._stages = _Stages(peers, layout, job)
+        self._gathered = job.begin
+        self._optimizer: Optimizer | None = None
+
+    @property
+    def progress(self) -> Progress:
+        """From where this peer knows that the run can go on, whatever has happened to the others."""
+        return self._gathered if self._optimizer is None else self._optimizer.progress()
+
+    def run(self) -> SideModel | None:
+        """Train a side network; return the model, the same on every peer, or None when the pool is to change.
+
+        Raises:
+            CacheError: What this peer has kept is damaged.
+            NonFiniteError: A loss or a gradient is infinite or not a number.
+            PeerError: A peer was lost.
+            StorageError: There is no room for what is kept.
+        """
+        peers, job = self._peers, self._job
+        if self._gathered.steps < self._per_epoch and self._first_epoch():
+            return None
+        self._share_outputs()
+        config = read_config(job.source.folder)
+        model = SideModel(Ends(config, job.source), TapSource(_no_blocks, job.kept.whole), job.side_config)
+        model.load_state_dict({f"network.{name}": value for name, value in self._gathered.parameters.items()})
+        optimizer = Optimizer(peers, dict(model.network.named_parameters()), peers.count, job.recipe, self._steps)
+        optimizer.go_on(self._gathered.steps, self._gathered.moments)
+        self._optimizer = optimizer
+        for epoch in range(optimizer.steps // self._per_epoch, job.recipe.epochs):
+            shards = job.recipe.shards(len(job.examples), epoch, peers.count)
+            for step in range(optimizer.steps - epoch * self._per_epoch, self._per_epoch):
+                self._cached_step(model, optimizer, [shard[step] for shard in shards])
+                if optimizer.steps < self._steps and self._changes():
+                    return None
+        return model
+
+    def _first_epoch(self) -> bool:
+        """Go through the pipeline; return whether the pool is to change before what comes next."""
+        job, size = self._job, self._job.recipe.batch_size
+        optimizer = self._stages.begin(self._steps)
+        order = job.recipe.order(len(job.examples), 0)
+        for first in range(self._gathered.steps * size, len(order), size):
+            loss = self._stages.run([job.examples[number] for number in order[first : first + size]])
+            optimizer.step()
+            self._watcher.step(optimizer.steps, loss)
+            changes = self._changes()
+            if optimizer.steps % job.save_every == 0 or first + size >= len(order) or changes:
+                self._gathered = self._stages.gather(optimizer)
+                self._watcher.save(self._gathered)
+            if changes:
+                return True
+        return False
+
+    def _share_outputs(self) -> None:
+        """Bring the outputs of all examples to the peers that learn from them, and let the blocks go."""
+        peers, job = self._peers, self._job
+        geometry = geometry_of(empty_model(read_config(job.source.folder)))
+        widths = Widths(geometry.num_blocks, geometry.block_width, geometry.final_width)
+        owners = job.recipe.owners(len(job.examples), peers.count)
+        find = partial(find_routes, peers, job.kept, job.examples, owners, widths.num_blocks)
+        routes = find()
+        missing = [number for number, route in enumerate(routes) if route is None]
+        if missing:
+            self._watcher.fill(len(missing))
+            self._stages.fill([job.examples[number] for number in missing])
+            routes = find()
+        self._stages.let_go()
+        self._watcher.redistributed(redistribute(peers, job.examples, routes, owners, job.kept, widths))
+
+    def _cached_step(self, model: SideModel, optimizer: Optimizer, numbers: Sequence[Sequence[int]]) -> None:
+        """Learn from this peer's share of a batch, which says by peer whose examples are whose.
+
+        The gradients are those of the whole batch.
+        """
+        peers, job = self._peers, self._job
+        num_labels = sum(job.examples[number].num_labels for own in numbers for number in own)
+        own = [job.examples[number] for number in numbers[peers.peer]]
+        loss = 0.0
+        if own:
+            result = model(**padded(own), num_items_in_batch=num_labels).loss
+            result.backward()
+            loss = float(result.detach())
+        sum_gradients(peers, optimizer.parameters.values(), range(peers.count))
+        total = sum_of_losses(peers, loss)
+        optimizer.step()
+        self._watcher.step(optimizer.steps, total)
+        if optimizer.steps % job.save_every == 0:
+            self._watcher.save(optimizer.progress())
+
+    def _changes(self) -> bool:
+        return self._peers.agree(changes=self._watcher.wants_change())
+
+
+@final
+class _Stages:
+    """This peer's part while blocks are run; an idle peer only adds nothing to the others' sums."""
 
     def __init__(self, peers: Peers, layout: PoolLayout, job: PoolJob) -> None:
         self._peers = peers
@@ -128,51 +213,66 @@ class _FirstEpoch:
         self._job = job
         self._number = layout.stage_of(peers.peer)
         self._stage = None if self._number is None else layout.stages[self._number]
-        self.pieces = None if self._stage is None else Pieces(job.open_cache(tuple(self._stage.blocks)))
+        self._compute: SideStage | None = None
+        self._pipeline: Pipeline | None = None
+        self._is_loaded = False
 
-    def run(self, steps: int, watcher: Watcher) -> Progress:
-        """Return the whole network after the epoch, of a run of so many steps."""
+    def begin(self, steps: int) -> Optimizer:
+        """Load the blocks; return the optimizer of what is trained beside them, of a run of so many steps."""
         peers, job, stage = self._peers, self._job, self._stage
-        compute = self._begin()
-        pipeline = None
-        if compute is not None and self._number is not None:
-            pipeline = Pipeline(peers, self._layout, self._number, compute)
-        trained = {} if compute is None else compute.trained()
+        self._load()
+        trained = {} if self._compute is None else self._compute.trained()
         optimizer = Optimizer(peers, trained, 1 if stage is None else len(stage.peers), job.recipe, steps)
-        if compute is not None:
-            moments = {kind: compute.side.own_of(values) for kind, values in job.begin.moments.items()}
-            optimizer.go_on(job.begin.steps, moments)
-        else:
-            optimizer.steps = job.begin.steps
-        order, progress = job.recipe.order(len(job.examples), 0), job.begin
-        for first in range(job.begin.steps * job.recipe.batch_size, len(order), job.recipe.batch_size):
-            batch = [job.examples[number] for number in order[first : first + job.recipe.batch_size]]
-            loss = sum_of_losses(peers, 0.0) if pipeline is None else pipeline.run(batch)
-            optimizer.step()
-            watcher.step(optimizer.steps, loss)
-            if optimizer.steps % job.save_every == 0 or first + job.recipe.batch_size >= len(order):
-                progress = self._gather(optimizer)
-                watcher.save(progress)
-        return progress
+        own: dict[str, dict[str, Tensor]] = {}
+        if self._compute is not None:
+            own = {kind: self._compute.side.own_of(values) for kind, values in job.begin.moments.items()}
+        optimizer.go_on(job.begin.steps, own)
+        return optimizer
 
-    def _gather(self, optimizer: Optimizer) -> Progress:
+    def run(self, batch: Sequence[Example]) -> float:
+        """Take a batch through the stages; see `Pipeline.run`."""
+        return sum_of_losses(self._peers, 0.0) if self._pipeline is None else self._pipeline.run(batch)
+
+    def fill(self, examples: Sequence[Example]) -> None:
+        """Run the blocks for what they give."""
+        self._load()
+        if self._pipeline is not None:
+            for first in range(0, len(examples), self._job.recipe.batch_size):
+                self._pipeline.fill(examples[first : first + self._job.recipe.batch_size])
+
+    def gather(self, optimizer: Optimizer) -> Progress:
+        """Return the whole network; see `redistribute.gather`."""
         stage = self._stage
         shapes = {name: tensor.shape for name, tensor in self._job.begin.parameters.items()}
         slices = {} if stage is None else {GATES: slice(stage.blocks.start, stage.blocks.stop)}
         return gather(self._peers, optimizer, shapes, slices, leads=self._leads)
+
+    def let_go(self) -> None:
+        """Free the blocks."""
+        self._compute = self._pipeline = None
+        self._is_loaded = False
+        give_back_memory()
 
     @property
     def _leads(self) -> bool:
         """Whether this peer speaks for its stage."""
         return self._stage is not None and self._peers.peer == self._stage.peers[0]
 
-    def _begin(self) -> SideStage | None:
+    def _load(self) -> None:
+        if self._is_loaded:
+            return
+        self._is_loaded = True
+        self._compute = self._side_stage()
+        if self._compute is not None and self._number is not None:
+            self._pipeline = Pipeline(self._peers, self._layout, self._number, self._compute)
+
+    def _side_stage(self) -> SideStage | None:
         """Return what this peer computes, begun as the configuration says."""
         peers, job = self._peers, self._job
         config = read_config(job.source.folder)
         geometry = geometry_of(empty_model(config))
         by_magnitude = job.side_config.init == "magnitude" and job.begin.steps == 0
-        if self._stage is None or self.pieces is None:
+        if self._stage is None:
             if by_magnitude:
                 peers.sum(torch.zeros(geometry.block_width), range(peers.count))
             return None
@@ -184,59 +284,12 @@ class _FirstEpoch:
             scores = side.residual_scores(frozen, None if ends is None else ends.embedding)
             peers.sum(scores if self._leads else scores.zero_(), range(peers.count))
             side.start_from(frozen, scores)
-        return SideStage(frozen, side, ends, self.pieces.keep)
-
-
-def _share_outputs(
-    peers: Peers, layout: PoolLayout, job: PoolJob, pieces: Pieces | None, whole: ActivationCache
-) -> int:
-    """Bring the outputs of all examples to the peers that learn from them; return how many bytes this one sent."""
-    owners = [0] * len(job.examples)
-    for peer, batches in enumerate(job.recipe.shards(len(job.examples), 1, peers.count)):
-        for batch in batches:
-            for number in batch:
-                owners[number] = peer
-    geometry = geometry_of(empty_model(read_config(job.source.folder)))
-    routes = Routes(
-        job.examples,
-        holders(layout, job.recipe, len(job.examples)),
-        owners,
-        [len(stage.blocks) for stage in layout.stages],
-        geometry.block_width,
-        geometry.final_width,
-    )
-    return redistribute(peers, routes, pieces, whole)
-
-
-def _cached_epoch(
-    peers: Peers, job: PoolJob, model: SideModel, optimizer: Optimizer, epoch: int, watcher: Watcher
-) -> None:
-    """Learn from this peer's share of each batch; the gradients are those of the whole batch."""
-    everyone = range(peers.count)
-    shards = job.recipe.shards(len(job.examples), epoch, peers.count)
-    per_epoch = job.recipe.steps_per_epoch(len(job.examples))
-    for step in range(per_epoch):
-        if epoch * per_epoch + step < optimizer.steps:  # done before the run was broken off
-            continue
-        numbers = [shard[step] for shard in shards]
-        num_labels = sum(job.examples[number].num_labels for own in numbers for number in own)
-        own = [job.examples[number] for number in numbers[peers.peer]]
-        loss = 0.0
-        if own:
-            result = model(**padded(own), num_items_in_batch=num_labels).loss
-            result.backward()
-            loss = float(result.detach())
-        sum_gradients(peers, optimizer.parameters.values(), everyone)
-        total = sum_of_losses(peers, loss)
-        optimizer.step()
-        watcher.step(optimizer.steps, total)
-        if optimizer.steps % job.save_every == 0:
-            watcher.save(optimizer.progress())
+        return SideStage(frozen, side, ends, partial(job.kept.keep, self._stage.blocks))
 
 
 def _no_blocks() -> NoReturn:
     msg = (
-        "Pool: expected the outputs of all blocks for an example to be kept, got none or damaged ones, and the blocks "
-        "are let go. Begin another run."
+        "Pool: expected the outputs of all blocks for an example to be kept, got damaged ones, and the blocks are let "
+        "go. Let this peer join again, or go on with `tidelock pool resume`: they are computed again."
     )
     raise CacheError(msg)

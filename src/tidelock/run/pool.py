@@ -1,55 +1,45 @@
-"""A run in a pool: peer 0 reads the data and says what is done; the others join it.
+"""A run in a pool: peer 0 reads the data and says what is done; the others join it, and may be lost and come again.
 
 May import everything below `run`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import socket
 import time
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, final
+from typing import TYPE_CHECKING, TypeAlias, cast, final
 
-import psutil
-import torch
-
-from tidelock.cache.identity import CacheIdentity
-from tidelock.data.encode import Encoder, encode_all
-from tidelock.data.source import read_examples
-from tidelock.errors import ConfigError, ModelMismatch
+from tidelock.errors import ConfigError, ModelMismatch, PeerError
 from tidelock.model.checkpoint import Checkpoint
-from tidelock.model.ends import empty_model, read_config, tokenizer_sha256
+from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
-from tidelock.pool.layout import PoolLayout, Stage
-from tidelock.pool.peers import Peers
-from tidelock.pool.pipeline import Example
-from tidelock.pool.profiler import DeviceFacts, measure_pool
-from tidelock.pool.recipe import Recipe
-from tidelock.pool.train import PoolJob, train_in_pool
+from tidelock.pool.train import PoolTraining
 from tidelock.run.config import RunConfig
-from tidelock.run.connect_side import model_hash
-from tidelock.run.examples import longest_example
 from tidelock.run.folder import RunFolder
-from tidelock.run.open_model import cache_config_of, load_tokenizer, side_config_of
 from tidelock.run.pool_checkpoint import load_progress, save_progress, shared_begin
+from tidelock.run.pool_job import job_of, measured_profile, read_encoded, shared_examples
+from tidelock.run.pool_layout import described, layout_from_json, layout_to_json
+from tidelock.run.pool_processes import remember_number
 from tidelock.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch._C._distributed_c10d import Store
-
-    from tidelock.cache.store import ActivationCache
     from tidelock.plan.inputs import Profile
+    from tidelock.pool.layout import PoolLayout
+    from tidelock.pool.meeting import MeetingPlace, Seat
+    from tidelock.pool.peers import Peers
+    from tidelock.pool.pipeline import Example
     from tidelock.pool.recipe import Progress
+    from tidelock.pool.train import PoolJob
     from tidelock.run.trainer import Observer
 
 _CONFIG, _LAYOUT, _MODEL, _MEASURES = "configuration", "layout", "model's fingerprint", "word whether to measure"
+
+# Given the numbers of blocks and of peers, and the pool's profile, says who computes what. It is asked without a
+# profile first; when it then returns None, the pool is measured.
+LayoutOf: TypeAlias = "Callable[[int, int, Profile | None], PoolLayout | None]"
 
 
 @final
@@ -71,80 +61,68 @@ class PoolResult:
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Seat:
-    """A peer's place in a pool.
-
-    Attributes:
-        store: Where the peers meet.
-        peer: This one's number.
-        count: How many there are.
-        host: Address on which this one listens for the others.
-        timeout_s: Seconds after which a silent peer counts as lost.
-    """
-
-    store: Store
-    peer: int
-    count: int
-    host: str
-    timeout_s: float
-
-    def open(self) -> Peers:
-        """Return all peers, once they are there; errors as `Peers`."""
-        return Peers(self.store, self.peer, self.count, host=self.host, timeout_s=self.timeout_s)
-
-
-@final
 class _Notes:
     """Writes metrics on peer 0, and tells the observer."""
 
-    def __init__(self, folder: RunFolder | None, observer: Observer, job: PoolJob, keep: int) -> None:
+    def __init__(self, lead: _Lead | None, observer: Observer, job: PoolJob) -> None:
         self.loss = float("nan")
         self.steps = job.begin.steps
-        self.folder = folder
+        self._lead = lead
         self._observer = observer
-        self._per_epoch = _steps_per_epoch(job)
-        self._keep = keep
+        self._per_epoch = job.recipe.steps_per_epoch(len(job.examples))
         self._began = time.monotonic()
+        observer.start(job.recipe.epochs * self._per_epoch, job.begin.steps)
 
     def step(self, step: int, loss: float) -> None:
         """Take a step."""
         now = time.monotonic()
         self.steps, self.loss = step, loss
         self._observer.step(step, loss)
-        if self.folder is not None:
+        if self._lead is not None:
             row = {"step": step, "loss": loss, "epoch": step / self._per_epoch, "step_seconds": now - self._began}
-            self.folder.append_metrics(row)
+            self._lead.folder.append_metrics(row)
         self._began = now
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint, which is whole or not there."""
-        if self.folder is not None:
-            save_progress(progress, self.folder, self._keep)
+        if self._lead is not None:
+            save_progress(progress, self._lead.folder, self._lead.config.keep)
+
+    def fill(self, examples: int) -> None:
+        """Say that blocks are run again."""
+        self._observer.say(f"Outputs of {examples} examples are not there any more: the blocks are run for them again.")
 
     def redistributed(self, sent_bytes: int) -> None:
         """Say that the pipeline is done."""
         self._observer.say(
-            f"The first epoch is done; this peer has sent {format_bytes(sent_bytes)} of outputs to those that learn "
-            "from them. The frozen blocks are let go."
+            f"From here on the pool learns from what is cached, without the frozen blocks; this peer has sent "
+            f"{format_bytes(sent_bytes)} of it to others."
         )
         self._began = time.monotonic()
+
+    def wants_change(self) -> bool:
+        """Whether somebody has come who is to take part."""
+        return self._lead is not None and self._lead.meeting.somebody_waits()
 
 
 def lead(
     config: RunConfig,
-    seat: Seat,
-    layout_of: Callable[[int, Profile | None], PoolLayout | None],
+    meeting: MeetingPlace,
+    count: int,
+    layout_of: LayoutOf,
     observer: Observer,
     on_ready: Callable[[], None],
 ) -> PoolResult:
     """Train in a pool, as peer 0.
 
+    A peer that is lost is done without, and one that comes takes part: the pool is then measured, and another layout
+    planned; the run goes on from the state that peer 0 has.
+
     Args:
         config: The run; of method `side`, with its data.
-        seat: Of peer 0.
-        layout_of: Given the number of blocks and the pool's profile, returns who computes what. It is asked without a
-            profile first; when it then returns None, the pool is measured.
+        meeting: What this peer holds.
+        count: How many peers there are at first.
+        layout_of: Says who computes what.
         observer: Told how it gets on.
         on_ready: Called when nothing of this peer's own can be wrong any more, before it waits for the others.
 
@@ -155,33 +133,29 @@ def lead(
     folder = RunFolder.new(Path(config.out))
     checkpoint = Checkpoint.open(str(config.model))
     checkpoint.materialise()
-    num_blocks = geometry_of(empty_model(read_config(checkpoint.folder))).num_blocks
-    layout = layout_of(num_blocks, None)
-    if layout is not None:
-        _require_peers(layout, seat)
-    examples = _examples(config, checkpoint)
+    layout_of(_num_blocks(checkpoint), count, None)  # refuses a layout that cannot be before anybody comes
+    examples = read_encoded(config, checkpoint)
     folder.write_config(config)
     on_ready()
-    peers = seat.open()
-    _tell(peers, config, checkpoint, examples, measures=layout is None)
-    job = _job(config, checkpoint, examples, folder.cache, shared_begin(peers, config, checkpoint, None))
     observer.say(f"Data: {len(examples)} examples to learn from.")
-    if layout is None:
-        observer.say("Measuring the devices and the links between them.")
-        profile = _measure(peers, job)
-        folder.write_profile(profile.model_dump_json(indent=2))
-        layout = cast("PoolLayout", layout_of(num_blocks, profile))
-    folder.write_layout(json.dumps(_to_values(layout)))
-    peers.tell(_LAYOUT, folder.read_layout())
-    return _train(job, peers, layout, _Notes(folder, observer, job, config.keep), observer)
+    return _Lead(config, folder, checkpoint, examples, meeting, layout_of, observer, None).run(count)
 
 
-def resume(path: Path, seat: Seat, observer: Observer, on_ready: Callable[[], None]) -> PoolResult:
-    """Go on with a run in a pool that was broken off, as peer 0, with the same peers.
+def resume(
+    path: Path,
+    meeting: MeetingPlace,
+    count: int,
+    layout_of: LayoutOf,
+    observer: Observer,
+    on_ready: Callable[[], None],
+) -> PoolResult:
+    """Go on with a run in a pool that was broken off, as peer 0; with as many peers as before, by the same layout.
 
     Args:
         path: The run's folder.
-        seat: As for `lead`.
+        meeting: As for `lead`.
+        count: As for `lead`.
+        layout_of: As for `lead`, where the run's own layout is of another number of peers.
         observer: Told how it gets on.
         on_ready: As for `lead`.
 
@@ -190,41 +164,44 @@ def resume(path: Path, seat: Seat, observer: Observer, on_ready: Callable[[], No
         TidelockError: Any of its kinds.
     """
     folder = RunFolder.open(path)
-    config = folder.config()
-    layout = _from_values(json.loads(folder.read_layout()))
-    _require_peers(layout, seat)
+    config = replace(folder.config(), out=str(path))
+    before = layout_from_json(folder.read_layout())
     checkpoint = Checkpoint.open(str(config.model))
     checkpoint.materialise()
-    examples = _examples(config, checkpoint)
+    examples = read_encoded(config, checkpoint)
     saved = folder.latest_checkpoint()
     found = None if saved is None else load_progress(saved)
+
+    def as_before(num_blocks: int, peers: int, profile: Profile | None) -> PoolLayout | None:
+        if profile is None and peers == before.num_peers:
+            return before
+        return layout_of(num_blocks, peers, profile)
+
     on_ready()
-    peers = seat.open()
-    _tell(peers, config, checkpoint, examples, measures=False)
-    job = _job(config, checkpoint, examples, folder.cache, shared_begin(peers, config, checkpoint, found))
-    folder.keep_until(job.begin.steps)
     observer.say(f"Going on from {saved or 'the beginning: there is no whole checkpoint yet'}.")
-    peers.tell(_LAYOUT, folder.read_layout())
-    return _train(job, peers, layout, _Notes(folder, observer, job, config.keep), observer)
+    return _Lead(config, folder, checkpoint, examples, meeting, as_before, observer, found).run(count)
 
 
-def follow(own: RunConfig, seat: Seat, observer: Observer) -> PoolResult:
+def follow(own: RunConfig, meeting: MeetingPlace, observer: Observer, *, wish: int | None, insists: bool) -> PoolResult:
     """Train in a pool, as another peer than 0.
 
     Args:
         own: What is this device's own matter: `model`, `out`, `threads`, and where the cache's key is.
-        seat: This peer's.
+        meeting: What peer 0 holds.
         observer: Told how it gets on.
+        wish: This peer's number, when the run begins.
+        insists: Whether it is that one or none.
 
     Raises:
         ModelMismatch: This peer has another model than peer 0.
+        PeerError: Peer 0 is lost.
         TidelockError: Any of its kinds.
     """
+    began = time.monotonic()
     checkpoint = Checkpoint.open(str(own.model))
     checkpoint.materialise()
-    peers = seat.open()
-    config = RunConfig.from_toml(peers.ask(_CONFIG), Path(_CONFIG))
-    expected, found = peers.ask(_MODEL), str(checkpoint.fingerprint())
+    config = RunConfig.from_toml(meeting.ask(_CONFIG), Path(_CONFIG))
+    expected, found = meeting.ask(_MODEL), str(checkpoint.fingerprint())
     if found != expected:
         msg = (
             f"Pool: expected the model with fingerprint {expected[:12]} that peer 0 has, got {found[:12]} "
@@ -232,104 +209,139 @@ def follow(own: RunConfig, seat: Seat, observer: Observer) -> PoolResult:
         )
         raise ModelMismatch(msg)
     config = replace(config, threads=own.threads, cache_key=own.cache_key, model=own.model)
-    examples = _unpacked(peers.share(None))
-    begin = shared_begin(peers, config, checkpoint, None)
-    job = _job(config, checkpoint, examples, Path(own.out) / "cache", begin)
-    if peers.ask(_MEASURES) == str(True):
-        _measure(peers, job)
-    layout = _from_values(json.loads(peers.ask(_LAYOUT)))
-    return _train(job, peers, layout, _Notes(None, observer, job, config.keep), observer)
+    seat: Seat | None = None
+    while True:
+        seat = meeting.arrive(wish=wish, insists=insists and seat is None, was=seat)
+        remember_number(Path(own.out), seat.peer)
+        try:
+            notes = _follow_round(config, checkpoint, meeting, seat, Path(own.out) / "cache", observer)
+        except PeerError as error:
+            observer.say(f"A peer is lost. {error} Asking peer 0 how it goes on.")
+            notes = None
+        if notes is not None:
+            return PoolResult(None, notes.steps, notes.loss, time.monotonic() - began)
 
 
-def _require_peers(layout: PoolLayout, seat: Seat) -> None:
-    if layout.num_peers != seat.count:
-        msg = f"Pool: expected {layout.num_peers} peers, as the stages have, got {seat.count}. Start as many."
-        raise ConfigError(msg)
-
-
-def _examples(config: RunConfig, checkpoint: Checkpoint) -> list[Example]:
-    """Return a run's encoded examples."""
-    limit = geometry_of(empty_model(read_config(checkpoint.folder))).max_positions
-    max_length = longest_example(config, limit)
-    encoder = Encoder(load_tokenizer(checkpoint.folder), max_length=max_length, truncate=config.truncate)
-    rows = encode_all(encoder, read_examples(config.data, split=config.split))
-    return [Example(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows]
-
-
-def _tell(
-    peers: Peers, config: RunConfig, checkpoint: Checkpoint, examples: Sequence[Example], *, measures: bool
-) -> None:
-    """Tell the other peers what is done."""
-    peers.tell(_CONFIG, config.to_toml())
-    peers.tell(_MODEL, str(checkpoint.fingerprint()))
-    peers.tell(_MEASURES, str(measures))
-    peers.share(_packed(examples))
-
-
-def _job(
-    config: RunConfig, checkpoint: Checkpoint, examples: Sequence[Example], cache: Path, begin: Progress
-) -> PoolJob:
-    """Return what is trained, once this process is set up for it."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    model_config = read_config(checkpoint.folder)
-    recipe = Recipe(
-        epochs=int(config.epochs),
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        lr_schedule=config.lr_schedule,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        clip=config.clip,
-        seed=config.seed,
-    )
-    side_config = side_config_of(config)
-    identity = CacheIdentity(
-        model=model_hash(str(checkpoint.fingerprint()), model_config),
-        tokenizer=tokenizer_sha256(checkpoint.folder),
-        dtype="fp32",
-        taps=(0,),
-        tap_width=None,
-        codec=config.cache_codec,
-    )
-
-    def open_cache(taps: tuple[int, ...]) -> ActivationCache:
-        return cache_config_of(config, cache).open(replace(identity, taps=taps))
-
-    return PoolJob(identity.model, checkpoint, side_config, begin, examples, recipe, config.save_every, open_cache)
-
-
-def _train(job: PoolJob, peers: Peers, layout: PoolLayout, notes: _Notes, observer: Observer) -> PoolResult:
-    began = time.monotonic()
-    observer.say(f"Pool: peer {peers.peer} of {peers.count}; {_described(layout)}.")
-    observer.start(job.recipe.epochs * _steps_per_epoch(job), job.begin.steps)
-    model = train_in_pool(peers, layout, job, notes)
-    observer.finish()
-    adapter = None if notes.folder is None else notes.folder.adapter
+def _follow_round(
+    config: RunConfig, checkpoint: Checkpoint, meeting: MeetingPlace, seat: Seat, cache: Path, observer: Observer
+) -> _Notes | None:
+    """Take part in a round; return None when another one follows."""
+    peers = meeting.open(seat)
     try:
-        if notes.folder is not None and adapter is not None:
-            model.save_adapter(adapter, notes.folder.config().model)
+        examples = shared_examples(peers, None)
+        job = job_of(config, checkpoint, examples, cache, shared_begin(peers, config, checkpoint, None))
+        if peers.ask(_MEASURES) == str(True):
+            measured_profile(peers, job)
+        layout = layout_from_json(peers.ask(_LAYOUT))
+        _introduce(peers, layout, observer)
+        notes = _Notes(None, observer, job)
+        model = PoolTraining(peers, layout, job, notes).run()
+        if model is not None:
+            model.close()
+        return None if model is None else notes
     finally:
-        model.close()
-    return PoolResult(adapter, notes.steps, notes.loss, time.monotonic() - began)
+        observer.finish()
+        peers.close()
 
 
-def _measure(peers: Peers, job: PoolJob) -> Profile:
-    """Return the pool's profile."""
-    rows = sorted({1, max(1, job.recipe.batch_size // 4), job.recipe.batch_size})
-    threads = torch.get_num_threads()
-    hardware = [platform.machine(), platform.processor(), os.cpu_count(), threads]
-    libraries = [f"{name} {version(name)}" for name in ("tidelock", "torch", "transformers")]
-    device = DeviceFacts(
-        name=f"{socket.gethostname()} ({threads} thread{'s' if threads > 1 else ''})",
-        memory_bytes=psutil.virtual_memory().available,
-        key=json.dumps([job.model, "fp32", hardware, libraries]),
-    )
-    return measure_pool(peers, job, rows, device)
+@final
+@dataclass
+class _Lead:
+    """Peer 0, through all rounds of a run.
+
+    Attributes:
+        config: The run.
+        folder: Its folder.
+        checkpoint: Its model's.
+        examples: To learn from.
+        meeting: Where the others come.
+        layout_of: Says who computes what.
+        observer: Told how it gets on.
+        progress: From where the run goes on; None is the beginning.
+    """
+
+    config: RunConfig
+    folder: RunFolder
+    checkpoint: Checkpoint
+    examples: Sequence[Example]
+    meeting: MeetingPlace
+    layout_of: LayoutOf
+    observer: Observer
+    progress: Progress | None
+
+    def run(self, count: int) -> PoolResult:
+        """Train with so many peers at first."""
+        began = time.monotonic()
+        self.meeting.tell(_CONFIG, self.config.to_toml())
+        self.meeting.tell(_MODEL, str(self.checkpoint.fingerprint()))
+        seat = self.meeting.seat_first(count)
+        while True:
+            try:
+                notes = self._round(seat)
+            except PeerError as error:
+                self.observer.say(f"A peer is lost. {error} Going on with those that are left.")
+                notes = None
+            if notes is not None:
+                return PoolResult(self.folder.adapter, notes.steps, notes.loss, time.monotonic() - began)
+            seat = self.meeting.seat_again(seat)
+            steps = 0 if self.progress is None else self.progress.steps
+            self.observer.say(f"The pool has changed: going on after step {steps}, {seat.count} peers.")
+
+    def _round(self, seat: Seat) -> _Notes | None:
+        """Train until the run is done; return None when the pool is to change before that."""
+        peers = self.meeting.open(seat)
+        try:
+            shared_examples(peers, self.examples)
+            begin = shared_begin(peers, self.config, self.checkpoint, self.progress)
+            job = job_of(self.config, self.checkpoint, self.examples, self.folder.cache, begin)
+            self.folder.keep_until(begin.steps)
+            layout = self._layout(peers, job)
+            _introduce(peers, layout, self.observer)
+            notes = _Notes(self, self.observer, job)
+            training = PoolTraining(peers, layout, job, notes)
+            try:
+                model = training.run()
+            finally:
+                self._keep(training.progress)
+            if model is None:
+                return None
+            try:
+                model.save_adapter(self.folder.adapter, self.config.model)
+            finally:
+                model.close()
+            return notes
+        finally:
+            self.observer.finish()
+            peers.close()
+
+    def _keep(self, progress: Progress) -> None:
+        """Keep from where the run goes on, here and on the disk."""
+        if progress.steps > (0 if self.progress is None else self.progress.steps):
+            self.progress = progress
+            save_progress(progress, self.folder, self.config.keep)
+
+    def _layout(self, peers: Peers, job: PoolJob) -> PoolLayout:
+        """Return who computes what in this round, which all peers then know."""
+        num_blocks = _num_blocks(self.checkpoint)
+        layout = self.layout_of(num_blocks, peers.count, None)
+        peers.tell(_MEASURES, str(layout is None))
+        if layout is None:
+            self.observer.say("Measuring the devices and the links between them.")
+            profile = measured_profile(peers, job)
+            self.folder.write_profile(profile.model_dump_json(indent=2))
+            layout = cast("PoolLayout", self.layout_of(num_blocks, peers.count, profile))
+        text = layout_to_json(layout)
+        self.folder.write_layout(text)
+        peers.tell(_LAYOUT, text)
+        return layout
 
 
-def _steps_per_epoch(job: PoolJob) -> int:
-    return job.recipe.steps_per_epoch(len(job.examples))
+def _introduce(peers: Peers, layout: PoolLayout, observer: Observer) -> None:
+    observer.say(f"Pool: peer {peers.peer} of {peers.count}; {described(layout)}.")
+
+
+def _num_blocks(checkpoint: Checkpoint) -> int:
+    return geometry_of(empty_model(read_config(checkpoint.folder))).num_blocks
 
 
 def _check(config: RunConfig) -> None:
@@ -344,44 +356,3 @@ def _check(config: RunConfig) -> None:
         if not holds:
             msg = f"Training in a pool: expected {expected}, got {got}. Change it, or train on one device."
             raise ConfigError(msg)
-
-
-def _described(layout: PoolLayout) -> str:
-    stages = "; ".join(
-        f"blocks {stage.blocks.start} to {stage.blocks.stop - 1} on peers {', '.join(map(str, stage.peers))}"
-        for stage in layout.stages
-    )
-    return stages + (f"; without blocks: {', '.join(map(str, layout.idle))}" if layout.idle else "")
-
-
-def _to_values(layout: PoolLayout) -> dict[str, object]:
-    stages = [{**asdict(stage), "blocks": [stage.blocks.start, stage.blocks.stop]} for stage in layout.stages]
-    return {"stages": stages, "micro_batches": layout.micro_batches, "idle": layout.idle}
-
-
-def _from_values(values: dict[str, list[dict[str, list[int]]]]) -> PoolLayout:
-    stages = tuple(
-        Stage(range(*stage["blocks"]), tuple(stage["peers"]), tuple(stage["shares"]), int(stage["in_flight"]))  # type: ignore[call-overload]
-        for stage in values["stages"]
-    )
-    return PoolLayout(stages, int(values["micro_batches"]), tuple(values["idle"]))  # type: ignore[call-overload, arg-type]
-
-
-def _packed(examples: Sequence[Example]) -> torch.Tensor:
-    """Return examples as one vector: how many there are, their lengths, their ids, their labels."""
-    lengths = [len(example.input_ids) for example in examples]
-    ids = [token for example in examples for token in example.input_ids]
-    labels = [label for example in examples for label in example.labels]
-    return torch.tensor([len(examples), *lengths, *ids, *labels])
-
-
-def _unpacked(numbers: torch.Tensor) -> list[Example]:
-    values = numbers.tolist()
-    count = values[0]
-    lengths, tokens = values[1 : 1 + count], values[1 + count :]
-    half, found, first = len(tokens) // 2, [], 0
-    for length in lengths:
-        end = first + length
-        found.append(Example(tuple(tokens[first:end]), tuple(tokens[half + first : half + end])))
-        first = end
-    return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from tidelock.errors import ConfigError
@@ -67,6 +69,31 @@ def planned_layout(plan: Plan, profile: Profile, num_blocks: int) -> PoolLayout:
         plan.micro_batches,
         tuple(numbers[name] for name in plan.left_out),
     )
+
+
+def layout_to_json(layout: PoolLayout) -> str:
+    """Return a layout as a run's folder has it, and as peers tell it each other."""
+    stages = [{**asdict(stage), "blocks": [stage.blocks.start, stage.blocks.stop]} for stage in layout.stages]
+    return json.dumps({"stages": stages, "micro_batches": layout.micro_batches, "idle": layout.idle})
+
+
+def layout_from_json(text: str) -> PoolLayout:
+    """Return what `layout_to_json` was given."""
+    values = json.loads(text)
+    stages = tuple(
+        Stage(range(*stage["blocks"]), tuple(stage["peers"]), tuple(stage["shares"]), stage["in_flight"])
+        for stage in values["stages"]
+    )
+    return PoolLayout(stages, values["micro_batches"], tuple(values["idle"]))
+
+
+def described(layout: PoolLayout) -> str:
+    """Return a layout for people."""
+    stages = "; ".join(
+        f"blocks {stage.blocks.start} to {stage.blocks.stop - 1} on peers {', '.join(map(str, stage.peers))}"
+        for stage in layout.stages
+    )
+    return stages + (f"; without blocks: {', '.join(map(str, layout.idle))}" if layout.idle else "")
 
 
 def _stage(text: str, in_flight: int) -> Stage:

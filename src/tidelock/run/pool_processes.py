@@ -8,10 +8,10 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from tidelock.errors import ConfigError, StorageError
+from tidelock.errors import StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 _STOP_SECONDS = 10
@@ -57,26 +57,6 @@ def local_peers(count: int, address: str, options: Sequence[str], out: Path) -> 
                 process.wait(timeout=_STOP_SECONDS)
             process.kill()  # does nothing to one that has ended
             process.wait()
-
-
-def claim_number(given: int | None, count: int, claim: Callable[[int], bool]) -> int:
-    """Return the number of a peer that joins, which no other one has.
-
-    Args:
-        given: The one that it is to have; None takes the first free one.
-        count: Of all peers; peer 0 is there already.
-        claim: Takes a number, and returns whether it was free.
-
-    Raises:
-        ConfigError: There is no such number, or another peer has it.
-    """
-    numbers = range(1, count) if given is None else [given]
-    for number in numbers:
-        if 1 <= number < count and claim(number):
-            return number
-    expected = f"a free number from 1 to {count - 1}" if count > 1 else "no peer besides peer 0"
-    msg = f"Joining a pool: expected {expected}, got {'none' if given is None else given}. Choose another --peer."
-    raise ConfigError(msg)
 
 
 def remembered_number(out: Path) -> int | None:

@@ -10,7 +10,6 @@ from tidelock.errors import ConfigError
 from tidelock.plan.simulate import StageTimes, gantt
 from tidelock.pool.layout import PoolLayout, Stage, divide, one_forward_one_backward
 from tidelock.pool.recipe import Recipe
-from tidelock.pool.redistribute import holders
 
 
 def test_rows_by_hand():
@@ -67,15 +66,23 @@ def test_every_example_is_learned_from_once_an_epoch_by_one_peer():
     first, second = ([sorted(n for batch in shard for n in batch) for shard in shards] for shards in epochs)
     assert first == second
     assert epochs[0] != epochs[1]
-    assert [len(shard) for shard in first] == [4, 3, 4]
+    # Peer 1 has two of the four places of a batch.
+    assert [len(shard) for shard in first] == [3, 5, 3]
+    owners = recipe.owners(11, 3)
+    assert [[n for n in range(11) if owners[n] == peer] for peer in range(3)] == first
 
 
-def test_holders_by_hand():
-    layout = PoolLayout((Stage(range(1), (0, 1), (1, 1), 2), Stage(range(1, 2), (2,), (1,))), 1)
-    recipe = Recipe(batch_size=2)
-    order = recipe.order(3, 0)
-    found = holders(layout, recipe, 3)
-    assert [found[number] for number in order] == [[0, 2], [1, 2], [0, 2]]
+@given(examples=st.integers(1, 40), batch_size=st.integers(1, 9), peers=st.integers(1, 5), epoch=st.integers(1, 3))
+def test_a_step_has_the_same_examples_for_any_number_of_peers(examples, batch_size, peers, epoch):
+    recipe = Recipe(batch_size=batch_size)
+    alone, together = recipe.shards(examples, epoch, 1)[0], recipe.shards(examples, epoch, peers)
+    for step, batch in enumerate(alone):
+        assert [number for shard in together for number in shard[step]] == batch
+        assert 1 <= len(batch) <= batch_size
+    assert sorted(number for batch in alone for number in batch) == list(range(examples))
+    for step in range(len(alone) - 1):
+        counts = [len(shard[step]) for shard in together]
+        assert max(counts) - min(counts) <= 1 + (examples % batch_size > 0)
 
 
 @pytest.mark.parametrize(

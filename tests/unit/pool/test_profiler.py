@@ -10,6 +10,7 @@ import torch
 from tests.equivalence.test_pool import examples
 from tests.support.pool import all_of, in_pool
 from tests.support.tiny_models import BLOCKS, save_tiny_model
+from tidelock.errors import PeerError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import Ends, read_config
 from tidelock.model.part import ModelPart
@@ -96,6 +97,17 @@ def test_what_is_not_kept_is_said(job, tmp_path):
     (tmp_path / "cache").write_text("no folder")
     (error,) = in_pool(1, lambda peers: measure_pool(peers, job, ROWS, DEVICE))
     assert "expected the disk to take it, got Not a directory" in str(error)
+
+
+def test_a_peer_that_is_lost_while_the_pool_is_measured_is_noticed(job):
+    def work(peers):
+        if peers.peer == 2:
+            peers.close()
+            return None
+        return measure_pool(peers, job, ROWS, DEVICE)
+
+    *others, _ = in_pool(3, work, timeout_s=3)
+    assert all(isinstance(error, PeerError) for error in others)
 
 
 def test_it_leaves_no_gradient_behind(job):

@@ -8,62 +8,110 @@ import torch
 from tests.support.pool import all_of, in_pool
 from tidelock.cache.config import CacheConfig
 from tidelock.cache.identity import CacheIdentity
-from tidelock.errors import CacheError
+from tidelock.errors import CacheError, PeerError
 from tidelock.pool.pipeline import Example
-from tidelock.pool.redistribute import Pieces, Routes, key_of, redistribute
+from tidelock.pool.redistribute import Kept, Widths, find_routes, key_of, redistribute
 
-EXAMPLES = [Example((5, 6, 7), (-100, 6, 7)), Example((8, 9), (-100, 9)), Example((1, 2, 3, 4), (-100, -100, 3, 4))]
-# Stage 0 has two blocks, on peers 0 and 1; stage 1 has one, on peer 2.
-WHO_HAS, WHO_LEARNS = [[0, 2], [1, 2], [1, 2]], [1, 1, 2]
-ROUTES = Routes(EXAMPLES, WHO_HAS, WHO_LEARNS, (2, 1), hidden_width=3, final_width=5)
-TAPS = {0: (0, 1), 1: (0, 1), 2: (2,)}
-
-
-def cache_at(folder, taps):
-    identity = CacheIdentity("0" * 64, "1" * 64, "fp32", taps, None, "fp32")
-    return CacheConfig(folder, key=folder.parent / "key").open(identity)
-
-
-def outputs_of(number, stage):
-    """Return what a stage gives for an example."""
-    generator = torch.Generator().manual_seed(10 * number + stage)
-    return [torch.randn(shape, generator=generator) for shape in ROUTES.shapes(number, stage)]
+EXAMPLES = [
+    Example((5, 6, 7), (-100, 6, 7)),
+    Example((8, 9), (-100, 9)),
+    Example((1, 2, 3, 4), (-100, -100, 3, 4)),
+    Example((4, 4), (-100, 4)),
+]
+WIDTHS = Widths(num_blocks=3, hidden=3, final=5)
+FRONT, BACK, REST, WHOLE = range(2), range(2, 3), range(1, 3), range(3)
+# By peer and blocks, of which examples there is something.
+HAVE = {0: {FRONT: [0]}, 1: {FRONT: [1, 2], BACK: [1]}, 2: {BACK: [0, 2], REST: [3]}}
+OWNERS = [1, 1, 2, 0]
 
 
-def keep_own(peer, pieces):
-    stage = 1 if peer == 2 else 0
-    for number, example in enumerate(EXAMPLES):
-        if WHO_HAS[number][stage] == peer:
-            *outputs, last = outputs_of(number, stage)
-            pieces.keep([example], [*outputs, last] if stage == 0 else outputs, last if stage else None)
+def kept_at(folder, there=()):
+    def open_cache(taps):
+        identity = CacheIdentity("0" * 64, "1" * 64, "fp32", taps, None, "fp32")
+        return CacheConfig(folder, key=folder.parent / "key").open(identity)
+
+    return Kept(open_cache, there, WIDTHS.num_blocks)
+
+
+def outputs_of(number):
+    """Return what all blocks give for an example, and the final states."""
+    generator = torch.Generator().manual_seed(number)
+    return [torch.randn(shape, generator=generator) for shape in WIDTHS.shapes(EXAMPLES[number], WHOLE)]
+
+
+def keep_own(kept, have):
+    for blocks, numbers in have.items():
+        for number in numbers:
+            *outputs, last = outputs_of(number)
+            final = last if blocks.stop == WIDTHS.num_blocks else None
+            kept.keep(blocks, [EXAMPLES[number]], outputs[blocks.start : blocks.stop], final)
 
 
 def test_each_example_comes_once_and_unchanged(tmp_path):
     def work(peers):
-        pieces = Pieces(cache_at(tmp_path / f"pieces{peers.peer}", TAPS[peers.peer]))
-        keep_own(peers.peer, pieces)
-        whole = cache_at(tmp_path / f"whole{peers.peer}", (0, 1, 2))
-        sent = [redistribute(peers, ROUTES, pieces, whole) for _ in range(2)]
-        return sent, [whole.get(key_of(example)) for example in EXAMPLES]
+        kept = kept_at(tmp_path / f"peer{peers.peer}")
+        keep_own(kept, HAVE[peers.peer])
+        sent = []
+        for _ in range(2):
+            routes = find_routes(peers, kept, EXAMPLES, OWNERS, WIDTHS.num_blocks)
+            sent.append(redistribute(peers, EXAMPLES, routes, OWNERS, kept, WIDTHS))
+        return routes, sent, [kept.whole.get(key_of(example)) for example in EXAMPLES]
 
     results = all_of(in_pool(3, work))
-    size = {(n, s): 4 * sum(rows * width for rows, width in ROUTES.shapes(n, s)) for n in range(3) for s in range(2)}
+    size = {
+        (n, blocks): 4 * sum(rows * width for rows, width in WIDTHS.shapes(EXAMPLES[n], blocks))
+        for n in range(4)
+        for blocks in (FRONT, BACK)
+    }
     # Peer 1 has its own part of example 1 already, peer 2 that of example 2. What is there is not sent again.
-    assert [sent for sent, _ in results] == [
-        [size[0, 0], 0],
-        [size[2, 0], 0],
-        [size[0, 1] + size[1, 1], 0],
-    ]
-    for peer, (_, found) in enumerate(results):
+    assert [sent for _, sent, _ in results] == [[size[0, FRONT], 0], [size[2, FRONT], 0], [size[0, BACK], 0]]
+    for peer, (routes, _, found) in enumerate(results):
+        # Nobody has the first block of example 3.
+        assert routes == [[(WHOLE, 1)], [(WHOLE, 1)], [(WHOLE, 2)], None]
         for number, tensors in enumerate(found):
-            if WHO_LEARNS[number] != peer:
+            if OWNERS[number] != peer or number == 3:
                 assert tensors is None
                 continue
-            expected = [*outputs_of(number, 0), *outputs_of(number, 1)]
-            assert all(torch.equal(ours, theirs) for ours, theirs in zip(tensors, expected, strict=True))
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(tensors, outputs_of(number), strict=True))
 
 
-def test_a_piece_that_is_gone_is_said(tmp_path):
-    pieces = Pieces(cache_at(tmp_path / "pieces", (0, 1)))
-    with pytest.raises(CacheError, match="expected this peer's outputs of an example"):
-        pieces.get(key_of(EXAMPLES[0]))
+def test_routes_by_hand(tmp_path):
+    """Few parts, and rather from the peer itself."""
+    have = {
+        0: {range(1): [0, 1, 2], REST: [0], FRONT: [1]},
+        1: {REST: [0, 1], BACK: [1]},
+        2: {WHOLE: [2], range(1): [3]},
+    }
+
+    def work(peers):
+        kept = kept_at(tmp_path / f"peer{peers.peer}")
+        keep_own(kept, have[peers.peer])
+        return find_routes(peers, kept, EXAMPLES, [1, 2, 0, 0], WIDTHS.num_blocks)
+
+    first, *others = all_of(in_pool(3, work))
+    assert all(routes == first for routes in others)
+    assert first == [[(range(1), 0), (REST, 1)], [(FRONT, 0), (BACK, 1)], [(WHOLE, 2)], None]
+
+
+def test_what_a_peer_has_is_found_again(tmp_path):
+    keep_own(kept_at(tmp_path / "peer"), HAVE[1])
+    assert kept_at(tmp_path / "peer", [FRONT, BACK]).inventory(EXAMPLES) == HAVE[1]
+
+
+def test_an_entry_that_is_gone_is_said(tmp_path):
+    with pytest.raises(CacheError, match="expected the outputs of an example that this peer has kept"):
+        kept_at(tmp_path / "peer").get(FRONT, key_of(EXAMPLES[0]))
+
+
+def test_a_peer_that_is_lost_on_the_way_is_noticed(tmp_path):
+    def work(peers):
+        kept = kept_at(tmp_path / f"peer{peers.peer}")
+        keep_own(kept, HAVE[peers.peer])
+        routes = find_routes(peers, kept, EXAMPLES, OWNERS, WIDTHS.num_blocks)
+        if peers.peer == 2:
+            peers.close()
+            return None
+        return redistribute(peers, EXAMPLES, routes, OWNERS, kept, WIDTHS)
+
+    _, receives, _ = in_pool(3, work)
+    assert isinstance(receives, PeerError)

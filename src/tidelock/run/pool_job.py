@@ -1,0 +1,151 @@
+"""What is trained in a pool: a run's configuration as every peer has it, its examples, and what a peer has cached.
+
+May import everything below `run`, and `run`'s configuration and models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from tidelock.cache.folder import CacheFolder
+from tidelock.cache.identity import CacheIdentity
+from tidelock.data.encode import Encoder, encode_all
+from tidelock.data.source import read_examples
+from tidelock.model.ends import empty_model, read_config, tokenizer_sha256
+from tidelock.model.geometry import geometry_of
+from tidelock.pool.pipeline import Example
+from tidelock.pool.profiler import DeviceFacts, measure_pool
+from tidelock.pool.recipe import Recipe
+from tidelock.pool.redistribute import Kept
+from tidelock.pool.train import PoolJob
+from tidelock.run.connect_side import model_hash
+from tidelock.run.examples import longest_example
+from tidelock.run.open_model import cache_config_of, load_tokenizer, side_config_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tidelock.cache.store import ActivationCache
+    from tidelock.model.checkpoint import Checkpoint
+    from tidelock.plan.inputs import Profile
+    from tidelock.pool.peers import Peers
+    from tidelock.pool.recipe import Progress
+    from tidelock.run.config import RunConfig
+
+
+def read_encoded(config: RunConfig, checkpoint: Checkpoint) -> list[Example]:
+    """Return a run's encoded examples; errors as those of the data."""
+    limit = geometry_of(empty_model(read_config(checkpoint.folder))).max_positions
+    max_length = longest_example(config, limit)
+    encoder = Encoder(load_tokenizer(checkpoint.folder), max_length=max_length, truncate=config.truncate)
+    rows = encode_all(encoder, read_examples(config.data, split=config.split))
+    return [Example(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows]
+
+
+def shared_examples(peers: Peers, examples: Sequence[Example] | None) -> list[Example]:
+    """Return the examples that peer 0 gives, on every peer; the others give None.
+
+    Raises:
+        PeerError: A peer was lost.
+    """
+    return _unpacked(peers.share(None if examples is None else _packed(examples)))
+
+
+def job_of(
+    config: RunConfig, checkpoint: Checkpoint, examples: Sequence[Example], cache: Path, begin: Progress
+) -> PoolJob:
+    """Return what is trained, once this process is set up for it.
+
+    Args:
+        config: The run.
+        checkpoint: The model's.
+        examples: All of them.
+        cache: Folder of this peer's cache.
+        begin: From where.
+
+    Raises:
+        CacheError: The cache has another key.
+        StorageError: The file system refused.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    model_config = read_config(checkpoint.folder)
+    recipe = Recipe(
+        epochs=int(config.epochs),
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        lr_schedule=config.lr_schedule,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        seed=config.seed,
+    )
+    identity = CacheIdentity(
+        model=model_hash(str(checkpoint.fingerprint()), model_config),
+        tokenizer=tokenizer_sha256(checkpoint.folder),
+        dtype="fp32",
+        taps=(0,),
+        tap_width=None,
+        codec=config.cache_codec,
+    )
+
+    def open_cache(taps: tuple[int, ...]) -> ActivationCache:
+        return cache_config_of(config, cache).open(replace(identity, taps=taps))
+
+    kept = Kept(open_cache, _kept_blocks(cache, identity), geometry_of(empty_model(model_config)).num_blocks)
+    return PoolJob(identity.model, checkpoint, side_config_of(config), begin, examples, recipe, config.save_every, kept)
+
+
+def measured_profile(peers: Peers, job: PoolJob) -> Profile:
+    """Return the pool's profile, the same on every peer; errors as of `measure_pool`."""
+    rows = sorted({1, max(1, job.recipe.batch_size // 4), job.recipe.batch_size})
+    threads = torch.get_num_threads()
+    hardware = [platform.machine(), platform.processor(), os.cpu_count(), threads]
+    libraries = [f"{name} {version(name)}" for name in ("tidelock", "torch", "transformers")]
+    device = DeviceFacts(
+        name=f"{socket.gethostname()} ({threads} thread{'s' if threads > 1 else ''})",
+        memory_bytes=psutil.virtual_memory().available,
+        key=json.dumps([job.model, "fp32", hardware, libraries]),
+    )
+    return measure_pool(peers, job, rows, device)
+
+
+def _kept_blocks(cache: Path, identity: CacheIdentity) -> list[range]:
+    """Return of which consecutive blocks a cache has something, whatever the taps of the identity."""
+    found = []
+    for _, other in CacheFolder(cache).groups():
+        if other is not None and replace(other, taps=identity.taps) == identity:
+            blocks = range(other.taps[0], other.taps[-1] + 1)
+            if other.taps == tuple(blocks):
+                found.append(blocks)
+    return found
+
+
+def _packed(examples: Sequence[Example]) -> torch.Tensor:
+    """Return examples as one vector: how many there are, their lengths, their ids, their labels."""
+    lengths = [len(example.input_ids) for example in examples]
+    ids = [token for example in examples for token in example.input_ids]
+    labels = [label for example in examples for label in example.labels]
+    return torch.tensor([len(examples), *lengths, *ids, *labels])
+
+
+def _unpacked(numbers: torch.Tensor) -> list[Example]:
+    values = numbers.tolist()
+    count = values[0]
+    lengths, tokens = values[1 : 1 + count], values[1 + count :]
+    half, found, first = len(tokens) // 2, [], 0
+    for length in lengths:
+        end = first + length
+        found.append(Example(tuple(tokens[first:end]), tuple(tokens[half + first : half + end])))
+        first = end
+    return found
