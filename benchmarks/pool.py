@@ -29,6 +29,7 @@ import psutil
 from tidelock.data.example import LabelledText
 from tidelock.data.source import read_examples
 from tidelock.model.smollm2 import fetch_smollm2
+from tidelock.run.folder import read_rows
 
 RESULTS = Path(__file__).parent / "results" / "pool.json"
 # What is compared, by the options that say who computes what.
@@ -102,7 +103,7 @@ def _run(name: str, model: str, data: Path, folder: Path, options: argparse.Name
     said = [process.communicate()[1].decode() for process in processes]
     if any(process.returncode for process in processes):
         raise SystemExit("\n".join(said))
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in read_rows(folder / "run" / "metrics.jsonl") if "step_seconds" in row]
     first = [row["step_seconds"] for row in rows if row["epoch"] <= 1][1:]
     cached = [row["step_seconds"] for row in rows if row["epoch"] > 1][1:]
     return {"first_epoch": first, "cached": cached, "planned": _planned(folder / "run" / "profile.json", options)}

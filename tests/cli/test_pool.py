@@ -12,6 +12,7 @@ from tests.support.chat_model import save_chat_model
 from tests.support.tidelock_process import TidelockProcess
 from tidelock.cli.main import run
 from tidelock.errors import ConfigError, DataError, ListenRefused, ModelMismatch, PeerError
+from tidelock.run.folder import read_rows
 
 Capture = pytest.CaptureFixture[str]
 LEARN = ("--learning-rate", "0.02", "--epochs", "30", "--batch-size", "4", "--threads", "1", "--reduction", "2")
@@ -34,7 +35,7 @@ def a_port() -> int:
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
 
 
 def test_a_pool_learns_what_one_process_learns(capsys: Capture, chat_model: Path, facts: Path, tmp_path: Path) -> None:
@@ -58,6 +59,10 @@ def test_an_unknown_pool_is_measured_and_planned(
     command = ("pool", "train", facts, "--model", chat_model, "--out", tmp_path / "run", "--local", 2, *LEARN[2:])
     assert tide(*command, "--epochs", 1) == 0
     assert "Measuring the devices and the links between them." in capsys.readouterr().err
+    assert tide("report", tmp_path / "run") == 0
+    assert "in a pool (blocks 0 to 2 on peers" in (tmp_path / "run" / "report.html").read_text()
+    assert (tmp_path / "run" / "report" / "pipeline.png").stat().st_size > 5000
+    capsys.readouterr()
     assert tide("plan", tmp_path / "run" / "profile.json", "--batch-rows", 4, "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     layout = "; ".join(

@@ -19,11 +19,12 @@ from tidelock.cache.folder import CacheFolder
 from tidelock.cache.identity import CacheIdentity
 from tidelock.errors import PeerError
 from tidelock.model.checkpoint import Checkpoint
-from tidelock.pool.layout import PoolLayout, Stage
+from tidelock.pool.layout import PoolLayout, Stage, one_forward_one_backward
 from tidelock.pool.peers import Peers
 from tidelock.pool.recipe import Progress, Recipe
 from tidelock.pool.redistribute import Kept
 from tidelock.pool.side_stage import padded
+from tidelock.pool.timeline import Timeline, summary
 from tidelock.pool.train import PoolJob, PoolTraining
 
 RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=1e-2, warmup_steps=2, clip=0.5)
@@ -39,6 +40,7 @@ class Notes:
         self.losses: list[float] = []
         self.sent: list[int] = []
         self.filled: list[int] = []
+        self.timeline: tuple[int, list[Timeline]] | None = None
         self.dies_at, self.changes_after = dies_at, changes_after
 
     def step(self, step: int, loss: float) -> None:
@@ -51,6 +53,9 @@ class Notes:
         parameters = {name: tensor.clone() for name, tensor in progress.parameters.items()}
         self.saved[progress.steps] = Progress(progress.steps, parameters, copied)
         self._may_die(f"save {progress.steps}")
+
+    def timelines(self, step: int, of_peers: list[Timeline]) -> None:
+        self.timeline = (step, of_peers)
 
     def fill(self, examples: int) -> None:
         self.filled.append(examples)
@@ -174,6 +179,43 @@ def test_a_run_is_that_of_one_process(layout: str, tiny_models: Path, tmp_path: 
         assert len(outcome.notes.sent) == 1
         assert outcome.notes.filled == []
     assert_is_that_of_one_process(tiny_models / "llama", first)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_peer_notes_what_it_does_in_a_step(layout: str, tiny_models: Path, tmp_path: Path) -> None:
+    whole = LAYOUTS[layout]
+    notes, *others = [o.notes for o in run_in_pool(tiny_models / "llama", whole, tmp_path, changes_after=2)]
+    assert all(other.timeline is None for other in others)
+    assert notes.timeline is not None
+    step, timelines = notes.timeline
+    assert step == 2
+    assert [timeline.peer for timeline in timelines] == list(range(whole.num_peers))
+    lines = summary(timelines)
+    for timeline, line in zip(timelines, lines, strict=True):
+        assert timeline.memory_bytes > 0
+        assert timeline.stage == whole.stage_of(timeline.peer)
+        if timeline.stage is None:
+            assert line.startswith(f"Peer {timeline.peer}, without blocks: ")
+            continue
+        stage, last = whole.stages[timeline.stage], len(whole.stages) - 1
+        # What it computed, in order: as many rows as it has have each a micro-batch.
+        mine = {
+            number
+            for number, by_stage in enumerate(whole.rows_of(RECIPE.batch_size))
+            if by_stage[timeline.stage][timeline.peer]
+        }
+        computed = [(bar.work, bar.micro_batch) for bar in timeline.bars if bar.work in {"forward", "backward"}]
+        order = one_forward_one_backward(min(whole.micro_batches, RECIPE.batch_size), stage.in_flight)
+        assert computed == [(work, number) for work, number in order if number in mine]
+        waited = {bar.work for bar in timeline.bars} - {"forward", "backward", "all-reduce"}
+        assert waited == {
+            *(["wait-forward"] if mine and timeline.stage > 0 else []),
+            *(["wait-backward"] if mine and timeline.stage < last else []),
+        }
+        ends = [0.0, *(moment for bar in timeline.bars for moment in (bar.begin, bar.end))]
+        assert ends == sorted(ends)
+        assert f"Peer {timeline.peer}, stage {timeline.stage + 1}: computing " in line
+        assert ("waiting for stage" in line) == bool(last and mine)
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 8])  # in the first epoch, at its end, and in later ones

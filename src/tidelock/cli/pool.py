@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tidelock.plan.inputs import Profile
     from tidelock.pool.layout import PoolLayout
     from tidelock.pool.meeting import MeetingPlace
-    from tidelock.run.pool import PoolResult
+    from tidelock.run.pool import Decision, PoolResult
     from tidelock.wire.address import Address
 
 ACTIONS = ("train", "join", "resume")
@@ -141,8 +141,8 @@ def _join(
 
 def _layout(
     options: dict[str, Any], first_count: int, batch_size: int, num_blocks: int, count: int, measured: Profile | None
-) -> PoolLayout | None:
-    """Return who computes what; None when that cannot be said before the pool is measured."""
+) -> Decision | None:
+    """Return who computes what, as `run.pool.LayoutOf`."""
     if measured is None and count != first_count:  # what was said was said of another pool
         return None
     layouts = import_module("tidelock.run.pool_layout")
@@ -151,7 +151,7 @@ def _layout(
         if not options["stage"]:
             return None
         layout = layouts.written_layout(options["stage"], num_blocks, count, options["micro_batches"])
-        return layout
+        return layout, None
     if options["profile"] is not None and options["stage"]:
         msg = "Pool: expected --profile or --stage, got both. The plan for the profile says the stages; leave one out."
         raise ConfigError(msg)
@@ -163,7 +163,7 @@ def _layout(
     if layout.num_peers != count:
         msg = f"Pool: expected {layout.num_peers} peers, as the profile has devices, got {count}. Start as many."
         raise ConfigError(msg)
-    return layout
+    return layout, profile
 
 
 def _refuse(options: dict[str, Any], names: Iterable[str], belongs_to: str) -> None:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Protocol, TypeAlias, final
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast, final
 
 import torch
 
 from tidelock.pool.layout import one_forward_one_backward
+from tidelock.pool.timeline import Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -101,9 +102,13 @@ class Pipeline:
         layout: Who computes what.
         number: Of this peer's stage.
         compute: What it computes.
+
+    Attributes:
+        timeline: What this peer did when in the last batch.
     """
 
     def __init__(self, peers: Peers, layout: PoolLayout, number: int, compute: StageCompute) -> None:
+        self.timeline = Timeline(peers.peer, number)
         self._peers = peers
         self._layout = layout
         self._compute = compute
@@ -122,7 +127,8 @@ class Pipeline:
             PeerError: A peer was lost.
         """
         rows = self._layout.rows_of(len(batch))
-        step = _Step(self._peers, self._compute, self._number, rows, batch)
+        self.timeline = Timeline(self._peers.peer, self._number)
+        step = _Step(self._peers, self._compute, self.timeline, rows, batch)
         last = len(self._layout.stages) - 1
         for work, number in one_forward_one_backward(len(rows), self._stage.in_flight):
             if work == "forward":
@@ -130,7 +136,8 @@ class Pipeline:
             else:
                 step.backward(number, is_last=self._number == last)
         step.finish()
-        sum_gradients(self._peers, self._compute.trained().values(), self._stage.peers)
+        with self.timeline.during("all-reduce"):
+            sum_gradients(self._peers, self._compute.trained().values(), self._stage.peers)
         return sum_of_losses(self._peers, step.loss)
 
     def fill(self, batch: Sequence[Example]) -> None:
@@ -143,7 +150,7 @@ class Pipeline:
             PeerError: A peer was lost.
         """
         rows = self._layout.rows_of(len(batch))
-        step = _Step(self._peers, self._compute, self._number, rows, batch)
+        step = _Step(self._peers, self._compute, Timeline(self._peers.peer, self._number), rows, batch)
         with torch.no_grad():
             for number in range(len(rows)):
                 step.forward(number, is_last=self._number == len(self._layout.stages) - 1)
@@ -161,12 +168,17 @@ class _Step:
 
     peers: Peers
     compute: StageCompute
-    number: int
+    timeline: Timeline
     rows: list[list[dict[int, range]]]
     batch: Sequence[Example]
     loss: float = 0.0
     _kept: dict[int, Kept] = field(default_factory=dict)
     _sent: list[Transfer] = field(default_factory=list)
+
+    @property
+    def number(self) -> int:
+        """Of this peer's stage."""
+        return cast("int", self.timeline.stage)
 
     def forward(self, number: int, *, is_last: bool) -> None:
         """Compute the forward of a micro-batch, and send what comes of it."""
@@ -174,9 +186,13 @@ class _Step:
         if not examples:
             return
         width = self.compute.forward_width
-        received = None if self.number == 0 else self._receive(number, self.number - 1, _FORWARD, width)
+        received = None
+        if self.number > 0:
+            with self.timeline.during("wait-forward", number):
+                received = self._receive(number, self.number - 1, _FORWARD, width)
         num_labels = sum(example.num_labels for example in self.batch)
-        self._kept[number], result = self.compute.forward(examples, received, num_labels)
+        with self.timeline.during("forward", number):
+            self._kept[number], result = self.compute.forward(examples, received, num_labels)
         if is_last:
             self.loss += float(result)
         else:
@@ -187,8 +203,12 @@ class _Step:
         if number not in self._kept:
             return
         width = self.compute.backward_width
-        received = None if is_last else self._receive(number, self.number + 1, _BACKWARD, width)
-        gradient = self.compute.backward(self._kept.pop(number), received)
+        received = None
+        if not is_last:
+            with self.timeline.during("wait-backward", number):
+                received = self._receive(number, self.number + 1, _BACKWARD, width)
+        with self.timeline.during("backward", number):
+            gradient = self.compute.backward(self._kept.pop(number), received)
         if gradient is not None:
             self._send(gradient, number, self.number - 1, _BACKWARD)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn, Protocol, final
 
+import psutil
 import torch
 
 from tidelock.device.side_model import SideModel
@@ -27,6 +28,7 @@ from tidelock.pool.pipeline import Pipeline, sum_gradients, sum_of_losses
 from tidelock.pool.recipe import Optimizer
 from tidelock.pool.redistribute import Widths, find_routes, gather, redistribute
 from tidelock.pool.side_stage import SideStage, padded
+from tidelock.pool.timeline import Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,6 +44,10 @@ if TYPE_CHECKING:
     from tidelock.pool.redistribute import Kept
 
 
+# Of the steps of a round, the one whose timelines are kept: what the first one does once is no part of it.
+_SHOWN_STEP = 2
+
+
 class Watcher(Protocol):
     """Is told how a run gets on."""
 
@@ -51,6 +57,10 @@ class Watcher(Protocol):
 
     def save(self, progress: Progress) -> None:
         """The whole network as it is now, which a run can go on with; the same on every peer."""
+        ...
+
+    def timelines(self, step: int, of_peers: list[Timeline]) -> None:
+        """What each peer did when in a step of the pipeline; told to peer 0 once in a round."""
         ...
 
     def fill(self, examples: int) -> None:
@@ -155,6 +165,10 @@ class PoolTraining:
             loss = self._stages.run([job.examples[number] for number in order[first : first + size]])
             optimizer.step()
             self._watcher.step(optimizer.steps, loss)
+            if optimizer.steps == min(job.begin.steps + _SHOWN_STEP, self._per_epoch):
+                timelines = self._stages.timelines()
+                if self._peers.peer == 0:
+                    self._watcher.timelines(optimizer.steps, timelines)
             changes = self._changes()
             if optimizer.steps % job.save_every == 0 or first + size >= len(order) or changes:
                 self._gathered = self._stages.gather(optimizer)
@@ -232,6 +246,14 @@ class _Stages:
     def run(self, batch: Sequence[Example]) -> float:
         """Take a batch through the stages; see `Pipeline.run`."""
         return sum_of_losses(self._peers, 0.0) if self._pipeline is None else self._pipeline.run(batch)
+
+    def timelines(self) -> list[Timeline]:
+        """Return what each peer did when in the last batch; on other peers than 0, nothing."""
+        own = Timeline(self._peers.peer, None) if self._pipeline is None else self._pipeline.timeline
+        own.memory_bytes = psutil.Process().memory_info().rss
+        self._peers.tell(f"timeline {self._peers.peer}", own.to_json())
+        everybody = range(self._peers.count) if self._peers.peer == 0 else ()
+        return [Timeline.from_json(self._peers.ask(f"timeline {peer}")) for peer in everybody]
 
     def fill(self, examples: Sequence[Example]) -> None:
         """Run the blocks for what they give."""

@@ -48,6 +48,8 @@ def page_of(record: RunRecord, plots: Iterable[Plot]) -> str:
 def _summary(record: RunRecord) -> str:
     model, options = record.facts.model, record.options
     where = "in a cloud" if options["backbone"] == "cloud" else "in this device's process"
+    if record.pool is not None:
+        where = f"in a pool ({record.pool.layout})"
     schedule = "" if options["method"] == "side" else f"schedule {options['schedule']}; "
     return (
         f"{options['method']} on {len(model.blocks)} of {model.num_blocks} blocks of a {model.family} model, "

@@ -41,6 +41,18 @@ _KINDS = {
 }
 _OTHER = "#8C8C8C"
 _PLACES = {"device": _BLUE, "cloud": _GREEN, "wire": _ORANGE, "waiting": _OTHER}
+_WORK = {
+    "forward": _BLUE,
+    "backward": _GREEN,
+    "all-reduce": _PINK,
+    "wait-forward": _OTHER,
+    "wait-backward": "#BDBDBD",
+}
+_WORDS = {
+    "wait-forward": "waits for the stage before",
+    "wait-backward": "waits for the next stage",
+    "all-reduce": "sums gradients",
+}
 # Kinds that are less of all traffic than this share are drawn as one.
 _SMALL_SHARE = 0.01
 _MOST_BARS = 40
@@ -123,6 +135,13 @@ def plots_of(record: RunRecord) -> list[Plot]:
             "waiting in the cloud's line. Evaluations are left out."
         )
         plots.append(Plot("time", "Time per step", caption, _draw_time))
+    if record.pool is not None and record.pool.rows:
+        caption = (
+            "One step of the first epoch: what each peer did when, below what its stage was planned to do where there "
+            "is a plan. What is empty in a planned row is waiting too."
+        )
+        height = min(1.6 + 0.3 * len(record.pool.rows), _MOST_HEIGHT)
+        plots.append(Plot("pipeline", "A step of the pipeline", caption, _draw_pipeline, height))
     return plots
 
 
@@ -247,6 +266,25 @@ def _draw_time(record: RunRecord, axes: Axes, theme: Theme) -> None:
     axes.grid(axis="y", color=theme.faint, linewidth=0.5)
     axes.set_axisbelow(True)
     _legend(axes, 4)
+
+
+def _draw_pipeline(record: RunRecord, axes: Axes, theme: Theme) -> None:
+    rows = record.pool.rows if record.pool is not None else ()
+    seen = {work for row in rows for work, _, _ in row.bars}
+    for work, colour in _WORK.items():
+        for place, row in enumerate(rows):
+            spans = [(begin, end - begin) for name, begin, end in row.bars if name == work]
+            hatch: dict[str, Any] = {"alpha": 0.55, "hatch": "////"} if row.is_planned else {}
+            axes.broken_barh(spans, (place - 0.4, 0.8), color=colour, edgecolor=theme.page, **hatch)
+        if work in seen:
+            axes.plot([], [], "s", color=colour, label=_WORDS.get(work, work))  # for the legend
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("seconds since the step began")
+    axes.grid(axis="x", color=theme.faint, linewidth=0.5)
+    axes.set_axisbelow(True)
+    _legend(axes, 2)
 
 
 def _legend(axes: Axes, columns: int) -> None:

@@ -55,6 +55,36 @@ class StepTimes:
 
 @final
 @dataclass(frozen=True, slots=True)
+class PoolRow:
+    """What a stage was planned to do in a step, or what a peer of it did.
+
+    Attributes:
+        name: Of the row.
+        is_planned: Whether it is the plan.
+        bars: What, from when to when, in seconds since the step began.
+    """
+
+    name: str
+    is_planned: bool
+    bars: Sequence[tuple[str, float, float]]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PoolRecord:
+    """What is known of a run in a pool besides.
+
+    Attributes:
+        layout: Who computed what, in words.
+        rows: A step of the first epoch, stage by stage.
+    """
+
+    layout: str
+    rows: Sequence[PoolRow]
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class RunRecord:
     """One run, as its folder has it.
 
@@ -65,6 +95,7 @@ class RunRecord:
         metrics: Lines of metrics.jsonl.
         periods: Lines of schedule.jsonl.
         epochs: What crossed by epoch, as the ledger has it.
+        pool: Of a run in a pool.
     """
 
     name: str
@@ -73,6 +104,7 @@ class RunRecord:
     metrics: Sequence[Mapping[str, Any]]
     periods: Sequence[Mapping[str, Any]]
     epochs: Sequence[Mapping[str, Any]]
+    pool: PoolRecord | None = None
 
     @property
     def steps(self) -> int:

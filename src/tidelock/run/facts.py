@@ -14,11 +14,13 @@ import torch
 
 from tidelock.device.beside_blocks import BesideBlocks
 from tidelock.device.model import DeviceModel
-from tidelock.model.ends import Ends
+from tidelock.model.ends import Ends, empty_model, read_config
+from tidelock.model.geometry import geometry_of
 from tidelock.report.facts import DataFacts, ModelFacts, RunFacts, SiteFacts
 
 if TYPE_CHECKING:
     from tidelock.device.device_lm import DeviceLM
+    from tidelock.pool.train import PoolJob
     from tidelock.run.examples import EncodedRows
 
 _LIBRARIES = ("tidelock", "torch", "transformers", "peft", "grpcio", "protobuf", "safetensors")
@@ -39,20 +41,45 @@ def facts_of(model: DeviceLM, rows: EncodedRows, eval_rows: EncodedRows) -> RunF
         num_blocks, widths = geometry.num_blocks, (geometry.embedding_width, geometry.final_width)
     else:
         num_blocks, widths = sum(ends.num_blocks), (ends.width, ends.width)
+    shape = ModelFacts(
+        family=model.config.model_type,
+        num_blocks=num_blocks,
+        embedding_width=widths[0],
+        final_width=widths[1],
+        trained_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        sites=_sites_of(model) if isinstance(model, DeviceModel) else (),
+        tapped=model.tapped if isinstance(model, BesideBlocks) else (),
+    )
+    return _facts(shape, _size_of(model, rows), _size_of(model, eval_rows))
+
+
+def facts_of_pool(job: PoolJob) -> RunFacts:
+    """Return the facts of a run in a pool; the machine is that of peer 0."""
+    config = read_config(job.source.folder)
+    geometry = geometry_of(empty_model(config))
+    shape = ModelFacts(
+        family=config.model_type,
+        num_blocks=geometry.num_blocks,
+        embedding_width=geometry.embedding_width,
+        final_width=geometry.final_width,
+        trained_parameters=sum(value.numel() for value in job.begin.parameters.values()),
+        tapped=tuple(range(geometry.num_blocks)),
+    )
+    train = DataFacts(
+        examples=len(job.examples),
+        tokens=sum(len(example.input_ids) for example in job.examples),
+        labelled=sum(example.num_labels for example in job.examples),
+    )
+    return _facts(shape, train, DataFacts(examples=0, tokens=0, labelled=0))
+
+
+def _facts(model: ModelFacts, train: DataFacts, evaluation: DataFacts) -> RunFacts:
     return RunFacts(
         versions={"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        model=ModelFacts(
-            family=model.config.model_type,
-            num_blocks=num_blocks,
-            embedding_width=widths[0],
-            final_width=widths[1],
-            trained_parameters=sum(parameter.numel() for parameter in model.parameters()),
-            sites=_sites_of(model) if isinstance(model, DeviceModel) else (),
-            tapped=model.tapped if isinstance(model, BesideBlocks) else (),
-        ),
-        train=_size_of(model, rows),
-        evaluation=_size_of(model, eval_rows),
+        model=model,
+        train=train,
+        evaluation=evaluation,
     )
 
 

@@ -62,12 +62,14 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.schedule = path / "schedule.jsonl"
         self.facts = path / "facts.json"
+        self.profile = path / "profile.json"
+        self.timelines = path / "timelines.json"
         self.tensorboard = path / "tensorboard"
         self.page = path / "report.html"
         self.images = path / "report"
         self._toml = path / "run.toml"
         self._ledger = path / "ledger.json"
-        self._layout = path / "layout.json"
+        self.layout = path / "layout.json"
 
     @classmethod
     def new(cls, path: Path) -> RunFolder:
@@ -138,7 +140,15 @@ class RunFolder:
         Raises:
             StorageError: The file system refused.
         """
-        self._write(self.path / "profile.json", profile + "\n")
+        self._write(self.profile, profile + "\n")
+
+    def write_timelines(self, timelines: str) -> None:
+        """Write what the devices of a pool did when in a step, as JSON.
+
+        Raises:
+            StorageError: The file system refused.
+        """
+        self._write(self.timelines, timelines + "\n")
 
     def write_layout(self, layout: str) -> None:
         """Write which devices of a pool compute what, as JSON.
@@ -146,7 +156,7 @@ class RunFolder:
         Raises:
             StorageError: The file system refused.
         """
-        self._write(self._layout, layout + "\n")
+        self._write(self.layout, layout + "\n")
 
     def read_layout(self) -> str:
         """Return that JSON.
@@ -155,10 +165,10 @@ class RunFolder:
             CheckpointError: There is none: it was no run in a pool, or it had not begun.
         """
         try:
-            return self._layout.read_text(encoding="utf-8")
+            return self.layout.read_text(encoding="utf-8")
         except OSError as error:
             msg = (
-                f"Run folder: expected one of a pool, with a layout.json, got {error.strerror} ({self._layout}). Begin "
+                f"Run folder: expected one of a pool, with a layout.json, got {error.strerror} ({self.layout}). Begin "
                 "another run."
             )
             raise CheckpointError(msg) from error

@@ -5,6 +5,7 @@ May import everything below `run`.
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +15,10 @@ from tidelock.errors import ConfigError, ModelMismatch, PeerError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
+from tidelock.pool.timeline import summary
 from tidelock.pool.train import PoolTraining
 from tidelock.run.config import RunConfig
+from tidelock.run.facts import facts_of_pool
 from tidelock.run.folder import RunFolder
 from tidelock.run.pool_checkpoint import load_progress, save_progress, shared_begin
 from tidelock.run.pool_job import job_of, measured_profile, read_encoded, shared_examples
@@ -32,14 +35,16 @@ if TYPE_CHECKING:
     from tidelock.pool.peers import Peers
     from tidelock.pool.pipeline import Example
     from tidelock.pool.recipe import Progress
+    from tidelock.pool.timeline import Timeline
     from tidelock.pool.train import PoolJob
     from tidelock.run.trainer import Observer
 
 _CONFIG, _LAYOUT, _MODEL, _MEASURES = "configuration", "layout", "model's fingerprint", "word whether to measure"
 
-# Given the numbers of blocks and of peers, and the pool's profile, says who computes what. It is asked without a
-# profile first; when it then returns None, the pool is measured.
-LayoutOf: TypeAlias = "Callable[[int, int, Profile | None], PoolLayout | None]"
+# Given the numbers of blocks and of peers, and the pool's profile, says who computes what, and by which profile if by
+# any. It is asked without a profile first; when it then returns None, the pool is measured.
+Decision: TypeAlias = "tuple[PoolLayout, Profile | None]"
+LayoutOf: TypeAlias = "Callable[[int, int, Profile | None], Decision | None]"
 
 
 @final
@@ -87,6 +92,12 @@ class _Notes:
         """Write a checkpoint, which is whole or not there."""
         if self._lead is not None:
             save_progress(progress, self._lead.folder, self._lead.config.keep)
+
+    def timelines(self, step: int, of_peers: list[Timeline]) -> None:
+        """Say who waits for whom, and keep it for the report."""
+        self._observer.say("\n".join([f"What the peers did in step {step}:", *summary(of_peers)]))
+        if self._lead is not None:
+            self._lead.folder.write_timelines(json.dumps([json.loads(each.to_json()) for each in of_peers]))
 
     def fill(self, examples: int) -> None:
         """Say that blocks are run again."""
@@ -172,9 +183,9 @@ def resume(
     saved = folder.latest_checkpoint()
     found = None if saved is None else load_progress(saved)
 
-    def as_before(num_blocks: int, peers: int, profile: Profile | None) -> PoolLayout | None:
+    def as_before(num_blocks: int, peers: int, profile: Profile | None) -> Decision | None:
         if profile is None and peers == before.num_peers:
-            return before
+            return before, None
         return layout_of(num_blocks, peers, profile)
 
     on_ready()
@@ -282,7 +293,10 @@ class _Lead:
                 self.observer.say(f"A peer is lost. {error} Going on with those that are left.")
                 notes = None
             if notes is not None:
-                return PoolResult(self.folder.adapter, notes.steps, notes.loss, time.monotonic() - began)
+                seconds = time.monotonic() - began
+                summary_row = {"step": notes.steps, "epoch": self.config.epochs, "train_runtime": seconds}
+                self.folder.append_metrics(summary_row)
+                return PoolResult(self.folder.adapter, notes.steps, notes.loss, seconds)
             seat = self.meeting.seat_again(seat)
             steps = 0 if self.progress is None else self.progress.steps
             self.observer.say(f"The pool has changed: going on after step {steps}, {seat.count} peers.")
@@ -295,6 +309,7 @@ class _Lead:
             begin = shared_begin(peers, self.config, self.checkpoint, self.progress)
             job = job_of(self.config, self.checkpoint, self.examples, self.folder.cache, begin)
             self.folder.keep_until(begin.steps)
+            self.folder.write_facts(facts_of_pool(job).model_dump_json(indent=2))
             layout = self._layout(peers, job)
             _introduce(peers, layout, self.observer)
             notes = _Notes(self, self.observer, job)
@@ -323,13 +338,17 @@ class _Lead:
     def _layout(self, peers: Peers, job: PoolJob) -> PoolLayout:
         """Return who computes what in this round, which all peers then know."""
         num_blocks = _num_blocks(self.checkpoint)
-        layout = self.layout_of(num_blocks, peers.count, None)
-        peers.tell(_MEASURES, str(layout is None))
-        if layout is None:
+        decision = self.layout_of(num_blocks, peers.count, None)
+        peers.tell(_MEASURES, str(decision is None))
+        if decision is None:
             self.observer.say("Measuring the devices and the links between them.")
-            profile = measured_profile(peers, job)
+            measured = measured_profile(peers, job)
+            # Before it is planned with: who wants to know why nothing fits can look at it.
+            self.folder.write_profile(measured.model_dump_json(indent=2))
+            decision = cast("Decision", self.layout_of(num_blocks, peers.count, measured))
+        layout, profile = decision
+        if profile is not None:
             self.folder.write_profile(profile.model_dump_json(indent=2))
-            layout = cast("PoolLayout", self.layout_of(num_blocks, peers.count, profile))
         text = layout_to_json(layout)
         self.folder.write_layout(text)
         peers.tell(_LAYOUT, text)

@@ -5,6 +5,7 @@ May import everything below `run`.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,17 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from tidelock.errors import CheckpointError, ConfigError
+from tidelock.plan.inputs import read_profile
+from tidelock.plan.plan import make_plan
+from tidelock.pool.timeline import Timeline
 from tidelock.report.facts import RunFacts
-from tidelock.report.record import RunRecord
+from tidelock.report.record import PoolRecord, PoolRow, RunRecord
 from tidelock.run.folder import RunFolder, read_rows
+from tidelock.run.pool_layout import described, layout_from_json, planned_layout
 
 if TYPE_CHECKING:
+    from tidelock.plan.plan import Plan
+    from tidelock.pool.layout import PoolLayout
     from tidelock.run.config import RunConfig
 
 # Where this person's files and cloud are: no part of what the run is, and a page is shown to others.
@@ -66,7 +73,48 @@ def _read(folder: RunFolder) -> RunRecord:
         metrics=metrics,
         periods=read_rows(folder.schedule),
         epochs=folder.read_ledger().epochs(),
+        pool=_pool_of(folder, config.batch_size) if folder.layout.is_file() else None,
     )
+
+
+def _pool_of(folder: RunFolder, batch_rows: int) -> PoolRecord:
+    """Return how the peers of a pool did a step, beside the plan if there is one for the layout that they had."""
+    layout = layout_from_json(folder.read_layout())
+    timelines = _timelines_of(folder)
+    plan = _plan_of(folder, layout, batch_rows)
+    rows: list[PoolRow] = []
+    for number in range(len(layout.stages)):
+        if plan is not None:
+            planned = [(bar.work, bar.begin, bar.end) for bar in plan.timeline if bar.stage == number]
+            rows.append(PoolRow(f"stage {number + 1}, planned", is_planned=True, bars=planned))
+        for timeline in timelines:
+            if timeline.stage == number:
+                done = [(bar.work, bar.begin, bar.end) for bar in timeline.bars]
+                rows.append(PoolRow(f"peer {timeline.peer}", is_planned=False, bars=done))
+    return PoolRecord(described(layout), rows if timelines else [])
+
+
+def _timelines_of(folder: RunFolder) -> list[Timeline]:
+    if not folder.timelines.is_file():
+        return []
+    try:
+        values = json.loads(folder.timelines.read_text(encoding="utf-8"))
+        return [Timeline.from_json(json.dumps(value)) for value in values]
+    except (ValueError, TypeError) as error:
+        msg = (
+            f"Report: expected what the peers did in a step, got {type(error).__name__} ({folder.timelines}). Remove "
+            "that file; the report is then drawn without it."
+        )
+        raise CheckpointError(msg) from error
+
+
+def _plan_of(folder: RunFolder, layout: PoolLayout, batch_rows: int) -> Plan | None:
+    """Return the plan for the measured profile, if that is what the layout comes from."""
+    if not folder.profile.is_file():
+        return None
+    profile = read_profile(folder.profile)
+    plan = make_plan(profile, batch_rows, layout.micro_batches)
+    return plan if planned_layout(plan, profile, layout.stages[-1].blocks.stop) == layout else None
 
 
 def _options_of(config: RunConfig) -> dict[str, Any]:

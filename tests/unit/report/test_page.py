@@ -11,7 +11,7 @@ import pytest
 from tests.unit.report.conftest import EPOCHS, METRICS, OPTIONS
 from tidelock.report.page import page_of
 from tidelock.report.plots import plots_of
-from tidelock.report.record import RunRecord
+from tidelock.report.record import PoolRecord, RunRecord
 
 HOSTILE = "</title><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>&\"'"
 # Attributes by which a page loads or leads somewhere.
@@ -126,6 +126,11 @@ def test_a_local_run_without_schedule_and_evaluation(make_record) -> None:
     )
     assert (page.after("Steps so far"), page.after("Epochs so far")) == ("1 of 30", "0.5")
     assert (page.after("layer"), page.after("insecure")) == ("1, 2", "no")
+
+
+def test_a_run_in_a_pool_says_who_had_what(make_record) -> None:
+    page = page_of(make_record(pool=PoolRecord("blocks 0 to 3 on peers 0, 1", ())), [])
+    assert "frozen blocks in a pool (blocks 0 to 3 on peers 0, 1);" in page
 
 
 def test_a_step_of_milliseconds(make_record) -> None:

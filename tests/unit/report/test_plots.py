@@ -9,6 +9,7 @@ from matplotlib.image import imread
 
 from tests.unit.report.conftest import EPOCHS, METRICS, OPTIONS
 from tidelock.report.plots import _KINDS, DARK, LIGHT, as_png, as_svg, plots_of
+from tidelock.report.record import PoolRecord, PoolRow
 from tidelock.wire.ledger import Kind
 
 
@@ -122,6 +123,21 @@ def test_bars_of_time_add_up_to_a_step(make_record) -> None:
     # No step has waited: no such colour in the legend.
     assert legend_of(axes) == ["device", "cloud", "wire"]
     assert axes.get_xlim() == (0.5, 4.5)
+
+
+def test_a_step_of_a_pool_has_a_row_for_each_stage_and_peer(make_record) -> None:
+    rows = (
+        PoolRow("stage 1, planned", is_planned=True, bars=[("forward", 0.0, 1.0), ("send-forward", 1.0, 1.5)]),
+        PoolRow("peer 0", is_planned=False, bars=[("forward", 0.0, 2.0), ("wait-backward", 2.0, 3.0)]),
+    )
+    plot = {p.name: p for p in plots_of(make_record(pool=PoolRecord("blocks 0 to 2 on peers 0", rows)))}["pipeline"]
+    (axes,) = plot.figure(make_record(pool=PoolRecord("", rows)), LIGHT).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["stage 1, planned", "peer 0"]
+    # What crosses a link is no row's own work.
+    widths = [path.get_extents().width for drawn in axes.collections for path in drawn.get_paths()]
+    assert widths == [1.0, 2.0, 1.0]
+    assert axes.get_legend_handles_labels()[1] == ["forward", "waits for the next stage"]
+    assert "pipeline" not in [plot.name for plot in plots_of(make_record(pool=PoolRecord("", ())))]
 
 
 def test_a_plot_leaves_matplotlibs_settings_as_they_were(make_record) -> None:
