@@ -1,4 +1,4 @@
-"""Kill and Revive against training all modules, and against choosing modules without it: quality, bytes, seconds.
+r"""Kill and Revive against training all modules, and against choosing modules without it: quality, bytes, seconds.
 
 One device, which is this process, and one cloud, a second process on this machine, over TLS. On a classification task,
 with the settings of the DLoRA paper (arXiv 2404.05182): LoRA of rank 8 on query, key and value projections, batches of
@@ -10,6 +10,8 @@ trained once for a seed and every other run resumes there, which changes no bit.
 
     python benchmarks/kill_revive.py --data ../shared/data
     python benchmarks/kill_revive.py --data ../shared/data --task qnli --seeds 0 1 2 3 4
+    python benchmarks/kill_revive.py --data ../shared/data --budgets 4 --examples 512 \
+        --out benchmarks/results/kill_revive_512.json
     python benchmarks/kill_revive.py --show        # the tables of the last results, measuring nothing
 """
 

@@ -88,17 +88,21 @@ def test_aims_are_met_or_missed_by_hand(benchmark):
     assert aims[3]["wanted"] == pytest.approx(0.85 - 0.005**0.5)
 
 
-def test_the_summary_is_that_of_the_runs(benchmark, result):
-    assert benchmark.summarise(result["runs"]) == {name: result[name] for name in ("summary", "aims")}
-    names = [variant.name for variant in benchmark.variants([16, 8, 4], 0)]
+@pytest.mark.parametrize(("name", "budgets"), [("kill_revive", [16, 8, 4]), ("kill_revive_512", [4])])
+def test_the_summary_is_that_of_the_runs(benchmark, name, budgets):
+    result = json.loads((benchmark.RESULTS.parent / f"{name}.json").read_text())
+    assert benchmark.summarise(result["runs"]) == {part: result[part] for part in ("summary", "aims")}
+    names = [variant.name for variant in benchmark.variants(budgets, 0)]
     assert list(result["summary"]) == names == list(result["schedules"])
     assert all(len(row["seeds"]) >= 3 for row in result["summary"].values())
 
 
-def test_the_page_shows_the_tables_of_the_results(benchmark, result):
+@pytest.mark.parametrize("name", ["kill_revive", "kill_revive_512"])
+def test_the_page_shows_the_tables_of_the_results(benchmark, name):
+    result = json.loads((benchmark.RESULTS.parent / f"{name}.json").read_text())
     page = (ROOT / "docs" / "schedules.md").read_text(encoding="utf-8")
-    _, begin, rest = page.partition("<!-- kill_revive: begin -->\n")
-    shown, end, _ = rest.partition("\n<!-- kill_revive: end -->")
+    _, begin, rest = page.partition(f"<!-- {name}: begin -->\n")
+    shown, end, _ = rest.partition(f"\n<!-- {name}: end -->")
     assert begin
     assert end
     assert shown == benchmark.tables(result)
