@@ -2,7 +2,8 @@
 
 A side network beside SmolLM2 learns MRPC's pairs as texts. Variants take turns, so that what else the machine does hits
 all of them; the figures are medians over all steps of all rounds. The first step of a run, which loads the blocks, and
-the first one on what was cached count nowhere.
+the first one on what was cached count nowhere. Memory is that of a peer's process after a step of the first epoch, less
+what a process takes that has the libraries only.
 
     python benchmarks/pool.py --data ../shared/data
     python benchmarks/pool.py --show        # the tables of the last results, measuring nothing
@@ -34,7 +35,7 @@ from tidelock.run.folder import read_rows
 RESULTS = Path(__file__).parent / "results" / "pool.json"
 # What is compared, by the options that say who computes what.
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "one peer": ("--stage", "0-29@0"),
+    "one peer": (),
     "two peers, data parallel": ("--stage", "0-29@0,1"),
     "two peers, straight pipeline": ("--stage", "0-14@0", "--stage", "15-29@1", "--micro-batches", "4"),
     "two peers, as planned": (),
@@ -103,15 +104,25 @@ def _run(name: str, model: str, data: Path, folder: Path, options: argparse.Name
     said = [process.communicate()[1].decode() for process in processes]
     if any(process.returncode for process in processes):
         raise SystemExit("\n".join(said))
+    timelines = json.loads((folder / "run" / "timelines.json").read_text())
     rows = [row for row in read_rows(folder / "run" / "metrics.jsonl") if "step_seconds" in row]
     first = [row["step_seconds"] for row in rows if row["epoch"] <= 1][1:]
     cached = [row["step_seconds"] for row in rows if row["epoch"] > 1][1:]
-    return {"first_epoch": first, "cached": cached, "planned": _planned(folder / "run" / "profile.json", options)}
+    seconds, memory = _planned(folder / "run" / "profile.json", options)
+    measured = [timeline["memory_bytes"] for timeline in timelines]
+    return {"first_epoch": first, "cached": cached, "planned": seconds, "memory": measured, "planned_memory": memory}
 
 
-def _planned(profile: Path, options: argparse.Namespace) -> float | None:
+def _bytes_of_libraries() -> int:
+    """Return what a peer's process takes before it has anything of a model."""
+    program = "import psutil, tidelock.run.pool; print(psutil.Process().memory_info().rss)"
+    return int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+
+
+def _planned(profile: Path, options: argparse.Namespace) -> tuple[float | None, list[int]]:
+    """Return the seconds of a step and the bytes on each peer, as planned; none where nothing was."""
     if not profile.is_file():
-        return None
+        return None, []
     command = [
         sys.executable,
         "-m",
@@ -123,8 +134,11 @@ def _planned(profile: Path, options: argparse.Namespace) -> float | None:
         "--json",
     ]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    seconds: float = json.loads(printed)["seconds"]
-    return seconds
+    plan = json.loads(printed)
+    shares = [device for stage in plan["stages"] for device in stage["devices"]]
+    # A device's name begins with its peer's number.
+    by_peer = sorted(shares, key=lambda device: int(device["name"].partition(":")[0]))
+    return plan["seconds"], [device["memory_bytes"] for device in by_peer]
 
 
 def _medians(run: dict[str, Any]) -> str:
@@ -139,6 +153,9 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
         seconds = {phase: statistics.median(s for run in mine for s in run[phase]) for phase in PHASES}
         planned = [run["planned"] for run in mine if run["planned"] is not None]
         found[name] = {**seconds, "planned": statistics.median(planned) if planned else None}
+        found[name]["memory"] = [statistics.median(each) for each in zip(*(run["memory"] for run in mine), strict=True)]
+        memory = [run["planned_memory"] for run in mine if run["planned_memory"]]
+        found[name]["planned_memory"] = [statistics.median(each) for each in zip(*memory, strict=True)]
         for phase in PHASES:
             found[name][f"{phase}_speed_up"] = found["one peer"][phase] / seconds[phase]
     return found
@@ -149,13 +166,14 @@ def tables(result: dict[str, Any]) -> str:
     examples, summary = result["examples"], result["summary"]
     setting = (
         f"{result['model']}, {examples['count']} texts of {examples['mean_tokens']:.0f} tokens in the mean, batches of "
-        f"{result['batch_size']}, {result['rounds']} rounds, one core a peer. Seconds of a step:"
+        f"{result['batch_size']}, {result['rounds']} rounds, one core a peer. Seconds of a step; those "
+        "planned are of the first epoch."
     )
     lines = [
         setting,
         "",
-        "| | first epoch | against one peer | cached epochs | against one peer | planned, of the first epoch |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| | first epoch | against one peer | cached epochs | against one peer | planned | MB of each peer | planned |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in summary.items():
         planned = (
@@ -163,7 +181,13 @@ def tables(result: dict[str, Any]) -> str:
         )
         cells = [f"{row['first_epoch']:.2f}", f"{row['first_epoch_speed_up']:.2f}x"]
         cells += [f"{row['cached']:.2f}", f"{row['cached_speed_up']:.2f}x"]
-        lines.append(f"| {name} | {' | '.join(cells)} | {planned} |".replace("|  |", "| |"))
+        less = [size - result["bytes_of_libraries"] for size in row["memory"]]
+        off = [
+            f"{size / 1e6:.0f} ({size / found - 1:+.0%})"
+            for size, found in zip(row["planned_memory"], less, strict=bool(row["planned_memory"]))
+        ]
+        cells += [planned, ", ".join(f"{size / 1e6:.0f}" for size in less), ", ".join(off)]
+        lines.append(f"| {name} | {' | '.join(cells)} |".replace("|  |", "| |"))
     return "\n".join(lines)
 
 
@@ -182,6 +206,7 @@ def _setting(options: argparse.Namespace) -> dict[str, Any]:
         "epochs": options.epochs,
         "rounds": options.rounds,
         "versions": {name: version(name) for name in ("torch", "transformers", "tidelock")},
+        "bytes_of_libraries": _bytes_of_libraries(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
 

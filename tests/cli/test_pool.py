@@ -76,6 +76,15 @@ def test_an_unknown_pool_is_measured_and_planned(
     assert f"; {layout}.\n" in (tmp_path / "run" / "peers" / "peer-1.log").read_text()
 
 
+def test_a_plan_keeps_what_a_device_can_give(capsys: Capture, chat_model: Path, facts: Path, tmp_path: Path) -> None:
+    command = ("pool", "train", facts, "--model", chat_model, "--local", 2, *LEARN[2:], "--epochs", 1)
+    assert tide(*command, "--memory-limit", "2KB", "--out", tmp_path / "none") == ConfigError.exit_code
+    assert "too little" in capsys.readouterr().err
+    profile = json.loads((tmp_path / "none" / "profile.json").read_text())
+    assert [device["memory_bytes"] for device in profile["devices"]] == [2000, 2000]
+    assert tide(*command, "--memory-limit", "2KB", "--stage", "0-2@0,1", "--out", tmp_path / "told") == 0
+
+
 def test_devices_join_one_by_one(chat_model: Path, facts: Path, tmp_path: Path) -> None:
     port, shared = a_port(), ("--model", chat_model, "--timeout", 60, "--json")
     where = f"127.0.0.1:{port}"

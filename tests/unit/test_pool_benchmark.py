@@ -36,6 +36,8 @@ def test_runs_are_summed_up_by_hand(benchmark):
             "first_epoch": [first, first + round_],
             "cached": [cached],
             "planned": 3.0 + round_ if name.endswith("planned") else None,
+            "memory": [500e6 + round_ * 20e6] * (1 if name == "one peer" else 2),
+            "planned_memory": [399e6, 451e6] if name.endswith("planned") else [],
         }
         for round_ in (0, 1)
         for name, (first, cached) in seconds.items()
@@ -45,6 +47,8 @@ def test_runs_are_summed_up_by_hand(benchmark):
         "first_epoch": 4.0,
         "cached": 2.0,
         "planned": None,
+        "memory": [510e6],
+        "planned_memory": [],
         "first_epoch_speed_up": 1.0,
         "cached_speed_up": 1.0,
     }
@@ -57,11 +61,14 @@ def test_runs_are_summed_up_by_hand(benchmark):
             "examples": {"count": 3, "mean_tokens": 7.4},
             "batch_size": 2,
             "rounds": 2,
+            "bytes_of_libraries": 100e6,
             "summary": found,
         }
     )
     assert "m, 3 texts of 7 tokens in the mean" in shown
-    assert "| two peers, as planned | 2.00 | 2.00x | 1.25 | 1.60x | 3.50 (+75%) |" in shown
+    assert "| one peer | 4.00 | 1.00x | 2.00 | 1.00x | | 410 | |" in shown
+    planned = "| two peers, as planned | 2.00 | 2.00x | 1.25 | 1.60x | 3.50 (+75%) | 410, 410 | 399 (-3%), 451 (+10%) |"
+    assert planned in shown
 
 
 def test_the_page_shows_the_tables_of_the_results(benchmark):

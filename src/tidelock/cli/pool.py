@@ -38,9 +38,9 @@ _KNOBS = (
     *("model", "out", "split", "max_length", "truncate"),
     *("reduction", "side_init", "upsample", "side_output", "cache_codec", "cache_limit", "cache_key"),
     *("epochs", "batch_size", "learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "clip", "seed"),
-    *("save_every", "keep", "threads"),
+    *("save_every", "keep", "threads", "memory_limit"),
 )
-_OWN_OF_PEER = frozenset({"model", "out", "threads", "cache_key"})
+_OWN_OF_PEER = frozenset({"model", "out", "threads", "memory_limit", "cache_key"})
 _OF_LEAD = ("local", "listen", "peers", "stage", "micro_batches", "profile")
 
 
@@ -112,6 +112,7 @@ def _leading(options: dict[str, Any], config: RunConfig) -> Iterator[tuple[Meeti
             if options["local"] is not None:
                 own = ["--model", str(config.model), "--timeout", str(options["timeout"])]
                 own += [] if config.threads is None else ["--threads", str(config.threads)]
+                own += ["--memory-limit", config.memory_limit] if config.memory_limit else []
                 own += ["--cache-key", config.cache_key] if config.cache_key else []
                 where = f"{address.host}:{port}"
                 stack.enter_context(processes.local_peers(count - 1, where, own, Path(config.out) / "peers"))

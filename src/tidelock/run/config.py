@@ -47,7 +47,7 @@ _SCHEDULED = (
 )
 _OF_SIDE = (
     *("reduction", "side_init", "upsample", "side_output", "tap_width", "fisher_examples"),
-    *("cache", "no_cache", "cache_codec", "cache_limit", "cache_key"),
+    *("cache", "no_cache", "cache_codec", "cache_limit", "cache_key", "memory_limit"),
 )
 # The knobs that not every method reads.
 _METHODS_OF = {
@@ -158,6 +158,7 @@ class RunConfig:
     cache_codec: str = _knob("fp32", "Side: how they are kept; fewer bytes with bf16, int8.", _one_of(CACHE_CODECS))
     cache_limit: str | None = _knob(None, "Side: the most that the cache may take, such as 20GB.")
     cache_key: str | None = _knob(None, "Side: file with the cache's secret; the user's own by default.")
+    memory_limit: str | None = _knob(None, "Pool: what this device can give, such as 2GB; by default what is free.")
     adapter: str | None = _knob(None, "Continue the adapter in this folder; it is kept as it was configured.")
     # The rules of these are Schedule's own.
     schedule: str = _knob("full", f"Which modules are active when: {', '.join(SCHEDULES)}.")
@@ -220,8 +221,9 @@ class RunConfig:
         if self.no_cache and any((self.cache, self.cache_limit, self.cache_key)):
             msg = "--no-cache: expected no other option of a cache, got one. Leave one of them out."
             raise ConfigError(msg)
-        if self.cache_limit is not None:
-            parse_bytes(self.cache_limit)
+        for size in (self.cache_limit, self.memory_limit):
+            if size is not None:
+                parse_bytes(size)
         self.to_schedule()
 
     def _refuse_knobs_of_others(self) -> None:

@@ -197,7 +197,7 @@ def follow(own: RunConfig, meeting: MeetingPlace, observer: Observer, *, wish: i
     """Train in a pool, as another peer than 0.
 
     Args:
-        own: What is this device's own matter: `model`, `out`, `threads`, and where the cache's key is.
+        own: What is this device's own matter: `model`, `out`, `threads`, `memory_limit`, `cache_key`.
         meeting: What peer 0 holds.
         observer: Told how it gets on.
         wish: This peer's number, when the run begins.
@@ -219,7 +219,8 @@ def follow(own: RunConfig, meeting: MeetingPlace, observer: Observer, *, wish: i
             f"({own.model}). Give this peer the same model."
         )
         raise ModelMismatch(msg)
-    config = replace(config, threads=own.threads, cache_key=own.cache_key, model=own.model)
+    mine = {name: getattr(own, name) for name in ("model", "threads", "memory_limit", "cache_key")}
+    config = replace(config, **mine)
     seat: Seat | None = None
     while True:
         seat = meeting.arrive(wish=wish, insists=insists and seat is None, was=seat)
@@ -242,7 +243,7 @@ def _follow_round(
         examples = shared_examples(peers, None)
         job = job_of(config, checkpoint, examples, cache, shared_begin(peers, config, checkpoint, None))
         if peers.ask(_MEASURES) == str(True):
-            measured_profile(peers, job)
+            measured_profile(peers, job, config)
         layout = layout_from_json(peers.ask(_LAYOUT))
         _introduce(peers, layout, observer)
         notes = _Notes(None, observer, job)
@@ -342,7 +343,7 @@ class _Lead:
         peers.tell(_MEASURES, str(decision is None))
         if decision is None:
             self.observer.say("Measuring the devices and the links between them.")
-            measured = measured_profile(peers, job)
+            measured = measured_profile(peers, job, self.config)
             # Before it is planned with: who wants to know why nothing fits can look at it.
             self.folder.write_profile(measured.model_dump_json(indent=2))
             decision = cast("Decision", self.layout_of(num_blocks, peers.count, measured))

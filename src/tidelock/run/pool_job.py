@@ -31,6 +31,7 @@ from tidelock.pool.train import PoolJob
 from tidelock.run.connect_side import model_hash
 from tidelock.run.examples import longest_example
 from tidelock.run.open_model import cache_config_of, load_tokenizer, side_config_of
+from tidelock.units import parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,15 +107,16 @@ def job_of(
     return PoolJob(identity.model, checkpoint, side_config_of(config), begin, examples, recipe, config.save_every, kept)
 
 
-def measured_profile(peers: Peers, job: PoolJob) -> Profile:
+def measured_profile(peers: Peers, job: PoolJob, config: RunConfig) -> Profile:
     """Return the pool's profile, the same on every peer; errors as of `measure_pool`."""
+    free = psutil.virtual_memory().available
     rows = sorted({1, max(1, job.recipe.batch_size // 4), job.recipe.batch_size})
     threads = torch.get_num_threads()
     hardware = [platform.machine(), platform.processor(), os.cpu_count(), threads]
     libraries = [f"{name} {version(name)}" for name in ("tidelock", "torch", "transformers")]
     device = DeviceFacts(
         name=f"{socket.gethostname()} ({threads} thread{'s' if threads > 1 else ''})",
-        memory_bytes=psutil.virtual_memory().available,
+        memory_bytes=free if config.memory_limit is None else min(free, parse_bytes(config.memory_limit)),
         key=json.dumps([job.model, "fp32", hardware, libraries]),
     )
     return measure_pool(peers, job, rows, device)
