@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 from torch import distributed
 
+from tidelock.pool.notices import Notices
 from tidelock.pool.peers import Peers
 
 T = TypeVar("T")
@@ -21,7 +22,7 @@ def in_pool(count: int, work: Callable[[Peers], T], *, timeout_s: float = 20) ->
 
     def run(peer: int) -> T | Exception:
         try:
-            return work(Peers(store, peer, count, timeout_s=timeout_s))
+            return work(Peers(Notices(store, timeout_s), peer, count))
         except Exception as error:  # noqa: BLE001  (the test looks at it)
             return error
 

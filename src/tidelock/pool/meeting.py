@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, cast, final
 from torch import distributed
 
 from tidelock.errors import ConfigError, ListenRefused, PeerError
-from tidelock.pool.peers import Peers, in_time, lost
+from tidelock.pool.notices import Notices, lost
+from tidelock.pool.peers import Peers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch._C._distributed_c10d import Store, TCPStore
+    from torch._C._distributed_c10d import TCPStore
 
 # Its types leave out what is used here.
 _distributed: Any = distributed
@@ -76,17 +77,15 @@ class MeetingPlace:
     """Where peers meet, seen from one of them; see `host` and `find`.
 
     Args:
-        store: What all can read and write.
+        notices: For all who come.
         host: Address at which this peer listens for the others.
-        timeout_s: Seconds after which a silent peer counts as lost.
 
     Attributes:
-        timeout_s: As given.
+        notices: As given.
     """
 
-    def __init__(self, store: Store, host: str, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
-        self._store = store
+    def __init__(self, notices: Notices, host: str) -> None:
+        self.notices = notices
         self._host = host
         self._seen = 0
 
@@ -97,7 +96,7 @@ class MeetingPlace:
         Args:
             host: Address of this device; it listens there and nowhere else.
             port: 0 takes a free one.
-            timeout_s: As above.
+            timeout_s: Seconds after which a silent peer counts as lost.
 
         Raises:
             ListenRefused: This peer cannot listen there.
@@ -120,7 +119,7 @@ class MeetingPlace:
                 wait_for_workers=False,
                 master_listen_fd=listening.detach(),
             )
-        return cls(store, host, timeout_s), port
+        return cls(Notices(store, timeout_s), host), port
 
     @classmethod
     def find(cls, host: str, port: int, *, own_host: str, timeout_s: float) -> MeetingPlace:
@@ -130,36 +129,18 @@ class MeetingPlace:
             host: That peer's address.
             port: Likewise.
             own_host: Address at which this peer listens for the others.
-            timeout_s: As above.
+            timeout_s: As for `host`.
 
         Raises:
             PeerError: It is not there in time.
         """
         with lost(f"looking for peer 0 at {host}:{port}"):
             store = _distributed.TCPStore(host, port, timeout=timedelta(seconds=timeout_s), is_master=False)
-        return cls(store, own_host, timeout_s)
-
-    def tell(self, name: str, text: str) -> None:
-        """Leave a text for everybody.
-
-        Raises:
-            PeerError: Peer 0 is lost.
-        """
-        with lost("leaving a notice"):
-            in_time(self.timeout_s, lambda: self._store.set(name, text))
-
-    def ask(self, name: str) -> str:
-        """Return the text that somebody leaves, once it is there.
-
-        Raises:
-            PeerError: It was not there in time.
-        """
-        return self._wait_for(name, self.timeout_s)
+        return cls(Notices(store, timeout_s), own_host)
 
     def open(self, seat: Seat) -> Peers:
         """Return the peers of a round, once all of them are there; errors as `Peers`."""
-        store = _distributed.PrefixStore(f"round {seat.round}", self._store)
-        return Peers(store, seat.peer, seat.count, host=self._host, timeout_s=self.timeout_s)
+        return Peers(self.notices.under(f"round {seat.round}"), seat.peer, seat.count, host=self._host)
 
     def arrive(self, *, wish: int | None = None, insists: bool = False, was: Seat | None = None) -> Seat:
         """Come, as another peer than 0, and return the seat once peer 0 gives one, however long that takes.
@@ -173,11 +154,10 @@ class MeetingPlace:
             ConfigError: Nobody can have that number.
             PeerError: Peer 0 is lost.
         """
-        with lost("coming to the meeting place"):
-            ticket = in_time(self.timeout_s, lambda: self._store.add(_ARRIVALS, 1))
+        ticket = self.notices.count(_ARRIVALS, 1)
         arrival = _Arrival(ticket, wish, insists, was)
-        self.tell(f"arrival {ticket}", json.dumps(asdict(arrival)))
-        found = json.loads(self._wait_for(f"seat {ticket}", None))
+        self.notices.tell(f"arrival {ticket}", json.dumps(asdict(arrival)))
+        found = json.loads(self.notices.ask(f"seat {ticket}", however_long=True))
         if isinstance(found, str):
             raise ConfigError(found)
         return Seat(**found)
@@ -190,12 +170,13 @@ class MeetingPlace:
         """
         numbers: dict[int, _Arrival] = {}
         others: list[_Arrival] = []
-        end = time.monotonic() + self.timeout_s
+        end = time.monotonic() + self.notices.timeout_s
         while len(numbers) + len(others) < count - 1:
             arrival = self._next(end)
             if arrival is None:
+                came = 1 + len(numbers) + len(others)
                 msg = (
-                    f"Pool: expected {count} peers within {self.timeout_s:g} s, got {1 + len(numbers) + len(others)}. "
+                    f"Pool: expected {count} peers within {self.notices.timeout_s:g} s, got {came}. "
                     "Start the others with `tidelock pool join`, or give --timeout more."
                 )
                 raise PeerError(msg)
@@ -217,7 +198,7 @@ class MeetingPlace:
         """Wait for those that are left and for who has come; give them numbers, and return the seat of peer 0."""
         left: dict[int, _Arrival] = {}
         anew: list[_Arrival] = []
-        end = time.monotonic() + self.timeout_s * _SHARE_OF_TIMEOUT
+        end = time.monotonic() + self.notices.timeout_s * _SHARE_OF_TIMEOUT
         while (len(left) < was.count - 1 or self.somebody_waits()) and (arrival := self._next(end)):
             if arrival.was is not None and arrival.was.round == was.round:
                 left[arrival.was.peer] = arrival
@@ -228,7 +209,7 @@ class MeetingPlace:
 
     def somebody_waits(self) -> bool:
         """Return whether somebody has come who has no seat yet; for peer 0."""
-        return int(self._store.add(_ARRIVALS, 0)) > self._seen
+        return self.notices.count(_ARRIVALS) > self._seen
 
     def _next(self, end: float) -> _Arrival | None:
         """Return who came next; None when nobody does until then."""
@@ -238,7 +219,7 @@ class MeetingPlace:
                 continue
             self._seen += 1
             with contextlib.suppress(PeerError):  # lost between the two steps of coming
-                values = json.loads(self._wait_for(f"arrival {self._seen}", self.timeout_s))
+                values = json.loads(self.notices.ask(f"arrival {self._seen}"))
                 was = None if values["was"] is None else Seat(**values["was"])
                 return _Arrival(**{**values, "was": was})
         return None
@@ -246,23 +227,9 @@ class MeetingPlace:
     def _refuse(self, arrival: _Arrival, free: Sequence[int]) -> None:
         expected = f"one of {', '.join(map(str, free))}" if free else "no peer besides peer 0"
         msg = f"Joining a pool: expected {expected}, got {arrival.wish}. Choose another --peer, or leave it out."
-        self.tell(f"seat {arrival.ticket}", json.dumps(msg))
+        self.notices.tell(f"seat {arrival.ticket}", json.dumps(msg))
 
     def _give(self, own: Seat, arrivals: Sequence[_Arrival]) -> Seat:
         for number, arrival in enumerate(arrivals, 1):
-            self.tell(f"seat {arrival.ticket}", json.dumps(asdict(replace(own, peer=number))))
+            self.notices.tell(f"seat {arrival.ticket}", json.dumps(asdict(replace(own, peer=number))))
         return own
-
-    def _wait_for(self, name: str, seconds: float | None) -> str:
-        """Return a text once it is there.
-
-        Peer 0's own thread answers as long as its process runs, so that waiting for it without end is no hanging.
-        """
-        end = None if seconds is None else time.monotonic() + seconds
-        with lost(f"waiting for the {name}"):
-            while not in_time(self.timeout_s, lambda: self._store.check([name])):
-                if end is not None and time.monotonic() > end:
-                    msg = f"nothing within {seconds:g} s."
-                    raise TimeoutError(msg)
-                time.sleep(_POLL_SECONDS)
-            return in_time(self.timeout_s, lambda: self._store.get(name)).decode()

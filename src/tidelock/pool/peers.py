@@ -4,57 +4,29 @@ Gloo groups of `torch.distributed`, made and kept here: none is the process's de
 ones can be made among the survivors. Gloo neither encrypts nor asks who connects: peers trust each other and their
 network (docs/pool.md).
 
-May import errors and libraries.
+May import `pool` and libraries.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
 from datetime import timedelta
-from threading import Thread
-from typing import TYPE_CHECKING, Any, TypeVar, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import distributed
 
-from tidelock.errors import PeerError
+from tidelock.pool.notices import in_time, lost
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
-    from torch._C._distributed_c10d import ProcessGroup, Store, Work
+    from torch._C._distributed_c10d import ProcessGroup, Work
 
-T = TypeVar("T")
+    from tidelock.pool.notices import Notices
 
 # Its types leave out what is used here.
 _distributed: Any = distributed
-
-
-def in_time(seconds: float, work: Callable[[], T]) -> T:
-    """Return what some work gives, done in a thread that is left alone when it takes too long.
-
-    A `TCPStore` asks a host that hangs, without any deadline.
-
-    Raises:
-        TimeoutError: It takes longer.
-    """
-    done: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except Exception as error:  # noqa: BLE001  (raised where it is waited for)
-            done.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    try:
-        return done.result(seconds)
-    except FutureTimeoutError as error:
-        msg = f"no answer within {seconds:g} s."
-        raise TimeoutError(msg) from error
 
 
 @final
@@ -62,13 +34,13 @@ class Peers:
     """All peers of a pool, seen from one of them.
 
     Args:
-        store: Where peers find each other; the same for all.
+        notices: Of these peers alone; how long a silent one is waited for is theirs.
         peer: This one's number.
         count: How many there are.
         host: Address on which this peer listens for the others.
-        timeout_s: Seconds after which a peer that does not answer counts as lost.
 
     Attributes:
+        notices: As given.
         peer: As given.
         count: As given.
 
@@ -76,34 +48,13 @@ class Peers:
         PeerError: The others were not there in time.
     """
 
-    def __init__(self, store: Store, peer: int, count: int, *, host: str = "127.0.0.1", timeout_s: float = 60) -> None:
+    def __init__(self, notices: Notices, peer: int, count: int, *, host: str = "127.0.0.1") -> None:
+        self.notices = notices
         self.peer = peer
         self.count = count
-        self._store = store
         self._host = host
-        self._timeout = timedelta(seconds=timeout_s)
-        # The store and Gloo have this deadline too, and say more when they keep it.
-        self._patience_s = 2 * timeout_s
         self._everyone = tuple(range(count))
         self._groups: dict[tuple[int, ...], ProcessGroup] = {self._everyone: self._open("all", self._everyone)}
-
-    def tell(self, name: str, text: str) -> None:
-        """Leave a text for the other peers.
-
-        Raises:
-            PeerError: Peer 0 is lost.
-        """
-        with lost("leaving a notice"):
-            in_time(self._patience_s, lambda: self._store.set(name, text))
-
-    def ask(self, name: str) -> str:
-        """Return the text that a peer leaves, once it has.
-
-        Raises:
-            PeerError: It was not there in time.
-        """
-        with lost(f"waiting for the {name}"):
-            return in_time(self._patience_s, lambda: self._store.get(name)).decode()
 
     def agree(self, *, changes: bool) -> bool:
         """Return whether one of the peers says so; all of them call this."""
@@ -168,11 +119,13 @@ class Peers:
         gloo = _distributed.ProcessGroupGloo
         options = gloo._Options()  # noqa: SLF001  (the only way to choose the address)
         options._devices = [gloo.create_device(hostname=self._host)]  # noqa: SLF001
-        options._timeout = self._timeout  # noqa: SLF001
-        store = _distributed.PrefixStore(name, self._store)
+        options._timeout = timedelta(seconds=self.notices.timeout_s)  # noqa: SLF001
+        store = self.notices.under(name).store
         with lost("meeting peers " + ", ".join(map(str, group))):
             place = list(group).index(self.peer)
-            opened: ProcessGroup = in_time(self._patience_s, lambda: gloo(store, place, len(group), options))
+            # Gloo has a deadline too, and says more when it keeps that.
+            patience_s = 2 * self.notices.timeout_s
+            opened: ProcessGroup = in_time(patience_s, lambda: gloo(store, place, len(group), options))
             return opened
 
 
@@ -200,22 +153,3 @@ class Transfer:
         with lost(self._what):
             self._work.wait()
         return self._tensor
-
-
-@contextmanager
-def lost(what: str) -> Iterator[None]:
-    """Raise as `PeerError` what `torch.distributed` raises when a peer is lost.
-
-    Args:
-        what: What this peer was doing, for the message.
-    """
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        # Gloo begins with its own file and line, and ends with advice of its own.
-        reason = (str(error).partition("]")[2].strip() or str(error)).splitlines()[0].partition(". This is ")[0]
-        msg = (
-            f"Pool: expected an answer while {what}, got: {reason.rstrip('.')}. Look whether that peer runs and is "
-            "reached. What is cached and saved stays."
-        )
-        raise PeerError(msg) from error

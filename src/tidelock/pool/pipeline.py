@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Protocol, TypeAlias, cast, final
+from typing import TYPE_CHECKING, Protocol, TypeAlias, final
 
 import torch
 
@@ -126,11 +126,9 @@ class Pipeline:
             NonFiniteError: The loss is infinite or not a number.
             PeerError: A peer was lost.
         """
-        rows = self._layout.rows_of(len(batch))
-        self.timeline = Timeline(self._peers.peer, self._number)
-        step = _Step(self._peers, self._compute, self.timeline, rows, batch)
+        step = self._begin(batch)
         last = len(self._layout.stages) - 1
-        for work, number in one_forward_one_backward(len(rows), self._stage.in_flight):
+        for work, number in one_forward_one_backward(len(step.rows), self._stage.in_flight):
             if work == "forward":
                 step.forward(number, is_last=self._number == last)
             else:
@@ -149,12 +147,16 @@ class Pipeline:
         Raises:
             PeerError: A peer was lost.
         """
-        rows = self._layout.rows_of(len(batch))
-        step = _Step(self._peers, self._compute, Timeline(self._peers.peer, self._number), rows, batch)
+        step = self._begin(batch)
         with torch.no_grad():
-            for number in range(len(rows)):
+            for number in range(len(step.rows)):
                 step.forward(number, is_last=self._number == len(self._layout.stages) - 1)
         step.finish()
+
+    def _begin(self, batch: Sequence[Example]) -> _Step:
+        self.timeline = Timeline(self._peers.peer, self._number)
+        rows = self._layout.rows_of(len(batch))
+        return _Step(self._peers, self._compute, self._number, self.timeline, rows, batch)
 
 
 @final
@@ -168,17 +170,13 @@ class _Step:
 
     peers: Peers
     compute: StageCompute
+    number: int
     timeline: Timeline
     rows: list[list[dict[int, range]]]
     batch: Sequence[Example]
     loss: float = 0.0
     _kept: dict[int, Kept] = field(default_factory=dict)
     _sent: list[Transfer] = field(default_factory=list)
-
-    @property
-    def number(self) -> int:
-        """Of this peer's stage."""
-        return cast("int", self.timeline.stage)
 
     def forward(self, number: int, *, is_last: bool) -> None:
         """Compute the forward of a micro-batch, and send what comes of it."""

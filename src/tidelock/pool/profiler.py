@@ -73,9 +73,9 @@ def measure_pool(peers: Peers, job: PoolJob, rows: Sequence[int], device: Device
     """
     found = _known_or_measured(job, rows, device)
     own = found.device.model_copy(update={"name": f"{peers.peer}: {device.name}", "memory_bytes": device.memory_bytes})
-    peers.tell(f"device {peers.peer}", own.model_dump_json())
+    peers.notices.tell(f"device {peers.peer}", own.model_dump_json())
     links = _measure_links(peers)
-    devices = [Device.model_validate_json(peers.ask(f"device {peer}")) for peer in range(peers.count)]
+    devices = [Device.model_validate_json(peers.notices.ask(f"device {peer}")) for peer in range(peers.count)]
     between = [
         LinkBetween(devices=(devices[one].name, devices[other].name), **link.model_dump())
         for (one, other), link in links.items()
@@ -91,8 +91,8 @@ def measure_pool(peers: Peers, job: PoolJob, rows: Sequence[int], device: Device
     )
     # Measured bytes may differ in the last digits between devices: peer 0's count.
     if peers.peer == 0:
-        peers.tell("profile", profile.model_dump_json())
-    return Profile.model_validate_json(peers.ask("profile"))
+        peers.notices.tell("profile", profile.model_dump_json())
+    return Profile.model_validate_json(peers.notices.ask("profile"))
 
 
 # Of a pool of one device.
@@ -261,8 +261,8 @@ def _measure_links(peers: Peers) -> dict[tuple[int, int], Link]:
             speed = 4 * _PROBE_FLOATS / max(seconds - latency, 1e-9)
             if leads:
                 link = Link(bytes_per_second=speed, latency_seconds=latency)
-                peers.tell(f"link {one} {other}", link.model_dump_json())
-        found[one, other] = Link(**json.loads(peers.ask(f"link {one} {other}")))
+                peers.notices.tell(f"link {one} {other}", link.model_dump_json())
+        found[one, other] = Link(**json.loads(peers.notices.ask(f"link {one} {other}")))
     return found
 
 

@@ -248,15 +248,14 @@ def _send_wave(peers: Peers, moves: Sequence[_Move], kept: Kept, widths: Widths)
             elif move.owner == peers.peer:
                 size = sum(rows * width for rows, width in widths.shapes(move.example, blocks))
                 arriving.setdefault(move.number, []).append(peers.receive(torch.empty(size), holder, tag))
-    for move in moves:
+    for move in (move for move in moves if move.owner == peers.peer):
         tensors: list[Tensor] = []
-        for (blocks, _), part in zip(move.route, arriving.get(move.number, []), strict=move.owner == peers.peer):
+        for (blocks, _), part in zip(move.route, arriving[move.number], strict=True):
             flat = part if isinstance(part, torch.Tensor) else part.wait()
             shapes = widths.shapes(move.example, blocks)
             split = flat.split([rows * width for rows, width in shapes])
             tensors += [each.view(shape) for each, shape in zip(split, shapes, strict=True)]
-        if move.owner == peers.peer:
-            kept.whole.put(key_of(move.example), tensors)
+        kept.whole.put(key_of(move.example), tensors)
     for transfer in leaving:
         transfer.wait()
     return sent

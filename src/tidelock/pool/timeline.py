@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias, final
@@ -67,15 +67,20 @@ class Timeline:
         yield
         self.bars.append(Bar(work, micro_batch, begin, time.perf_counter() - self._began))
 
-    def to_json(self) -> str:
-        """Return it as peers tell it each other, and as a run's folder has it."""
-        return json.dumps(asdict(self))
 
-    @classmethod
-    def from_json(cls, text: str) -> Timeline:
-        """Return what `to_json` was called on."""
-        values = json.loads(text)
-        return cls(**{**values, "bars": [Bar(**bar) for bar in values["bars"]]})
+def to_json(timelines: Sequence[Timeline]) -> str:
+    """Return them as peers tell them each other, and as a run's folder has them."""
+    return json.dumps([asdict(timeline) for timeline in timelines])
+
+
+def from_json(text: str) -> list[Timeline]:
+    """Return what `to_json` was given.
+
+    Raises:
+        TypeError: The text is JSON of something else.
+        ValueError: It is no JSON.
+    """
+    return [Timeline(**{**values, "bars": [Bar(**bar) for bar in values["bars"]]}) for values in json.loads(text)]
 
 
 def summary(timelines: Sequence[Timeline]) -> list[str]:
@@ -88,9 +93,9 @@ def _summary(timeline: Timeline, whole: float) -> str:
     memory = f"{format_bytes(timeline.memory_bytes)} of memory"
     if timeline.stage is None or not whole:
         return f"Peer {timeline.peer}, without blocks: {memory}."
-    spent: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
     for bar in timeline.bars:
-        spent[bar.work] += bar.end - bar.begin  # type: ignore[assignment]  # counts seconds
+        spent[bar.work] += bar.end - bar.begin
     said = [f"computing {(spent['forward'] + spent['backward']) / whole:.0%}"]
     for work, what in (
         ("wait-forward", f"waiting for stage {timeline.stage}"),

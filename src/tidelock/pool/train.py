@@ -28,7 +28,7 @@ from tidelock.pool.pipeline import Pipeline, sum_gradients, sum_of_losses
 from tidelock.pool.recipe import Optimizer
 from tidelock.pool.redistribute import Widths, find_routes, gather, redistribute
 from tidelock.pool.side_stage import SideStage, padded
-from tidelock.pool.timeline import Timeline
+from tidelock.pool.timeline import Timeline, from_json, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -251,9 +251,9 @@ class _Stages:
         """Return what each peer did when in the last batch; on other peers than 0, nothing."""
         own = Timeline(self._peers.peer, None) if self._pipeline is None else self._pipeline.timeline
         own.memory_bytes = psutil.Process().memory_info().rss
-        self._peers.tell(f"timeline {self._peers.peer}", own.to_json())
+        self._peers.notices.tell(f"timeline {self._peers.peer}", to_json([own]))
         everybody = range(self._peers.count) if self._peers.peer == 0 else ()
-        return [Timeline.from_json(self._peers.ask(f"timeline {peer}")) for peer in everybody]
+        return [each for peer in everybody for each in from_json(self._peers.notices.ask(f"timeline {peer}"))]
 
     def fill(self, examples: Sequence[Example]) -> None:
         """Run the blocks for what they give."""

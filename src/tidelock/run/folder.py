@@ -151,11 +151,12 @@ class RunFolder:
         self._write(self.timelines, timelines + "\n")
 
     def write_layout(self, layout: str) -> None:
-        """Write which devices of a pool compute what, as JSON.
+        """Write which devices of a pool compute what, as JSON; what they did by an earlier layout goes.
 
         Raises:
             StorageError: The file system refused.
         """
+        self.write_timelines("[]")
         self._write(self.layout, layout + "\n")
 
     def read_layout(self) -> str:

@@ -5,7 +5,6 @@ May import everything below `run`.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from tidelock.errors import ConfigError, ModelMismatch, PeerError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
-from tidelock.pool.timeline import summary
+from tidelock.pool.timeline import summary, to_json
 from tidelock.pool.train import PoolTraining
 from tidelock.run.config import RunConfig
 from tidelock.run.facts import facts_of_pool
@@ -97,7 +96,7 @@ class _Notes:
         """Say who waits for whom, and keep it for the report."""
         self._observer.say("\n".join([f"What the peers did in step {step}:", *summary(of_peers)]))
         if self._lead is not None:
-            self._lead.folder.write_timelines(json.dumps([json.loads(each.to_json()) for each in of_peers]))
+            self._lead.folder.write_timelines(to_json(of_peers))
 
     def fill(self, examples: int) -> None:
         """Say that blocks are run again."""
@@ -211,8 +210,8 @@ def follow(own: RunConfig, meeting: MeetingPlace, observer: Observer, *, wish: i
     began = time.monotonic()
     checkpoint = Checkpoint.open(str(own.model))
     checkpoint.materialise()
-    config = RunConfig.from_toml(meeting.ask(_CONFIG), Path(_CONFIG))
-    expected, found = meeting.ask(_MODEL), str(checkpoint.fingerprint())
+    config = RunConfig.from_toml(meeting.notices.ask(_CONFIG), Path(_CONFIG))
+    expected, found = meeting.notices.ask(_MODEL), str(checkpoint.fingerprint())
     if found != expected:
         msg = (
             f"Pool: expected the model with fingerprint {expected[:12]} that peer 0 has, got {found[:12]} "
@@ -242,9 +241,9 @@ def _follow_round(
     try:
         examples = shared_examples(peers, None)
         job = job_of(config, checkpoint, examples, cache, shared_begin(peers, config, checkpoint, None))
-        if peers.ask(_MEASURES) == str(True):
+        if peers.notices.ask(_MEASURES) == str(True):
             measured_profile(peers, job, config)
-        layout = layout_from_json(peers.ask(_LAYOUT))
+        layout = layout_from_json(peers.notices.ask(_LAYOUT))
         _introduce(peers, layout, observer)
         notes = _Notes(None, observer, job)
         model = PoolTraining(peers, layout, job, notes).run()
@@ -284,8 +283,8 @@ class _Lead:
     def run(self, count: int) -> PoolResult:
         """Train with so many peers at first."""
         began = time.monotonic()
-        self.meeting.tell(_CONFIG, self.config.to_toml())
-        self.meeting.tell(_MODEL, str(self.checkpoint.fingerprint()))
+        self.meeting.notices.tell(_CONFIG, self.config.to_toml())
+        self.meeting.notices.tell(_MODEL, str(self.checkpoint.fingerprint()))
         seat = self.meeting.seat_first(count)
         while True:
             try:
@@ -340,7 +339,7 @@ class _Lead:
         """Return who computes what in this round, which all peers then know."""
         num_blocks = _num_blocks(self.checkpoint)
         decision = self.layout_of(num_blocks, peers.count, None)
-        peers.tell(_MEASURES, str(decision is None))
+        peers.notices.tell(_MEASURES, str(decision is None))
         if decision is None:
             self.observer.say("Measuring the devices and the links between them.")
             measured = measured_profile(peers, job, self.config)
@@ -348,11 +347,13 @@ class _Lead:
             self.folder.write_profile(measured.model_dump_json(indent=2))
             decision = cast("Decision", self.layout_of(num_blocks, peers.count, measured))
         layout, profile = decision
-        if profile is not None:
-            self.folder.write_profile(profile.model_dump_json(indent=2))
         text = layout_to_json(layout)
-        self.folder.write_layout(text)
-        peers.tell(_LAYOUT, text)
+        # Later rounds run blocks at most for what was lost: the folder keeps by what the first epoch was done.
+        if job.begin.steps < job.recipe.steps_per_epoch(len(job.examples)):
+            if profile is not None:
+                self.folder.write_profile(profile.model_dump_json(indent=2))
+            self.folder.write_layout(text)
+        peers.notices.tell(_LAYOUT, text)
         return layout
 
 

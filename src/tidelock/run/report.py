@@ -5,7 +5,6 @@ May import everything below `run`.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from pydantic import ValidationError
 from tidelock.errors import CheckpointError, ConfigError
 from tidelock.plan.inputs import read_profile
 from tidelock.plan.plan import make_plan
-from tidelock.pool.timeline import Timeline
+from tidelock.pool.timeline import from_json
 from tidelock.report.facts import RunFacts
 from tidelock.report.record import PoolRecord, PoolRow, RunRecord
 from tidelock.run.folder import RunFolder, read_rows
@@ -24,6 +23,7 @@ from tidelock.run.pool_layout import described, layout_from_json, planned_layout
 if TYPE_CHECKING:
     from tidelock.plan.plan import Plan
     from tidelock.pool.layout import PoolLayout
+    from tidelock.pool.timeline import Timeline
     from tidelock.run.config import RunConfig
 
 # Where this person's files and cloud are: no part of what the run is, and a page is shown to others.
@@ -98,9 +98,8 @@ def _timelines_of(folder: RunFolder) -> list[Timeline]:
     if not folder.timelines.is_file():
         return []
     try:
-        values = json.loads(folder.timelines.read_text(encoding="utf-8"))
-        return [Timeline.from_json(json.dumps(value)) for value in values]
-    except (ValueError, TypeError) as error:
+        return from_json(folder.timelines.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError) as error:
         msg = (
             f"Report: expected what the peers did in a step, got {type(error).__name__} ({folder.timelines}). Remove "
             "that file; the report is then drawn without it."

@@ -17,7 +17,7 @@ from torch import distributed
 
 from tidelock.errors import ConfigError, ListenRefused, PeerError
 from tidelock.pool.meeting import MeetingPlace, Seat
-from tidelock.pool.peers import in_time
+from tidelock.pool.notices import Notices, in_time
 
 TIMEOUT = 10.0
 
@@ -26,7 +26,7 @@ TIMEOUT = 10.0
 def places():
     """Return what makes the meeting place as another peer sees it; they share the store."""
     store = cast("Any", distributed).HashStore()
-    return lambda timeout_s=TIMEOUT: MeetingPlace(store, "127.0.0.1", timeout_s)
+    return lambda timeout_s=TIMEOUT: MeetingPlace(Notices(store, timeout_s), "127.0.0.1")
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def coming(places, *arrivals):
         for number, arrival in enumerate(arrivals, 1):
             place = places()
             seats.append(threads.submit(place.arrive, **arrival))
-            while number > int(place._store.add("arrivals", 0)):
+            while number > place.notices.count("arrivals"):
                 time.sleep(0.005)
         yield seats
 
@@ -101,7 +101,7 @@ def test_who_comes_when_all_seats_are_taken_waits_for_the_next_round(places):
 
 def test_one_that_was_lost_while_it_came_holds_nobody_up(places):
     place = places(1)
-    place._store.add("arrivals", 1)
+    place.notices.count("arrivals", 1)
     assert place.seat_again(Seat(0, 0, 1)) == Seat(1, 0, 1)
 
 
@@ -125,7 +125,7 @@ def test_a_port_that_is_taken():
 def host(told):
     """Hold a meeting place, and say where; run in a process of its own."""
     place, port = MeetingPlace.host("127.0.0.1", 0, timeout_s=TIMEOUT)
-    place.tell("something", "there")
+    place.notices.tell("something", "there")
     told.send(port)
     time.sleep(60)
 
@@ -140,21 +140,21 @@ def test_a_meeting_place_that_hangs_or_is_gone_is_noticed(what, number):
     process.start()
     try:
         place = MeetingPlace.find("127.0.0.1", heard.recv(), own_host="127.0.0.1", timeout_s=TIMEOUT)
-        assert place.ask("something") == "there"
-        place.timeout_s = 0.5
+        assert place.notices.ask("something") == "there"
+        place.notices.timeout_s = 0.5
         assert process.pid is not None
         os.kill(process.pid, number)
         began = time.monotonic()
         acts: dict[str, Callable[[], object]] = {
-            "ask": lambda: place.ask("nothing"),
+            "ask": lambda: place.notices.ask("nothing"),
             "arrive": place.arrive,
-            "tell": lambda: place.tell("a", "b"),
+            "tell": lambda: place.notices.tell("a", "b"),
         }
 
         def act_until_it_is_noticed():
             while True:  # what is told first may only have reached the network
                 acts[what]()
-                place.ask("something")
+                place.notices.ask("something")
 
         with pytest.raises(PeerError, match="expected an answer while"):
             act_until_it_is_noticed()

@@ -11,7 +11,8 @@ from tidelock.errors import ConfigError
 from tidelock.plan.inputs import parse_profile, read_profile
 from tidelock.plan.plan import make_plan
 from tidelock.pool.layout import PoolLayout, Stage
-from tidelock.run.pool_layout import planned_layout, written_layout
+from tidelock.run.folder import RunFolder
+from tidelock.run.pool_layout import layout_from_json, layout_to_json, planned_layout, written_layout
 
 PROFILE = ROOT / "examples" / "nanos-bart-large.json"
 
@@ -55,3 +56,15 @@ def test_a_device_that_would_not_help():
     layout = planned_layout(plan, profile, len(profile.blocks))
     assert [profile.devices[peer].name for peer in layout.idle] == list(plan.left_out)
     assert layout.num_peers == 2
+
+
+def test_a_new_layout_does_away_with_what_was_done_by_another(tmp_path):
+    folder = RunFolder.new(tmp_path / "run")
+    folder.write_timelines('[{"peer": 0}]')
+    folder.write_layout("{}")
+    assert folder.timelines.read_text() == "[]\n"
+
+
+def test_a_layout_comes_back_from_json():
+    layout = PoolLayout((Stage(range(2), (0, 2), (1, 3), 2), Stage(range(2, 3), (1,), (1,))), 4, idle=(3,))
+    assert layout_from_json(layout_to_json(layout)) == layout
