@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast, final
 from torch import distributed
 
 from tidelock.errors import ConfigError, ListenRefused, PeerError
-from tidelock.pool.notices import Notices, lost
+from tidelock.pool.notices import Notices, in_time, lost
 from tidelock.pool.peers import Peers
 
 if TYPE_CHECKING:
@@ -135,7 +135,9 @@ class MeetingPlace:
             PeerError: It is not there in time.
         """
         with lost(f"looking for peer 0 at {host}:{port}"):
-            store = _distributed.TCPStore(host, port, timeout=timedelta(seconds=timeout_s), is_master=False)
+            timeout = timedelta(seconds=timeout_s)
+            # Has a deadline for who is not there, and none for who is and hangs.
+            store = in_time(2 * timeout_s, lambda: _distributed.TCPStore(host, port, timeout=timeout, is_master=False))
         return cls(Notices(store, timeout_s), own_host)
 
     def open(self, seat: Seat) -> Peers:

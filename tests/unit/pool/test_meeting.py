@@ -130,19 +130,28 @@ def host(told):
     time.sleep(60)
 
 
-@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=lambda number: number.name)
-@pytest.mark.parametrize("what", ["ask", "tell", "arrive"])
-def test_a_meeting_place_that_hangs_or_is_gone_is_noticed(what, number):
-    """`torch.distributed` itself would wait for a stopped one for ever."""
+@contextmanager
+def another_process():
+    """Give a process that holds a meeting place, and the place's port."""
     context = multiprocessing.get_context("forkserver")
     heard, told = context.Pipe()
     process = context.Process(target=host, args=(told,))
     process.start()
     try:
-        place = MeetingPlace.find("127.0.0.1", heard.recv(), own_host="127.0.0.1", timeout_s=TIMEOUT)
+        yield process, heard.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize("what", ["ask", "tell", "arrive"])
+def test_a_meeting_place_that_hangs_or_is_gone_is_noticed(what, number):
+    """`torch.distributed` itself would wait for a stopped one for ever."""
+    with another_process() as (process, port):
+        place = MeetingPlace.find("127.0.0.1", port, own_host="127.0.0.1", timeout_s=TIMEOUT)
         assert place.notices.ask("something") == "there"
         place.notices.timeout_s = 0.5
-        assert process.pid is not None
         os.kill(process.pid, number)
         began = time.monotonic()
         acts: dict[str, Callable[[], object]] = {
@@ -159,6 +168,12 @@ def test_a_meeting_place_that_hangs_or_is_gone_is_noticed(what, number):
         with pytest.raises(PeerError, match="expected an answer while"):
             act_until_it_is_noticed()
         assert time.monotonic() - began < TIMEOUT
-    finally:
-        process.kill()
-        process.join()
+
+
+def test_a_meeting_place_that_hangs_before_it_is_found_is_noticed():
+    with another_process() as (process, port):
+        os.kill(process.pid, signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(PeerError, match=f"looking for peer 0 at 127.0.0.1:{port}, got: no answer within 2 s"):
+            MeetingPlace.find("127.0.0.1", port, own_host="127.0.0.1", timeout_s=1)
+        assert time.monotonic() - began < TIMEOUT
