@@ -273,7 +273,10 @@ def lost_with_last(layout: PoolLayout, steps: int, *, is_shared: bool) -> int:
         ("step 7", {6, 7}),
     ],
 )
-@pytest.mark.parametrize("layout", ["hybrid", "straight pipeline", "one without blocks"])
+@pytest.mark.parametrize(
+    "layout",
+    ["hybrid", *(pytest.param(name, marks=pytest.mark.slow) for name in ("straight pipeline", "one without blocks"))],
+)
 def test_the_others_go_on_without_a_lost_peer(
     layout: str, dies_at: str, goes_on_from: set[int], tiny_models: Path, tmp_path: Path
 ) -> None:

@@ -131,7 +131,7 @@ def test_without_peer_0_all_end(world: World, steps: int, number: signal.Signals
             assert "error: Pool: expected an answer while " in peer.stderr
 
 
-@pytest.mark.parametrize("victim", [1, 2])
+@pytest.mark.parametrize("victim", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("steps", [1, 8], ids=["in the first epoch", "in a cached epoch"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
 def test_the_others_go_on_without_a_lost_peer_until_it_is_back(
