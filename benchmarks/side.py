@@ -140,7 +140,7 @@ class Outcome:
     Attributes:
         seconds: Of each epoch.
         rss_bytes: The process's largest resident memory in each epoch.
-        gpu_bytes: Likewise allocated by torch; none without a GPU.
+        gpu_bytes: Likewise allocated by torch on the GPU, where everything then is; none without one.
         import_bytes: Its resident memory before the model was loaded.
         trained: Parameters that learn.
         accuracy: Share of the test examples that are right; None for random weights.
@@ -191,7 +191,7 @@ def _work(order: Order) -> Outcome:
     rows, tests = _rows(order)
     with tempfile.TemporaryDirectory() as scratch:
         model = _model(order, Path(scratch))
-        device = "cuda" if torch.cuda.is_available() and order.variant in {"full", "lora"} else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=_RATES[order.variant], weight_decay=0.0)
@@ -202,6 +202,8 @@ def _work(order: Order) -> Outcome:
         for _ in range(order.epochs):
             draw.shuffle(rows)
             memory.take()
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
             model.train()
             for batch in _batches(rows, order.batch_size, model):
@@ -211,9 +213,11 @@ def _work(order: Order) -> Outcome:
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
+            if device == "cuda":
+                torch.cuda.synchronize()
+                gpu.append(torch.cuda.max_memory_allocated())
             seconds.append(time.perf_counter() - began)
             rss.append(memory.take())
-            gpu += [torch.cuda.max_memory_allocated()] if torch.cuda.is_available() else []
             if order.variant == "side, cached":
                 model.source.release()
         count = sum(parameter.numel() for parameter in trained)
@@ -375,7 +379,7 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "total": _mean([sum(run["seconds"]) for run in runs]),
         "rss": max(max(run["rss_bytes"][1:]) for run in runs),
         "rss_above_import": max(max(run["rss_bytes"][1:]) - run["import_bytes"] for run in runs),
-        "gpu": max((max(run["gpu_bytes"]) for run in runs if run["gpu_bytes"]), default=None),
+        "gpu": max((max(run["gpu_bytes"][1:]) for run in runs if run["gpu_bytes"]), default=None),
         "accuracy": _mean(accuracies) if accuracies else None,
     }
 
@@ -407,7 +411,9 @@ def _aims(rows: dict[str, dict[str, Any]], shares: dict[str, float]) -> list[dic
         full, lora, cached = row["full"], row["lora"], row["side, cached"]
         add(name, "a LoRA epoch's time over a cached epoch's", 10, lora["epoch"] / cached["epoch"])
         add(name, "LoRA's time for all epochs over the cached side's", 3, lora["total"] / cached["total"])
-        for measure, shown in (("rss", "peak memory"), ("rss_above_import", "peak memory above the libraries'")):
+        measures = [("rss", "peak memory"), ("rss_above_import", "peak memory above the libraries'")]
+        # On a GPU the model is there, and what is left in the process are the libraries.
+        for measure, shown in [("gpu", "peak GPU memory")] if cached["gpu"] else measures:
             add(name, f"{shown} of cached epochs, saved of full's", 0.85, 1 - cached[measure] / full[measure])
             add(name, f"{shown} of cached epochs, saved of LoRA's", 0.7, 1 - cached[measure] / lora[measure])
         if cached["accuracy"] is not None:
@@ -433,9 +439,13 @@ def tables(result: dict[str, Any]) -> str:
         table = [
             ["", "trained", "first epoch", "later epoch", "all", "peak memory", "above the libraries'", "accuracy"]
         ]
+        measures = ["rss", "rss_above_import"]
+        if any(row["gpu"] for row in rows.values()):
+            table[0].insert(-1, "on the GPU")
+            measures.append("gpu")
         for variant, row in rows.items():
             times = [row[measure] / lora[measure] for measure in ("first_epoch", "epoch", "total")] if lora else []
-            memory = [f"{row[measure] / 1e6:,.0f} MB" for measure in ("rss", "rss_above_import")]
+            memory = [f"{row[measure] / 1e6:,.0f} MB" for measure in measures]
             accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
             table.append([variant, f"{row['trained']:,}", *(f"{ratio:.3f}" for ratio in times), *memory, accuracy])
         shown.append(f"{name}; times are to LoRA's:\n\n{_markdown(table)}")
@@ -472,6 +482,7 @@ def _setting(options: argparse.Namespace) -> dict[str, Any]:
         "threads": options.threads,
         "versions": {name: version(name) for name in names},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "notes": (
             "Each variant in a process of its own. Memory is the largest resident size in the epochs after the first, "
             "sampled every 20 ms; accuracy is of the end. T5-Base and BART-Large have random weights, sources of 128 "
