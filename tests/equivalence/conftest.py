@@ -82,6 +82,7 @@ def cloud(
         )
     )
     services.append(Service(f"{TLS_MODEL}_limited", str(tiny_models / TLS_MODEL), max_active=2))
+    services.append(Service(f"{TLS_MODEL}_again", str(tiny_models / TLS_MODEL), recompute=True))
     with CloudProcess(services, tmp_path_factory.mktemp("cloud") / "log") as process:
         yield process
 

@@ -38,6 +38,7 @@ class Service:
         max_sessions: Passes open at once.
         max_memory_bytes: What open passes may keep.
         max_active: Active sites in a training pass.
+        recompute: Run blocks again on the way back.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Service:
     max_sessions: int = 8
     max_memory_bytes: int | None = None
     max_active: int | None = None
+    recompute: bool = False
 
 
 @final
@@ -159,6 +161,7 @@ def _start(service: Service) -> tuple[str, int]:
             max_memory_bytes=service.max_memory_bytes,
             at_once=2,
             max_active=service.max_active,
+            recompute=service.recompute,
         ),
     )
     _KEPT.append(server)

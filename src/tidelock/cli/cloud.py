@@ -53,7 +53,7 @@ def command(
         bool, typer.Option("--insecure", help="Listen beyond this machine without TLS (inside a tunnel).")
     ] = False,
     torch_device: Annotated[str, typer.Option(help="Where the blocks run: cpu, cuda, cuda:1 or mps.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="What they compute in: fp32 or bf16.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="What their weights are kept in: fp32, bf16, int8 or nf4.")] = "fp32",
     max_sessions: Annotated[int, typer.Option(min=1, help="Passes open at once; more wait.")] = 8,
     max_memory: Annotated[
         str | None, typer.Option(help="What open passes may keep together, such as 8GiB; more wait.")
@@ -61,6 +61,9 @@ def command(
     max_active: Annotated[
         int | None, typer.Option(min=1, help="Active modules in a training pass; per tenant in the tokens file.")
     ] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Run blocks again on the way back: slower, but passes keep less memory.")
+    ] = False,
     metrics: Annotated[str | None, typer.Option(help="HOST:PORT to serve Prometheus metrics at.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice by default.")] = None,
     at_once: Annotated[int | None, typer.Option(min=1, help="Passes that compute at once; 2 on a CPU, else 1.")] = None,
@@ -80,7 +83,7 @@ def command(
     from tidelock.cloud.server import CloudServer
     from tidelock.cloud.service import Limits
 
-    limits = Limits(max_sessions=max_sessions, max_memory_bytes=memory, at_once=at_once, max_active=max_active)
+    limits = Limits(max_sessions, max_memory_bytes=memory, at_once=at_once, max_active=max_active, recompute=recompute)
     counters = None if metrics is None else _metrics(metrics)
     _serve(CloudServer(choice, tenants, listener, limits=limits, metrics=counters), choice, token, output)
 
@@ -169,13 +172,13 @@ def _announce(server: CloudServer, address: Address, choice: ModelChoice, token:
     import psutil
 
     described, family = server.description, server.geometry.family
-    memory = psutil.Process().memory_info().rss
+    memory, per_token = psutil.Process().memory_info().rss, int(server.cost.per_token)
     verified = "verified" if family.verified else "unverified: cut by its structure; compare with peft before use"
     lines = [
         f"Model        {choice.model} ({described.num_blocks} blocks, {choice.dtype} on {choice.torch_device})",
         f"Family       {family.name} ({verified})",
         f"Fingerprint  {described.fingerprint[:16]}",
-        f"Memory       {format_bytes(memory)} now; open passes take more",
+        f"Memory       {format_bytes(memory)} now; {format_bytes(per_token)} more a token of an open training pass",
         f"Listening    {address.url}",
         _PRIVACY,
         *([] if token is None else _how_to_train(address, token)),
@@ -192,6 +195,7 @@ def _announce(server: CloudServer, address: Address, choice: ModelChoice, token:
         "torch_device": choice.torch_device,
         "fingerprint": described.fingerprint,
         "memory_bytes": memory,
+        "memory_bytes_per_token": per_token,
         **({} if token is None else {"token": token}),
     }
     output.result(values, "\n".join(lines))

@@ -260,7 +260,7 @@ class StreamSites:
             return self._line.tensor("input_gradient", shape, codec, site=site.number)
 
 
-def run_pass(cut: CutModel, order: PassOrder, line: Line, turn: Turn) -> None:
+def run_pass(cut: CutModel, order: PassOrder, line: Line, turn: Turn, *, recompute: bool = False) -> None:
     """Run one pass to its end.
 
     Args:
@@ -268,6 +268,7 @@ def run_pass(cut: CutModel, order: PassOrder, line: Line, turn: Turn) -> None:
         order: What the device has asked for.
         line: The stream.
         turn: Its use of the compute queue.
+        recompute: Run each block again on the way back.
 
     Raises:
         WireError: The device broke the protocol.
@@ -288,7 +289,7 @@ def run_pass(cut: CutModel, order: PassOrder, line: Line, turn: Turn) -> None:
     if order.taps is not None:
         _run_taps(cut, batch, order, order.taps, line, turn)
         return
-    walk = Walk(cut, batch, StreamSites(line, order, geometry, turn), turn.give_way)
+    walk = Walk(cut, batch, StreamSites(line, order, geometry, turn), turn.give_way, recompute=recompute)
     cache = DynamicCache(config=cut.config) if order.mode == pb.GENERATE else None
     with turn.computing():
         final_MD = walk.forward(cache)

@@ -76,12 +76,23 @@ def bytes_of_taps(geometry: Geometry, tokens: int, blocks: int, width: int | Non
     return 4 * tokens * blocks * (width or geometry.block_width)
 
 
-def measure_cost(cut: CutModel) -> PassCost:
-    """Return what passes through this model keep, from two small ones."""
+def measure_cost(cut: CutModel, *, recompute: bool = False) -> PassCost:
+    """Return what passes through this model keep, from two small ones.
+
+    Args:
+        cut: The model.
+        recompute: Whether they keep what each block was given, and of one block at a time what is inside.
+    """
     narrow, wide = _PROBE_WIDTHS
     kept_narrow, kept_wide = (_kept_bytes(cut, width) for width in _PROBE_WIDTHS)
     squared = max(0.0, (kept_wide / wide - kept_narrow / narrow) / (wide - narrow))
-    return PassCost(max(0.0, kept_narrow / narrow - squared * narrow), squared)
+    linear, blocks = max(0.0, kept_narrow / narrow - squared * narrow), cut.geometry.num_blocks
+    if not recompute:
+        return PassCost(linear, squared)
+    # One state more: what the final norm was given. Of the lowest block only what is above its site was counted.
+    given = cut.dtype.itemsize * cut.geometry.block_width * (blocks + 1)
+    inside = max(1, blocks - 1)
+    return PassCost(given + linear / inside, squared / inside)
 
 
 @final

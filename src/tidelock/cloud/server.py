@@ -92,6 +92,11 @@ class CloudServer:
         limits: What one cloud gives.
         metrics: Counts passes; None counts nothing.
 
+    Attributes:
+        description: What devices are told.
+        geometry: The model's.
+        cost: What a training pass keeps.
+
     Raises:
         ModelError, ConfigError: The model cannot be loaded, or not there.
         ListenRefused: The address is not allowed.
@@ -121,6 +126,7 @@ class CloudServer:
         self.geometry = cut.geometry
         offer = Offer(self.description, Path(self._folder.name))
         self._service = BackboneService(cut, offer, tenants, limits, metrics)
+        self.cost = self._service.cost
         self._health = health.HealthServicer()
         # Streams that wait for an engine hold one of these threads each, and Describe and health need some too.
         threads = ThreadPoolExecutor(4 * limits.max_sessions + 16, thread_name_prefix="grpc")

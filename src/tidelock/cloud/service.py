@@ -56,6 +56,7 @@ class Limits:
         at_once: Passes that compute at the same time.
         max_active: Active modules in a training pass of a tenant whose line of the tokens file names no other number;
             None for no limit.
+        recompute: Whether training passes run each block again on the way back, and so keep less.
     """
 
     max_sessions: int = 8
@@ -63,6 +64,7 @@ class Limits:
     max_memory_bytes: int | None = None
     at_once: int = 1
     max_active: int | None = None
+    recompute: bool = False
 
 
 @final
@@ -84,6 +86,9 @@ class BackboneService(pb_grpc.BackboneServicer):
         tenants: Who may call.
         limits: What one cloud gives.
         metrics: Counts passes; None counts nothing.
+
+    Attributes:
+        cost: What a training pass keeps.
     """
 
     def __init__(
@@ -102,7 +107,7 @@ class BackboneService(pb_grpc.BackboneServicer):
         self._metrics = metrics
         self._compute = ComputeQueue(limits.at_once)
         self._memory = MemoryBudget(limits.max_memory_bytes)
-        self._cost = measure_cost(cut)
+        self.cost = measure_cost(cut, recompute=limits.recompute)
         # A pass keeps one of these threads from its Open to its end; further passes wait in the executor's line.
         self._engines = ThreadPoolExecutor(limits.max_sessions, thread_name_prefix="pass")
         self._submitting = threading.Lock()
@@ -201,7 +206,7 @@ class BackboneService(pb_grpc.BackboneServicer):
             asked = time.perf_counter()
             with self._memory.reserve(size_bytes, may_wait=may_wait):
                 turn.waited_seconds += time.perf_counter() - asked
-                run_pass(self._cut, order, line, turn)
+                run_pass(self._cut, order, line, turn, recompute=self._limits.recompute)
             logger.debug("Pass of %s: %d tokens, %.3f s computing.", tenant, rows.num_tokens, turn.seconds)
             if self._metrics is not None:
                 self._metrics.count_pass(tenant, rows.num_tokens, turn.seconds)
@@ -224,7 +229,7 @@ class BackboneService(pb_grpc.BackboneServicer):
         rows = order.rows
         if order.training:
             at_sites = bytes_at_sites(self._cut, order.active, order.rank)
-            return self._cost.bytes_for(len(rows.lengths), rows.width, at_sites)
+            return self.cost.bytes_for(len(rows.lengths), rows.width, at_sites)
         if order.taps is not None:
             taps = order.taps
             return bytes_of_taps(self._cut.geometry, rows.num_tokens, len(taps.blocks), taps.width)
@@ -260,7 +265,8 @@ class BackboneService(pb_grpc.BackboneServicer):
         if not self._memory.fits(size_bytes):
             msg = (
                 f"Opening a pass: expected it to keep at most {format_bytes(self._memory.limit_bytes or 0)}, as "
-                f"--max-memory says, got one of {format_bytes(size_bytes)}. Use smaller or shorter batches."
+                f"--max-memory says, got one of {format_bytes(size_bytes)}. Use smaller or shorter "
+                "batches, or have the cloud started with --recompute."
             )
             raise ConfigError(msg)
 

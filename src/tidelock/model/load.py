@@ -5,10 +5,13 @@ May import errors, `model` and libraries.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
+from transformers import BitsAndBytesConfig
 
 from tidelock.errors import ConfigError, ModelError
 from tidelock.model.cut import CutModel
@@ -20,8 +23,13 @@ if TYPE_CHECKING:
 
     from tidelock.model.checkpoint import Checkpoint
 
-# What frozen blocks may compute in, by the name that options use.
-BACKBONE_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# What the weights of frozen blocks may be kept in, by the name that options use, and what the blocks then give.
+BACKBONE_DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "int8": torch.bfloat16,  # LLM.int8() (Dettmers et al., arXiv 2208.07339)
+    "nf4": torch.bfloat16,  # 4-bit NormalFloat (QLoRA, Dettmers et al., arXiv 2305.14314)
+}
 
 
 @final
@@ -31,7 +39,7 @@ class ModelChoice:
 
     Attributes:
         model: Folder or hub name.
-        dtype: `fp32` or `bf16`.
+        dtype: What their weights are kept in: `fp32`, `bf16`, `int8` or `nf4`.
         torch_device: `cpu`, `cuda`, `cuda:1`, `mps`, ...
     """
 
@@ -45,16 +53,16 @@ def load_cut_model(checkpoint: Checkpoint, choice: ModelChoice) -> CutModel:
 
     Args:
         checkpoint: Where the weights are; a hub model is downloaded first.
-        choice: Says what the blocks compute in, and where.
+        choice: Says what the blocks' weights are kept in, and where.
 
     Raises:
-        ConfigError: The dtype is unknown or the device is not there.
+        ConfigError: The dtype is unknown, or needs a package that is not installed; or the device is not there.
         ModelError: The model cannot be loaded or cut.
     """
     if choice.dtype not in BACKBONE_DTYPES:
         msg = f"Backbone dtype: expected one of {sorted(BACKBONE_DTYPES)}, got {choice.dtype!r}. Choose one of those."
         raise ConfigError(msg)
-    model = load_model(checkpoint, BACKBONE_DTYPES[choice.dtype])
+    model = load_model(checkpoint, BACKBONE_DTYPES[choice.dtype], _quantised(choice))
     try:
         cast("nn.Module", model).to(choice.torch_device)
     except (RuntimeError, AssertionError) as error:
@@ -63,11 +71,47 @@ def load_cut_model(checkpoint: Checkpoint, choice: ModelChoice) -> CutModel:
             "`tidelock doctor` lists them."
         )
         raise ConfigError(msg) from error
+    if choice.dtype == "nf4":
+        _keep_backward(model)
     return CutModel(model)
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def _quantised(choice: ModelChoice) -> BitsAndBytesConfig | None:
+    """Return how the weights of linears are quantised, all but the head's; None leaves them as they are."""
+    if choice.dtype not in {"int8", "nf4"}:
+        return None
+    if find_spec("bitsandbytes") is None:
+        msg = (
+            f"Backbone dtype: expected bitsandbytes for {choice.dtype}, got no such package. Run: pip install "
+            "'tidelock[quantised]'."
+        )
+        raise ConfigError(msg)
+    dtype = BACKBONE_DTYPES[choice.dtype]
+    if choice.dtype == "int8":
+        # It says at every linear, in every pass, that it computes in fp16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _keep_backward(model: PreTrainedModel) -> None:
+    """Have 4-bit linears stay as they are: on some CPUs they are packed in eval mode, which leaves no backward pass."""
+    from bitsandbytes.nn.modules import Linear4bit  # noqa: PLC0415  (only who quantises has it)
+
+    for module in cast("nn.Module", model).modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, quantised: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
     """Return the whole language model, in eval mode, every weight of which was stored.
+
+    Args:
+        checkpoint: Where the weights are; a hub model is downloaded first.
+        dtype: Of the weights, other than quantised ones.
+        quantised: How linears are quantised, if they are.
 
     Raises:
         ModelError: It cannot be loaded.
@@ -78,6 +122,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Pr
         loaded: Any = kind.from_pretrained(
             folder,
             dtype=dtype,
+            quantization_config=quantised,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,

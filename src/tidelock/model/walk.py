@@ -8,6 +8,9 @@ users of the same GPU share.
 Nothing is computed that the mathematics does not need: blocks before the lowest active site run without a graph,
 backward stops at that site and asks for no input gradient there, and padding is never handed to a site.
 
+A walk can also keep no graph but that of the block which it goes back through (Chen et al., arXiv 1604.06174): each
+block runs once more then, from what it was given and what the sites have answered, which are not asked again.
+
 Shapes: B rows, T positions, N real tokens, M selected tokens, D hidden width, W numbers of an answer at a site.
 May import errors, `model` and libraries.
 """
@@ -105,11 +108,20 @@ class _Cut:
 @final
 @dataclass(slots=True)
 class _Segment:
-    """One block's piece of the graph: its input leaf, its output, and the cuts at its active sites in their order."""
+    """One block's piece of the graph: its input leaf, its output, and the cuts at its active sites in their order.
+
+    Where the block is to run once more there is its call instead, and what its sites have answered.
+    """
 
     start_BTD: Tensor
     end_BTD: Tensor
     cuts: list[_Cut] = field(default_factory=list)
+    call: BlockCall | None = None
+    answers: dict[SiteId, Tensor] = field(default_factory=dict)
+
+    def without_graph(self, call: BlockCall) -> _Segment:
+        answers = {cut.site: cut.answer_NW for cut in self.cuts}
+        return _Segment(self.start_BTD, self.start_BTD, call=call, answers=answers)
 
     def cut_at(self, site: SiteId) -> _Cut | None:
         return next((cut for cut in self.cuts if cut.site == site), None)
@@ -124,15 +136,23 @@ class Walk:
         batch: What to run.
         sites: Asked at every active site, in the order of the blocks, and in reverse on the way back.
         between_segments: Called between blocks, so that a server can let another user compute.
+        recompute: Run each block again on the way back, so that nothing inside of it need be kept until then.
     """
 
     def __init__(
-        self, cut: CutModel, batch: Batch, sites: Sites, between_segments: Callable[[], None] = lambda: None
+        self,
+        cut: CutModel,
+        batch: Batch,
+        sites: Sites,
+        between_segments: Callable[[], None] = lambda: None,
+        *,
+        recompute: bool = False,
     ) -> None:
         self._cut = cut
         self._batch = batch
         self._sites = sites
         self._between_segments = between_segments
+        self._recompute = recompute
         self._shape_BT = (len(batch.rows.lengths), batch.rows.width)
         self._indices_N: Tensor | None = None
         self._lowest = batch.lowest
@@ -171,21 +191,32 @@ class Walk:
             if index:
                 self._between_segments()
             needs_graph = self._batch.training and self._lowest is not None and index >= self._lowest.block
-            with torch.set_grad_enabled(needs_graph):
-                hidden_BTD = self._run_block(index, call, hidden_BTD.detach(), needs_graph=needs_graph)
+            segment = self._run_block(index, call, hidden_BTD.detach(), needs_graph=needs_graph and not self._recompute)
+            hidden_BTD = segment.end_BTD
+            if needs_graph:
+                self._segments.append(segment.without_graph(call) if self._recompute else segment)
         self._last_leaf = hidden_BTD.detach().requires_grad_(self._batch.training)
         return self._last_leaf
 
-    def _run_block(self, index: int, call: BlockCall, start_BTD: Tensor, *, needs_graph: bool) -> Tensor:
+    def _run_block(
+        self,
+        index: int,
+        call: BlockCall,
+        start_BTD: Tensor,
+        *,
+        needs_graph: bool,
+        answers: Mapping[SiteId, Tensor] | None = None,
+    ) -> _Segment:
+        """Run a block; at its sites take the answers, if it has run before, or ask for them."""
         # The lowest segment's input needs no gradient: nothing below it is trained.
-        start_BTD.requires_grad_(needs_graph and bool(self._segments))
-        self._current = _Segment(start_BTD, start_BTD)
-        end_BTD = visiting(self, call, start_BTD)
-        self._current.end_BTD = end_BTD
-        self._check_reached(index, [cut.site for cut in self._current.cuts])
-        if needs_graph:
-            self._segments.append(self._current)
-        return end_BTD
+        is_lowest = self._lowest is not None and index == self._lowest.block
+        start_BTD.requires_grad_(needs_graph and not is_lowest)
+        self._current = segment = _Segment(start_BTD, start_BTD, answers=dict(answers or {}))
+        with torch.set_grad_enabled(needs_graph):
+            segment.end_BTD = visiting(self, call, start_BTD)
+        self._current = None
+        self._check_reached(index, [cut.site for cut in segment.cuts])
+        return segment
 
     def _check_reached(self, index: int, reached: list[SiteId]) -> None:
         """Refuse a block that does not reach each active site once and in order: the device would wait for one."""
@@ -242,8 +273,10 @@ class Walk:
             frames = self._cut.frames.at(site, self._batch.active[site], self._batch.rank)
             x_BTD = torch.cat([x_BTD @ a_RD.T for a_RD, _ in frames], dim=-1)
         after_BTD = x_BTD.detach().requires_grad_(torch.is_grad_enabled() and site != self._lowest)
-        answer_NW = self._sites.forward(site, pack(after_BTD.detach(), self._indices_N))
-        answer_NW = answer_NW.to(x_BTD).requires_grad_(torch.is_grad_enabled())
+        answer_NW = segment.answers.get(site)
+        if answer_NW is None:
+            answer_NW = self._sites.forward(site, pack(after_BTD.detach(), self._indices_N)).to(x_BTD)
+        answer_NW.requires_grad_(torch.is_grad_enabled())
         cut = _Cut(site, input_BTD, x_BTD, after_BTD, answer_NW)
         segment.cuts.append(cut)
         return cut
@@ -259,9 +292,13 @@ class Walk:
         grad_MD = grad_MD.to(self._final_MD.device, self._final_MD.dtype)
         (grad_BTD,) = torch.autograd.grad(self._final_MD, [self._last_leaf], grad_MD)
         self._final_MD = self._last_leaf = None
-        for _block in range(self._cut.geometry.num_blocks - 1, self._lowest.block - 1, -1):
+        for block in range(self._cut.geometry.num_blocks - 1, self._lowest.block - 1, -1):
             self._between_segments()
-            grad_BTD = self._back_through(self._segments.pop(), grad_BTD)
+            segment = self._segments.pop()
+            if segment.call is not None:
+                call, start_BTD = segment.call, segment.start_BTD
+                segment = self._run_block(block, call, start_BTD, needs_graph=True, answers=segment.answers)
+            grad_BTD = self._back_through(segment, grad_BTD)
 
     def _back_through(self, segment: _Segment, grad_BTD: Tensor) -> Tensor:
         """Return the gradient of a segment's input, given that of its output; of no use for the lowest segment's."""

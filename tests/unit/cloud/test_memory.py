@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +92,61 @@ def test_so_it_is_through_frames(tiny_folder, rows, width):
     active = sites_at(cut, Place.ATTN)
     measured = measure_cost(cut).bytes_for(rows, width, bytes_at_sites(cut, active, rank))
     assert measured == pytest.approx(really_kept(cut, active, rows, width, rank), rel=0.15)
+
+
+class Weighing:
+    """Weighs, whenever a pass waits for its device on the way back, what autograd has of it besides weights."""
+
+    def __init__(self, cut):
+        self._answers = _ZeroSites(cut)
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in cut.parameters()}
+        self._saved: weakref.WeakSet[Saved] = weakref.WeakSet()
+        self.walk: Any = None
+        self.most = 0
+
+    def save(self, tensor):
+        saved = Saved(tensor)
+        self._saved.add(saved)
+        return saved
+
+    def forward(self, site, x_ND):
+        return self._answers.forward(site, x_ND)
+
+    def backward(self, site, grad_NW, *, need_input):
+        kept = [saved.tensor for saved in self._saved]
+        for segment in self.walk._segments:
+            kept += [segment.start_BTD, *segment.answers.values()]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+        self.most = max(self.most, sum(size for at, size in storages.items() if at not in self._weights))
+        return self._answers.backward(site, grad_NW, need_input=need_input)
+
+
+@dataclass(eq=False)
+class Saved:
+    tensor: torch.Tensor
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (3, 60)])
+def test_where_blocks_run_again_it_is_what_one_keeps_and_what_all_were_given(tiny_folder, attention, rows, width):
+    cut = cut_model(tiny_folder, attention)
+    active = sites_at(cut, Place.ATTN)
+    sites = Weighing(cut)
+    batch = Batch(
+        embeddings_NE=torch.randn(rows * width, WIDTH),
+        rows=Rows((0,) * rows, (width,) * rows, width),
+        select_M=torch.arange(rows * width),
+        active=active,
+        training=True,
+    )
+    with torch.autograd.graph.saved_tensors_hooks(sites.save, lambda saved: saved.tensor):
+        sites.walk = Walk(cut, batch, sites, recompute=True)
+        final_MD = sites.walk.forward()
+        sites.walk.backward(torch.ones_like(final_MD))
+    measured = measure_cost(cut, recompute=True).bytes_for(rows, width, bytes_at_sites(cut, active))
+    assert sites.most <= measured <= sites.most * 1.6
+    whole = measure_cost(cut).bytes_for(rows, width, bytes_at_sites(cut, active))
+    assert measured < whole * 0.75  # of only three blocks
 
 
 def test_only_attention_that_keeps_its_scores_costs_by_the_square(tiny_folder):

@@ -326,7 +326,7 @@ def test_a_device_may_leave_at_any_time(cloud, hand_device, undisturbed, phase, 
 def bytes_of_a_pass(cloud):
     """Return what the pass of `HandPass.forward` keeps."""
     at_sites = bytes_at_sites(cloud.service._cut, dict.fromkeys(map(attn, (0, 1)), PROJECTIONS))
-    return cloud.service._cost.bytes_for(1, 8, at_sites)
+    return cloud.service.cost.bytes_for(1, 8, at_sites)
 
 
 def test_memory_is_reserved_until_the_end_of_the_pass_only(start_cloud, hand_device):

@@ -110,6 +110,29 @@ def test_states_and_gradients_are_those_of_one_graph(tiny_folder, cut, active):
     ]
 
 
+@pytest.mark.parametrize(
+    "active", [{attn(2): ("k_proj",)}, {attn(0): ("q_proj", "v_proj"), attn(1): PROJECTIONS, attn(2): ("v_proj",)}]
+)
+def test_blocks_that_run_again_give_the_same_bits_and_ask_no_more(cut, active):
+    grad = torch.linspace(-1, 1, 3 * WIDTH).view(3, WIDTH)
+    finals, all_sites = [], []
+    for recompute in (False, True):
+        sites = LinearSites(active)
+        walk = Walk(cut, a_batch(active), sites, recompute=recompute)
+        finals.append(walk.forward())
+        assert [segment.end_BTD.requires_grad for segment in walk._segments].count(True) == (
+            0 if recompute else len(walk._segments)
+        )
+        walk.backward(grad)
+        assert walk._segments == []
+        all_sites.append(sites)
+    assert torch.equal(*finals)
+    kept, again = all_sites
+    assert kept.asked == again.asked
+    for site in active:
+        assert torch.equal(kept.gradients[site], again.gradients[site])
+
+
 def test_blocks_below_the_lowest_site_are_not_walked_back(cut):
     walk = Walk(cut, a_batch({attn(1): PROJECTIONS}), LinearSites({attn(1): PROJECTIONS}))
     walk.forward()
