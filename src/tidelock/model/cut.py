@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, final
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tidelock.errors import ModelError
 from tidelock.model.call import call_decoder
@@ -128,7 +129,7 @@ class CutModel:
         family = self.geometry.family
         self._decoder = model.get_submodule(family.decoder)
         self._blocks = list(cast("nn.ModuleList", self._decoder.get_submodule(family.blocks)))
-        self.frames = Frames(self.geometry, self.device, self.dtype)
+        self.frames = Frames(self.geometry, self.device, self.dtype, self.weight)
         self._hook_sites()
         self._skeleton = self._make_skeleton(returns_tuple=self._blocks_return_tuples())
 
@@ -145,6 +146,13 @@ class CutModel:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the frozen weights."""
         return self._decoder.parameters()
+
+    def weight(self, site: SiteId, projection: str) -> Tensor:
+        """Return the frozen weight of a projection of an attention, shape (W, D)."""
+        attention = self._blocks[site.block].get_submodule(self.geometry.family.attention)
+        linear = attention.get_submodule(projection)
+        weight = cast("Tensor", linear.weight)
+        return weight.T if isinstance(linear, Conv1D) else weight
 
     def run(
         self,

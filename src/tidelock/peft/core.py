@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tidelock.errors import ConfigError
-from tidelock.model.frames import largest_rank
+from tidelock.model.frames import FRAME_KINDS, largest_rank
 from tidelock.model.geometry import Place, SiteId
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class CoreConfig:
     Attributes:
         rank: Side r of the trained matrices.
         scaling: The factor s.
+        frames: `seeded`, orthonormal and random, or `svd`, the singular vectors of the frozen weight.
         targets: Names of the projections that have one; None is all of query, key and value.
         layers: Blocks that have some; None is all.
 
@@ -44,6 +45,7 @@ class CoreConfig:
 
     rank: int = 32
     scaling: float = 4.0
+    frames: str = "seeded"
     targets: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
 
@@ -51,6 +53,7 @@ class CoreConfig:
         whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
         _require(whole and self.rank >= 1, "rank", "a whole number of 1 or more", self.rank)
         _require(0 < self.scaling < math.inf, "scaling", "more than 0, and finite", self.scaling)
+        _require(self.frames in FRAME_KINDS, "frames", f"one of {', '.join(FRAME_KINDS)}", self.frames)
 
 
 def core_targets(config: CoreConfig, geometry: Geometry) -> dict[SiteId, tuple[str, ...]]:

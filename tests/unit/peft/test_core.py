@@ -14,6 +14,7 @@ from tests.support.sites import attn
 from tidelock.device.bank import Bank
 from tidelock.errors import CheckpointError, ConfigError
 from tidelock.model.ends import empty_model, read_config
+from tidelock.model.frames import FrameChoice
 from tidelock.model.geometry import Geometry, geometry_of
 from tidelock.peft.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from tidelock.peft.core import CoreConfig, CoreModule, core_targets
@@ -34,6 +35,8 @@ def geometry(tiny_folder: Path) -> Geometry:
         ({"rank": True}, "rank: expected a whole number of 1 or more, got True"),
         ({"scaling": 0.0}, "scaling: expected more than 0, and finite, got 0.0"),
         ({"scaling": float("nan")}, "scaling: expected more than 0, and finite, got nan"),
+        ({"frames": "random"}, "frames: expected one of seeded, svd, got 'random'"),
+        ({"frames": ["svd"]}, r"frames: expected one of seeded, svd, got \['svd'\]"),
     ],
 )
 def test_settings_that_break_their_rule_are_refused(changes: dict[str, Any], reason: str) -> None:
@@ -88,7 +91,14 @@ def saved(geometry: Geometry, tmp_path: Path) -> Path:
 
 def test_the_files_are_as_documented(saved: Path) -> None:
     own = json.loads((saved / CORE_CONFIG_FILE).read_text())
-    assert own == {"format_version": 1, "rank": 4, "scaling": 4.0, "targets": ["q_proj", "v_proj"], "layers": [0, 2]}
+    assert own == {
+        "format_version": 1,
+        "rank": 4,
+        "scaling": 4.0,
+        "frames": "seeded",
+        "targets": ["q_proj", "v_proj"],
+        "layers": [0, 2],
+    }
     shapes = {name: tuple(tensor.shape) for name, tensor in load_file(saved / CORE_WEIGHTS_FILE).items()}
     assert shapes == {f"blocks.{block}.attn.{name}.weight": (4, 4) for block in (0, 2) for name in ("q_proj", "v_proj")}
     lora = json.loads((saved / CONFIG_FILE).read_text())
@@ -100,7 +110,7 @@ def test_the_files_are_as_documented(saved: Path) -> None:
 def test_what_was_saved_is_loaded(saved: Path, geometry: Geometry) -> None:
     adapter = load_adapter(saved)
     bank = Bank(adapter.config, geometry)
-    assert (bank.numbers, bank.rank) == ((0, 2), 4)
+    assert (bank.numbers, bank.frames) == ((0, 2), FrameChoice("seeded", 4))
     apply_adapter(adapter, {site: bank.at(site) for site in bank.targets}, geometry)
     stored = load_file(saved / CORE_WEIGHTS_FILE)
     for site in bank.targets:
