@@ -2,7 +2,7 @@
 
 For a projection P with frozen weight W: `P x = W x + s B R A x`, with the frames A (r x D) and B (W x r) of
 `model.frames` and only R (r x r) trained, which begins at zero. LoRA-XS (Balazy et al., arXiv 2405.17604, equation 2)
-has this form with frames from the SVD of W; random orthonormal ones are known to both sides without being sent.
+has this form with frames from the SVD of W; random orthonormal ones need no W.
 
 Whoever holds W computes A x and takes up B's product, so that only r numbers for each token and projection cross each
 way where LoRA's cross D and W. A core of rank r is a LoRA branch of rank r, and is written as one.
@@ -44,7 +44,7 @@ class CoreConfig:
     """
 
     rank: int = 32
-    scaling: float = 4.0
+    scaling: float = 16.0
     frames: str = "seeded"
     targets: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None

@@ -135,7 +135,7 @@ class RunConfig:
     )
     activation: str = _knob("tanh", "Adapter: its non-linearity, by transformers' name.")
     core_rank: int = _knob(32, "Core: side r of the trained matrices.", _AT_LEAST_1)
-    core_scale: float = _knob(4.0, "Core: the factor of what they add.", _POSITIVE)
+    core_scale: float = _knob(16.0, "Core: the factor of what they add.", _POSITIVE)
     core_frames: str = _knob(
         "seeded", "Core: around them are random directions (seeded), or the weights' own (svd).", _one_of(CORE_FRAMES)
     )

@@ -100,7 +100,7 @@ REFUSED = {
     "no activation codec": (an_open(activation_codec=0), "Wire codec"),
     "an unknown gradient codec": (an_open(gradient_codec=5), "Wire codec"),
     "frames of no kind": (an_open(frames=pb.Frames(rank=4)), "frames of a kind out of ('seeded', 'svd'), got number 0"),
-    "frames of an unknown kind": (an_open(frames=pb.Frames(kind=3, rank=4)), "frames of a kind out of"),
+    "frames of an unknown kind": (an_open(frames=pb.Frames.FromString(b"\x08\x03\x10\x04")), "frames of a kind out of"),
     "frames of no rank": (
         an_open(frames=pb.Frames(kind=pb.SVD)),
         "frames of a rank from 1 to 16, at attentions only, got rank 0",
