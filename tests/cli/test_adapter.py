@@ -97,6 +97,7 @@ def test_forms_of_lora_are_refused(capsys: Capture, finished: Path, tmp_path: Pa
         (("--method", "adapter", "--rank", "4"), "--rank: expected it with --method lora only, got --method adapter"),
         (("--bottleneck", "4"), "--bottleneck: expected it with --method adapter only, got --method lora"),
         (("--method", "core", "--core-rank", "99"), "Core's rank: expected at most "),
+        (("--method", "core", "--core-frames", "random"), "--core-frames: expected one of seeded, svd, got 'random'"),
         (("--method", "core", "--target", "o_proj"), "Core's targets: expected some of"),
         (("--method", "adapter", "--place", "head"), "--place: expected some of mlp, attn-out"),
         (("--method", "adapter", "--activation", "wave"), "Adapter's activation: expected one that transformers knows"),

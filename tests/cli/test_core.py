@@ -24,11 +24,13 @@ def tide(*args: object) -> int:
     return run([str(arg) for arg in args])
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, chat_model: Path, facts: Path) -> Path:
+@pytest.fixture(scope="module", params=["seeded", "svd"])
+def finished(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, chat_model: Path, facts: Path
+) -> Path:
     """Return the folder of a run whose cores have learned something."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    core = ("--method", "core", "--core-rank", "16")
+    core = ("--method", "core", "--core-rank", "16", "--core-scale", "4", "--core-frames", request.param)
     assert tide("train", facts, "--model", chat_model, "--out", out, *core, *LEARN, "--json") == 0
     return out
 
@@ -53,6 +55,11 @@ def _answer(model: Any, chat_model: Path) -> str:
     ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
     new = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+
+def _own_config(adapter: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((adapter / "core_config.json").read_text())
+    return config
 
 
 def test_it_learns(finished: Path) -> None:
@@ -81,7 +88,28 @@ def test_it_goes_on_from_its_own_adapter(
 ) -> None:
     more = ("train", facts, "--model", chat_model, "--adapter", finished / "adapter", "--max-steps", "1", "--json")
     assert tide(*more, "--method", "core", "--out", tmp_path / "more") == 0
+    before, after = (_own_config(folder / "adapter") for folder in (finished, tmp_path / "more"))
+    assert after == before
     assert tide(*more, "--method", "adapter", "--out", tmp_path / "other") == ConfigError.exit_code
     # For whoever reads PEFT's format it is LoRA.
     assert tide("export", finished, "--to", "adapter", tmp_path / "out") == ConfigError.exit_code
     assert "--to: expected peft or merged for what --method lora and core trained" in capsys.readouterr().err
+
+
+def test_without_the_weights_frames_of_the_svd_are_not_exported(
+    capsys: Capture, facts: Path, chat_model: Path, cloud_access: CloudAccess, tmp_path: Path
+) -> None:
+    run_folder, out = tmp_path / "run", tmp_path / "out"
+    core = ("--method", "core", "--core-rank", "4", "--core-frames", "svd", "--max-steps", "1", "--threads", "1")
+    assert tide("train", facts, "--out", run_folder, *core, *cloud_access.options()) == 0
+    assert sorted(path.name for path in (run_folder / "adapter").iterdir()) == [
+        "core_config.json",
+        "core_model.safetensors",
+    ]
+    for form in ("peft", "merged"):
+        capsys.readouterr()
+        assert tide("export", run_folder, "--to", form, out) == ConfigError.exit_code
+        assert "expected the whole model on this device" in capsys.readouterr().err
+        assert not out.exists()
+    assert tide("export", run_folder, "--to", "peft", out, "--model", chat_model) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]

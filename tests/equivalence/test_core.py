@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tests.equivalence.conftest import Connect
 from tests.support.cloud_process import TOKEN, CloudProcess
@@ -21,16 +23,18 @@ from tests.support.parity import (
     token_batch,
     trained,
 )
-from tests.support.tiny_models import ALL_MODELS
+from tests.support.tiny_models import ALL_MODELS, BLOCKS
 from tidelock.device.generate import GenerationSettings
 from tidelock.device.model import DeviceModel
 from tidelock.model.frames import draw_frames
 from tidelock.peft.core import CoreConfig, CoreModule
 from tidelock.peft.export import load_adapter
 from tidelock.run.connect import connect
+from tidelock.run.exportable import readable_by_peft
 from tidelock.wire.ledger import Ledger
 
-_CONFIG = CoreConfig(rank=6, scaling=3.0)
+_CONFIG = CoreConfig(rank=6, scaling=3.0, frames="seeded")
+_OF_SVD = replace(_CONFIG, frames="svd")
 
 
 @torch.no_grad()
@@ -46,6 +50,7 @@ def _oracle(
     """Return `peft`'s model with the device's cores written out as LoRA, and each projection's B and core."""
     geometry = device.ends.geometry
     family = geometry.family
+    plain = plain_model(folder)
     model = plain_peft(
         folder,
         LoraConfig(
@@ -63,7 +68,10 @@ def _oracle(
             whole = geometry.sites[site]
             for name in names:
                 path = geometry.projection_path(site.block, name)
-                a_RD, b_WR = draw_frames(path, whole.width, whole.output_width((name,)), config.rank)
+                if config.frames == "svd":
+                    a_RD, b_WR = _singular_vectors(plain.get_submodule(path), config.rank)
+                else:
+                    a_RD, b_WR = draw_frames(path, whole.width, whole.output_width((name,)), config.rank)
                 core = cast("CoreModule", device.bank.at(site)).core(name).weight
                 parameters[f"base_model.model.{path}.lora_A.default.weight"].copy_(a_RD)
                 parameters[f"base_model.model.{path}.lora_B.default.weight"].copy_(config.scaling * b_WR @ core)
@@ -72,11 +80,22 @@ def _oracle(
     return model, cores
 
 
+def _singular_vectors(linear: nn.Module, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A and B by a library's SVD, the longest entry of each of the shorter vectors made positive."""
+    weight = cast("Tensor", linear.weight)
+    weight_WD = (weight.T if isinstance(linear, Conv1D) else weight).bfloat16().double()
+    left, _, right = torch.linalg.svd(weight_WD, full_matrices=False)
+    short = right.T if len(weight_WD) >= weight_WD.shape[1] else left
+    signs = short.gather(0, short.abs().argmax(0, keepdim=True)).sign()[0, :rank]
+    return (right[:rank] * signs[:, None]).float(), (left[:, :rank] * signs).float()
+
+
+@pytest.mark.parametrize("config", [_CONFIG, _OF_SVD], ids=["seeded", "svd"])
 @pytest.mark.parametrize("name", ALL_MODELS)
-def test_a_pass_equals_the_same_lora_in_peft(name: str, join: Connect, tiny_models: Path) -> None:
-    device = join(name, _CONFIG)
+def test_a_pass_equals_the_same_lora_in_peft(name: str, config: CoreConfig, join: Connect, tiny_models: Path) -> None:
+    device = join(name, config)
     _randomise(device)
-    oracle, cores = _oracle(device, tiny_models / name, _CONFIG)
+    oracle, cores = _oracle(device, tiny_models / name, config)
     for seed, padding in enumerate(("right", "left", "none")):
         batch = token_batch(padding, seed=seed)
         device.zero_grad()
@@ -102,8 +121,9 @@ def test_a_pass_equals_the_same_lora_in_peft(name: str, join: Connect, tiny_mode
         CoreConfig(rank=4, layers=(1, 3)),
         CoreConfig(rank=16, targets=("v_proj", "q_proj")),
         CoreConfig(rank=1, layers=(3,), targets=("k_proj",)),
+        CoreConfig(rank=16, targets=("v_proj", "q_proj"), frames="svd"),
     ],
-    ids=["some blocks", "some projections", "one number"],
+    ids=["some blocks", "some projections", "one number", "some projections, svd"],
 )
 def test_choices_equal_peft(config: CoreConfig, join: Connect, tiny_models: Path) -> None:
     device = join("llama", config)
@@ -126,10 +146,11 @@ def test_a_fresh_core_changes_nothing_and_learns(join: Connect, tiny_models: Pat
     assert all(p.grad is not None and float(p.grad.norm()) > 0 for p in device.parameters())
 
 
-def test_in_the_cloud_as_here_bit_for_bit(cloud: CloudProcess, tiny_models: Path) -> None:
+@pytest.mark.parametrize("config", [_CONFIG, _OF_SVD], ids=["seeded", "svd"])
+def test_in_the_cloud_as_here_bit_for_bit(config: CoreConfig, cloud: CloudProcess, tiny_models: Path) -> None:
     grads = []
     for where, token in (("local", None), (cloud.url("gemma2"), TOKEN)):
-        device = connect(where, model=tiny_models / "gemma2", peft_config=_CONFIG, token=token, in_flight=2)
+        device = connect(where, model=tiny_models / "gemma2", peft_config=config, token=token, in_flight=2)
         _randomise(device)
         device(**token_batch("right").arguments()).loss.backward()
         grads.append([parameter.grad for parameter in device.parameters()])
@@ -156,14 +177,23 @@ def test_only_rank_numbers_cross_for_each_projection(cloud: CloudProcess, tiny_m
     device.close()
 
 
-def test_it_is_written_as_the_lora_that_it_is_and_as_itself(join: Connect, tiny_models: Path, tmp_path: Path) -> None:
-    device = join("gpt_neox", _CONFIG).eval()
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("gpt_neox", _CONFIG), ("gpt_neox", _OF_SVD), ("gpt2", _OF_SVD), ("qwen3", _OF_SVD)],
+    ids=["seeded", "svd, fused", "svd, transposed", "svd"],
+)
+def test_it_is_written_as_the_lora_that_it_is_and_as_itself(
+    name: str, config: CoreConfig, join: Connect, tiny_models: Path, tmp_path: Path
+) -> None:
+    device = join(name, config).eval()
     _randomise(device)
     device.save_adapter(tmp_path)
     adapter = load_adapter(tmp_path)
-    again = join("gpt_neox", adapter.config).eval()
+    assert adapter.config == replace(config, layers=tuple(range(BLOCKS)))
+    again = join(name, adapter.config).eval()
     again.load_adapter(adapter)
-    lora = PeftModel.from_pretrained(plain_model(tiny_models / "gpt_neox"), str(tmp_path))
+    with readable_by_peft(adapter, str(tiny_models / name), lambda _: None) as readable:
+        lora = PeftModel.from_pretrained(plain_model(tiny_models / name), str(readable.folder))
     batch = token_batch("left", seed=9, lengths=(9, 5))
     with torch.no_grad():
         ours, reloaded = (model(**batch.arguments()).loss for model in (device, again))

@@ -19,6 +19,7 @@ from tidelock.errors import ConfigError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import Ends, read_config
 from tidelock.model.load import ModelChoice, load_cut_model
+from tidelock.peft.core import CoreConfig
 
 _CONFIG = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"])
 _QUANTISED = {
@@ -27,10 +28,10 @@ _QUANTISED = {
 }
 
 
-def _device(folder: Path, dtype: str) -> DeviceModel:
+def _device(folder: Path, dtype: str, config: LoraConfig | CoreConfig = _CONFIG) -> DeviceModel:
     checkpoint = Checkpoint.open(str(folder))
     cut = load_cut_model(checkpoint, ModelChoice(str(folder), dtype))
-    model = DeviceModel(Ends(read_config(folder), checkpoint), LocalBackbone(cut), _CONFIG)
+    model = DeviceModel(Ends(read_config(folder), checkpoint), LocalBackbone(cut), config)
     randomise_adapter(model)
     return model
 
@@ -84,3 +85,11 @@ def test_without_its_package_it_is_refused(tiny_models: Path, monkeypatch: pytes
     monkeypatch.setattr("tidelock.model.load.find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match=r"expected bitsandbytes for nf4, got no such package\. Run: pip install"):
         load_cut_model(Checkpoint.open(str(folder)), ModelChoice(str(folder), "nf4"))
+
+
+@pytest.mark.parametrize("dtype", _QUANTISED)
+def test_frames_of_the_svd_are_of_the_stored_weights_or_refused(dtype: str, tiny_models: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Frames of the SVD: expected blocks whose weights are as they are stored"):
+        _pass(_device(tiny_models / "llama", dtype, CoreConfig(rank=4, frames="svd")), {})
+    loss, _ = _pass(_device(tiny_models / "llama", dtype, CoreConfig(rank=4)), {})
+    assert loss > 0

@@ -28,6 +28,7 @@ from tidelock.cloud.service import Limits
 from tidelock.errors import INTERRUPTED_EXIT_CODE, TidelockError
 from tidelock.model.ends import empty_model
 from tidelock.model.families import FAMILIES
+from tidelock.model.frames import FrameChoice
 from tidelock.model.geometry import Place, geometry_of
 from tidelock.peft.side import SideConfig
 from tidelock.run.config import BACKBONES, CODECS, METHODS, TASKS
@@ -314,7 +315,8 @@ def numbers_per_token(config: LlamaConfig, place: Place, blocks: int, rank: int 
     """Return how many numbers cross for a real and for a selected token, as the page's formula has it."""
     geometry = geometry_of(empty_model(config))
     active = [site for site_id, site in geometry.sites.items() if site_id.place is place][:blocks]
-    widths = [site.widths(tuple(part.name for part in site.projections), rank) for site in active]
+    frames = None if rank is None else FrameChoice("seeded", rank)
+    widths = [site.widths(tuple(part.name for part in site.projections), frames) for site in active]
     token = geometry.embedding_width + sum(2 * (read + given) for read, given in widths) - widths[0][0]
     return token, 2 * geometry.final_width
 

@@ -129,7 +129,7 @@ class _Attempts:
         """Answer at every active site on the way up, or read the taps; return the final states at its end."""
         stream, geometry, codec = self._open_stream(), self._backbone.geometry, self.connection.codecs.activation
         for site in self._active:
-            read, _ = geometry.sites[site].widths(self._batch.active[site], self._batch.rank)
+            read, _ = geometry.sites[site].widths(self._batch.active[site], self._batch.frames)
             x_ND = stream.receive(Kind.SITE_INPUT, (tokens, read), codec, site=site.number)
             y_NW = self.sites.forward(site, x_ND)
             stream.send(self.connection.egress.tensor(Kind.SITE_OUTPUT, y_NW, codec, site=site.number))
@@ -145,7 +145,7 @@ class _Attempts:
         stream.send(egress.tensor(Kind.FINAL_GRADIENT, grad_MD, codec, pass_seed=seed))
         lowest = self._batch.lowest
         for site in reversed(self._active if lowest is None else self._active[self._active.index(lowest) :]):
-            _, given = sites[site].widths(self._batch.active[site], self._batch.rank)
+            _, given = sites[site].widths(self._batch.active[site], self._batch.frames)
             shape = (self._batch.rows.num_tokens, given)
             grad_NW = stream.receive(Kind.SITE_GRADIENT, shape, codec, site=site.number)
             grad_ND = self.sites.backward(site, grad_NW, need_input=site != lowest)
@@ -215,7 +215,7 @@ class _Attempts:
             gradient_codec=connection.codecs.gradient.to_pb(),
             rounding_seed=self._rounding_seed,
             learns_from=batch.learns_from,
-            frame_rank=batch.rank,
+            frames=batch.frames and pb.Frames(kind=batch.frames.kind.upper(), rank=batch.frames.rank),
             taps=self._taps,
         )
 

@@ -19,7 +19,8 @@ def command(
         str,
         typer.Option(
             "--to",
-            help="peft: LoRA alone; adapter: a serial adapter or side network; merged: a plain model with LoRA inside.",
+            help="peft: LoRA, or cores as LoRA; adapter: a serial adapter or side network; merged: a plain model with "
+            "either of the first two inside.",
         ),
     ],
     *,

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from tidelock.cloud.turns import Turn
 from tidelock.errors import WireError
-from tidelock.model.frames import largest_rank
+from tidelock.model.frames import FRAME_KINDS, FrameChoice, largest_rank
 from tidelock.model.geometry import Place, SiteId
 from tidelock.model.rows import Rows
 from tidelock.model.taps import TapPass
@@ -32,7 +32,7 @@ from tidelock.wire.codec import Codec, TensorReader, rounding_seed, write_parts
 from tidelock.wire.stream import read_message, write_part
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from tidelock.model.cut import CutModel
     from tidelock.model.geometry import Geometry
@@ -70,7 +70,7 @@ class PassOrder:
     gradient_codec: Codec
     rounding_seed: int | None
     learns_from: int | None
-    rank: int | None
+    frames: FrameChoice | None
     taps: TapOrder | None
 
     @property
@@ -117,9 +117,6 @@ def read_open(message: pb.Open, geometry: Geometry, max_tokens: int) -> PassOrde
     learns_from = message.learns_from if message.HasField("learns_from") else None
     learns = learns_from is None or any(site.block == learns_from for site in active)
     _require(learns, "a block with an active site to learn from", str(learns_from))
-    rank = message.frame_rank if message.HasField("frame_rank") else None
-    fits = rank is None or (1 <= rank <= largest_rank(geometry) and all(site.place is Place.ATTN for site in active))
-    _require(fits, f"frames of a rank from 1 to {largest_rank(geometry)}, at attentions only", f"rank {rank}")
     return PassOrder(
         mode=message.mode,
         rows=rows,
@@ -129,9 +126,18 @@ def read_open(message: pb.Open, geometry: Geometry, max_tokens: int) -> PassOrde
         gradient_codec=gradient_codec,
         rounding_seed=seed,
         learns_from=learns_from,
-        rank=rank,
+        frames=_read_frames(message, geometry, active) if message.HasField("frames") else None,
         taps=_read_taps(message, geometry) if message.HasField("taps") else None,
     )
+
+
+def _read_frames(message: pb.Open, geometry: Geometry, active: Collection[SiteId]) -> FrameChoice:
+    number, rank, most = message.frames.kind, message.frames.rank, largest_rank(geometry)
+    kind = {pb.FrameKind.Value(kind.upper()): kind for kind in FRAME_KINDS}.get(number)
+    _require(kind is not None, f"frames of a kind out of {FRAME_KINDS}", f"number {number}")
+    fits = 1 <= rank <= most and all(site.place is Place.ATTN for site in active)
+    _require(fits, f"frames of a rank from 1 to {most}, at attentions only", f"rank {rank}")
+    return FrameChoice(str(kind), rank)
 
 
 def _read_taps(message: pb.Open, geometry: Geometry) -> TapOrder:
@@ -242,7 +248,7 @@ class StreamSites:
     def forward(self, site: SiteId, x_ND: Tensor) -> Tensor:
         """Send a site's input; return the device's answer, shape (N, W)."""
         codec = self._order.activation_codec
-        _, width = self._geometry.sites[site].widths(self._order.active[site], self._order.rank)
+        _, width = self._geometry.sites[site].widths(self._order.active[site], self._order.frames)
         with self._turn.waiting():
             self._line.send("site_input", x_ND, codec, site=site.number)
             return self._line.tensor("site_output", (x_ND.shape[0], width), codec, site=site.number)
@@ -255,7 +261,7 @@ class StreamSites:
             self._line.send("site_gradient", grad_NW, codec, site=site.number, pass_seed=seed)
             if not need_input:
                 return None
-            read, _ = self._geometry.sites[site].widths(self._order.active[site], self._order.rank)
+            read, _ = self._geometry.sites[site].widths(self._order.active[site], self._order.frames)
             shape = (grad_NW.shape[0], read)
             return self._line.tensor("input_gradient", shape, codec, site=site.number)
 
@@ -284,7 +290,7 @@ def run_pass(cut: CutModel, order: PassOrder, line: Line, turn: Turn, *, recompu
         order.active,
         order.training,
         learns_from=order.learns_from,
-        rank=order.rank,
+        frames=order.frames,
     )
     if order.taps is not None:
         _run_taps(cut, batch, order, order.taps, line, turn)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from tidelock.model.cut import CutModel
+    from tidelock.model.frames import FrameChoice
     from tidelock.model.geometry import Geometry, SiteId
 
 _PROBE_WIDTHS = (16, 64)
@@ -46,7 +47,7 @@ class PassCost:
         return int(rows * ((self.per_token + at_sites) * width + self.per_token_squared * width * width))
 
 
-def bytes_at_sites(cut: CutModel, active: Mapping[SiteId, tuple[str, ...]], rank: int | None = None) -> int:
+def bytes_at_sites(cut: CutModel, active: Mapping[SiteId, tuple[str, ...]], frames: FrameChoice | None = None) -> int:
     """Return the bytes for each token that a training pass keeps at its active sites, beside what autograd does.
 
     That is the device's answer, and what the device was sent where autograd does not have that anyway: at an output,
@@ -55,12 +56,12 @@ def bytes_at_sites(cut: CutModel, active: Mapping[SiteId, tuple[str, ...]], rank
     Args:
         cut: The model.
         active: The targeted linears of each active site.
-        rank: That of the frames, if there are any.
+        frames: Those between which all modules are, if there are any.
     """
     kept = 0
     for site, names in active.items():
-        read, given = cut.geometry.sites[site].widths(names, rank)
-        kept += given + (read if rank is not None or site.place is not Place.ATTN else 0)
+        read, given = cut.geometry.sites[site].widths(names, frames)
+        kept += given + (read if frames is not None or site.place is not Place.ATTN else 0)
     return cut.dtype.itemsize * kept
 
 

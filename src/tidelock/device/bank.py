@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tidelock.errors import NonFiniteError, WireError
+from tidelock.model.frames import FrameChoice
 from tidelock.peft.core import CoreConfig
 from tidelock.peft.methods import SiteModule, at_sites, module_at, targets_of
 
@@ -36,7 +37,7 @@ class Bank(nn.Module):
         targets: The targeted linears of every site at which a module attaches, in the order of the sites.
         blocks: The PEFT modules by block; each has what is at its sites, by place.
         active: As `targets`, but only the sites that are asked in a pass.
-        rank: That of the frames between which all modules are; None where they read and give whole states.
+        frames: Those between which all modules are; None where they read and give whole states.
         activity: What a schedule knows of the modules; saved with them.
 
     Raises:
@@ -50,7 +51,7 @@ class Bank(nn.Module):
         self.blocks = nn.ModuleDict({str(block): nn.ModuleDict() for block in self.numbers})
         for site, names in self.targets.items():
             self.module(site.block)[site.place.label] = module_at(site, names, config, geometry)
-        self.rank = config.rank if isinstance(config, CoreConfig) else None
+        self.frames = FrameChoice(config.frames, config.rank) if isinstance(config, CoreConfig) else None
         self.active: Mapping[SiteId, tuple[str, ...]] = self.targets
         self.activity: Activity | None = None
 

@@ -153,8 +153,8 @@ class DeviceModel(DeviceCausalLM):
         seed = int(torch.randint(2**62, ())) if training else 0
         embeddings_NE = self.ends.embed(packed_ids(ids_BT, rows))
         learns_from = self.bank.learns_from if training else None
-        active, rank = self.bank.active, self.bank.rank
-        return Batch(embeddings_NE, rows, select_M, active, training, seed, learns_from, rank)
+        active, frames = self.bank.active, self.bank.frames
+        return Batch(embeddings_NE, rows, select_M, active, training, seed, learns_from, frames)
 
     def open_sites(self) -> BankPass:
         """Return the bank's half of a pass; draws one random number if it will drop out."""

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, final
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from tidelock.errors import ModelError
+from tidelock.errors import ConfigError, ModelError
 from tidelock.model.call import call_decoder
 from tidelock.model.frames import Frames
 from tidelock.model.geometry import Place, SiteId, geometry_of
@@ -128,7 +129,7 @@ class CutModel:
         family = self.geometry.family
         self._decoder = model.get_submodule(family.decoder)
         self._blocks = list(cast("nn.ModuleList", self._decoder.get_submodule(family.blocks)))
-        self.frames = Frames(self.geometry, self.device, self.dtype)
+        self.frames = Frames(self.geometry, self.device, self.dtype, self.weight)
         self._hook_sites()
         self._skeleton = self._make_skeleton(returns_tuple=self._blocks_return_tuples())
 
@@ -145,6 +146,23 @@ class CutModel:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the frozen weights."""
         return self._decoder.parameters()
+
+    def weight(self, site: SiteId, projection: str) -> Tensor:
+        """Return the frozen weight of a projection of an attention, shape (W, D).
+
+        Raises:
+            ConfigError: It is quantised: what follows from it is not what follows from the stored one.
+        """
+        attention = self._blocks[site.block].get_submodule(self.geometry.family.attention)
+        linear = attention.get_submodule(projection)
+        weight = cast("Tensor", linear.weight)
+        if not weight.is_floating_point():
+            msg = (
+                f"Frames of the SVD: expected blocks whose weights are as they are stored, got quantised ones "
+                f"({weight.dtype}). Use --core-frames seeded, or a cloud with --dtype fp32 or bf16."
+            )
+            raise ConfigError(msg)
+        return weight.T if isinstance(linear, Conv1D) else weight
 
     def run(
         self,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from tidelock.model.frames import FrameChoice
+
 
 class Place(IntEnum):
     """Where in a block a site is, in the order in which a block reaches them.
@@ -88,14 +90,16 @@ class Site:
         """Return how many numbers per token a module at this site gives for the named projections."""
         return sum(projection.width for projection in self.projections if projection.name in names)
 
-    def widths(self, names: tuple[str, ...], rank: int | None) -> tuple[int, int]:
+    def widths(self, names: tuple[str, ...], frames: FrameChoice | None) -> tuple[int, int]:
         """Return how many numbers per token a module at this site reads, and how many it gives.
 
         Args:
             names: The targeted projections.
-            rank: That of the frames between which the module is; None without frames.
+            frames: Those between which the module is, if there are any.
         """
-        return (self.width, self.output_width(names)) if rank is None else (rank * len(names), rank * len(names))
+        if frames is None:
+            return self.width, self.output_width(names)
+        return frames.rank * len(names), frames.rank * len(names)
 
 
 @final

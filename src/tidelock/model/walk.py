@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from transformers import Cache
 
+    from tidelock.model.frames import FrameChoice
     from tidelock.model.geometry import SiteId
     from tidelock.model.rows import Layout
 
@@ -61,7 +62,7 @@ class Batch:
         training: Whether a backward pass will follow.
         seed: Fixes every random choice of the pass that is not the bank's.
         learns_from: The lowest active block whose module learns; None is the lowest active one. No gradient goes below.
-        rank: That of the frames between which all modules are; None where they read and give whole states.
+        frames: Those between which all modules are; None where they read and give whole states.
     """
 
     embeddings_NE: Tensor
@@ -71,7 +72,7 @@ class Batch:
     training: bool
     seed: int = 0
     learns_from: int | None = None
-    rank: int | None = None
+    frames: FrameChoice | None = None
 
     @property
     def lowest(self) -> SiteId | None:
@@ -240,7 +241,7 @@ class Walk:
                 "attention cannot be a site."
             )
             raise ModelError(msg)
-        return x_BTD if self._batch.rank else cut.after_BTD
+        return x_BTD if self._batch.frames else cut.after_BTD
 
     def leave_projection(self, site: SiteId, projection: str, y_BTW: Tensor) -> Tensor:
         """Add the device's answer to a projection; see `SiteVisitor`."""
@@ -248,10 +249,10 @@ class Walk:
         targets = self._batch.active.get(site, ())
         if cut is None or projection not in targets:
             return y_BTW
-        index, rank = targets.index(projection), self._batch.rank
-        if rank:
-            (_, b_WR), *_ = self._cut.frames.at(site, (projection,), rank)
-            part_NW = cut.answer_NW.split(rank, dim=1)[index] @ b_WR.T
+        index, frames = targets.index(projection), self._batch.frames
+        if frames:
+            (_, b_WR), *_ = self._cut.frames.at(site, (projection,), frames)
+            part_NW = cut.answer_NW.split(frames.rank, dim=1)[index] @ b_WR.T
         else:
             widths = {p.name: p.width for p in self._cut.geometry.sites[site].projections}
             part_NW = cut.answer_NW.split([widths[name] for name in targets], dim=1)[index]
@@ -269,8 +270,8 @@ class Walk:
     def _ask(self, segment: _Segment, site: SiteId, x_BTD: Tensor) -> _Cut:
         """Cut the graph at a site, and have the device answer there."""
         input_BTD = x_BTD
-        if self._batch.rank:
-            frames = self._cut.frames.at(site, self._batch.active[site], self._batch.rank)
+        if self._batch.frames:
+            frames = self._cut.frames.at(site, self._batch.active[site], self._batch.frames)
             x_BTD = torch.cat([x_BTD @ a_RD.T for a_RD, _ in frames], dim=-1)
         after_BTD = x_BTD.detach().requires_grad_(torch.is_grad_enabled() and site != self._lowest)
         answer_NW = segment.answers.get(site)

@@ -2,7 +2,7 @@
 
 For a projection P with frozen weight W: `P x = W x + s B R A x`, with the frames A (r x D) and B (W x r) of
 `model.frames` and only R (r x r) trained, which begins at zero. LoRA-XS (Balazy et al., arXiv 2405.17604, equation 2)
-has this form with frames from the SVD of W; random orthonormal ones are known to both sides without being sent.
+has this form with frames from the SVD of W; random orthonormal ones need no W.
 
 Whoever holds W computes A x and takes up B's product, so that only r numbers for each token and projection cross each
 way where LoRA's cross D and W. A core of rank r is a LoRA branch of rank r, and is written as one.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tidelock.errors import ConfigError
-from tidelock.model.frames import largest_rank
+from tidelock.model.frames import FRAME_KINDS, largest_rank
 from tidelock.model.geometry import Place, SiteId
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class CoreConfig:
     Attributes:
         rank: Side r of the trained matrices.
         scaling: The factor s.
+        frames: `seeded`, orthonormal and random, or `svd`, the singular vectors of the frozen weight.
         targets: Names of the projections that have one; None is all of query, key and value.
         layers: Blocks that have some; None is all.
 
@@ -43,7 +44,8 @@ class CoreConfig:
     """
 
     rank: int = 32
-    scaling: float = 4.0
+    scaling: float = 16.0
+    frames: str = "seeded"
     targets: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
 
@@ -51,6 +53,7 @@ class CoreConfig:
         whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
         _require(whole and self.rank >= 1, "rank", "a whole number of 1 or more", self.rank)
         _require(0 < self.scaling < math.inf, "scaling", "more than 0, and finite", self.scaling)
+        _require(self.frames in FRAME_KINDS, "frames", f"one of {', '.join(FRAME_KINDS)}", self.frames)
 
 
 def core_targets(config: CoreConfig, geometry: Geometry) -> dict[SiteId, tuple[str, ...]]:

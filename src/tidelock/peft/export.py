@@ -78,6 +78,11 @@ def save_adapter(
         write_files(folder, files)
 
 
+def holds_adapter(folder: Path) -> bool:
+    """Return whether a folder has an adapter of any method in it."""
+    return any((folder / name).is_file() for name in (CORE_CONFIG_FILE, CONFIG_FILE))
+
+
 def load_adapter(folder: Path) -> Adapter:
     """Return the adapter in a folder: that of any method.
 

@@ -13,12 +13,13 @@ from tidelock.wire.codec import Codec
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from tidelock.model.frames import FrameChoice
     from tidelock.model.geometry import Geometry, SiteId
     from tidelock.wire.codec import Codecs
 
 
 def describe_codecs(
-    codecs: Codecs, geometry: Geometry, active: Mapping[SiteId, Sequence[str]], rank: int | None = None
+    codecs: Codecs, geometry: Geometry, active: Mapping[SiteId, Sequence[str]], frames: FrameChoice | None = None
 ) -> str:
     """Return what crosses for a token in training, against fp32, and how far a token can be off.
 
@@ -26,12 +27,12 @@ def describe_codecs(
         codecs: Those of the run.
         geometry: The model's, which has the widths.
         active: The linears that are adapted, by site.
-        rank: That of the frames between which the modules are, if there are any.
+        frames: Those between which all modules are, if there are any.
     """
     activations: list[int] = [geometry.embedding_width]
     gradients: list[int] = []
     for site_id in sorted(active):
-        read, given = geometry.sites[site_id].widths(tuple(active[site_id]), rank)
+        read, given = geometry.sites[site_id].widths(tuple(active[site_id]), frames)
         activations += [read, given]
         # Nothing learns below the lowest active site: the gradient of its input is not sent.
         gradients += [given, *([read] if gradients else [])]

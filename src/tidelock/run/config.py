@@ -32,6 +32,7 @@ BACKBONES = ("local", "cloud")
 TASKS = ("causal-lm", "text-to-text", "classification", "regression")
 METHODS = ("lora", "adapter", "core", "side")
 PLACES = ("mlp", "attn-out")
+CORE_FRAMES = ("seeded", "svd")
 CODECS = ("fp32", "bf16", "int8", "int4")
 CACHE_CODECS = ("fp32", "bf16", "int8")
 SIDE_STARTS = ("fisher", "magnitude", "random")
@@ -53,7 +54,7 @@ _OF_SIDE = (
 _METHODS_OF = {
     **dict.fromkeys(("rank", "alpha", "rslora"), ("lora",)),
     **dict.fromkeys(("bottleneck", "place", "activation"), ("adapter",)),
-    **dict.fromkeys(("core_rank", "core_scale"), ("core",)),
+    **dict.fromkeys(("core_rank", "core_scale", "core_frames"), ("core",)),
     **dict.fromkeys(("gradient_codec", "stochastic_rounding", *_SCHEDULED), _AT_SITES),
     **dict.fromkeys(_OF_SIDE, ("side",)),
     "target": ("lora", "core"),
@@ -134,7 +135,10 @@ class RunConfig:
     )
     activation: str = _knob("tanh", "Adapter: its non-linearity, by transformers' name.")
     core_rank: int = _knob(32, "Core: side r of the trained matrices.", _AT_LEAST_1)
-    core_scale: float = _knob(4.0, "Core: the factor of what they add.", _POSITIVE)
+    core_scale: float = _knob(16.0, "Core: the factor of what they add.", _POSITIVE)
+    core_frames: str = _knob(
+        "seeded", "Core: around them are random directions (seeded), or the weights' own (svd).", _one_of(CORE_FRAMES)
+    )
     dropout: float = _knob(0.0, "LoRA, adapter: dropout on what they read.", _FRACTION)
     layer: list[int] | None = _knob(None, "Blocks to adapt, or to read by side (repeat); all by default.")
     reduction: int = _knob(8, "Side: every width of the model is divided by this.", _AT_LEAST_1)

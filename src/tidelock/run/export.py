@@ -20,21 +20,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging
 
-from tidelock.device.bank import Bank
-from tidelock.device.causal_lm import fresh_head
-from tidelock.device.side_seq2seq import fresh_classification_head
 from tidelock.errors import ConfigError, ModelError, NonFiniteError, StorageError
 from tidelock.model.checkpoint import Checkpoint
-from tidelock.model.ends import empty_model, read_config
-from tidelock.model.geometry import geometry_of
-from tidelock.model.seq2seq import Seq2SeqEnds
 from tidelock.peft.adapter import AdapterConfig
 from tidelock.peft.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from tidelock.peft.export import apply_adapter, load_adapter
+from tidelock.peft.export import load_adapter
 from tidelock.peft.methods import check_config
-from tidelock.peft.side import SideConfig, SideNetwork
-from tidelock.peft.side_files import apply_side
-from tidelock.peft.side_seq2seq import SideSeq2Seq
+from tidelock.peft.side import SideConfig
+from tidelock.run.exportable import readable_by_peft, require_fit
 from tidelock.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -117,10 +110,10 @@ def export(order: ExportOrder, on_progress: Callable[[str], None]) -> list[Path]
     if order.form == "merged":
         return _export_merged(order, adapter, model, on_progress)
     if order.model is not None:
-        _require_fit(adapter, Checkpoint.open(order.model))
-    with _new_files(order.out) as scratch:
+        require_fit(adapter, Checkpoint.open(order.model))
+    with readable_by_peft(adapter, model, on_progress) as readable, _new_files(order.out) as scratch:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
-            shutil.copyfile(adapter.folder / name, scratch / name)
+            shutil.copyfile(readable.folder / name, scratch / name)
     return sorted(order.out / name for name in (CONFIG_FILE, WEIGHTS_FILE))
 
 
@@ -168,7 +161,7 @@ def _export_merged(
     on_progress(f"Reading all of {model} (downloaded first if it is only on the hub).")
     try:
         checkpoint = Checkpoint.open(model)
-        _require_fit(adapter, checkpoint)
+        require_fit(adapter, checkpoint)
         source = checkpoint.materialise()
     except ModelError as error:
         msg = (
@@ -176,8 +169,9 @@ def _export_merged(
             "--to peft does not need it."
         )
         raise ModelError(msg) from error
-    on_progress("Merging in fp32.")
-    merged = _merge(source, adapter)
+    with readable_by_peft(adapter, model, on_progress) as readable:
+        on_progress("Merging in fp32.")
+        merged = _merge(source, readable)
     with _new_files(order.out) as scratch:
         merged.save_pretrained(scratch)
         for path in source.iterdir():
@@ -185,24 +179,6 @@ def _export_merged(
                 shutil.copyfile(path, scratch / path.name)
         names = sorted(path.name for path in scratch.iterdir())
     return [order.out / name for name in names]
-
-
-def _require_fit(adapter: Adapter, checkpoint: Checkpoint) -> None:
-    """Refuse an adapter of another model; `peft` would leave out, or make up, what does not fit."""
-    config = read_config(checkpoint.folder)
-    model = empty_model(config)
-    if isinstance(adapter.config, SideConfig) and config.is_encoder_decoder:
-        network = SideSeq2Seq(adapter.config, config, Seq2SeqEnds(model, checkpoint.folder).num_blocks)
-        num_labels = adapter.num_labels
-        apply_side(adapter, network, None if num_labels is None else fresh_classification_head(config, num_labels))
-        return
-    geometry = geometry_of(model)
-    head = None if adapter.num_labels is None else fresh_head(config, geometry, adapter.num_labels)
-    if isinstance(adapter.config, SideConfig):
-        apply_side(adapter, SideNetwork(adapter.config, config, geometry), head)
-        return
-    bank = Bank(adapter.config, geometry)
-    apply_adapter(adapter, {site: bank.at(site) for site in bank.targets}, geometry, head)
 
 
 def _merge(source: Path, adapter: Adapter) -> PreTrainedModel:

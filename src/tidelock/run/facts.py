@@ -86,7 +86,7 @@ def _facts(model: ModelFacts, train: DataFacts, evaluation: DataFacts) -> RunFac
 def _sites_of(model: DeviceModel) -> tuple[SiteFacts, ...]:
     sites = []
     for site, names in model.bank.targets.items():
-        read, given = model.ends.geometry.sites[site].widths(names, model.bank.rank)
+        read, given = model.ends.geometry.sites[site].widths(names, model.bank.frames)
         sites.append(SiteFacts(name=site.name, block=site.block, input_width=read, output_width=given))
     return tuple(sites)
 

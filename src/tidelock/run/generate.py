@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tidelock.errors import CheckpointError, ConfigError
+from tidelock.peft.export import holds_adapter
 from tidelock.run.open_model import open_model
 from tidelock.wire.ledger import Ledger
 
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
     from tidelock.device.device_lm import DeviceLM
     from tidelock.device.generate import GenerationSettings
+    from tidelock.peft.export import holds_adapter
     from tidelock.run.config import RunConfig
-    from tidelock.run.folder import RunFolder
+from tidelock.run.folder import RunFolder
 
 
 def open_trained(folder: RunFolder, config: RunConfig, ledger: Ledger | None = None) -> DeviceLM:
@@ -37,7 +39,7 @@ def open_trained(folder: RunFolder, config: RunConfig, ledger: Ledger | None = N
         CheckpointError: The run has no adapter yet.
         TidelockError: As `connect`.
     """
-    if not (folder.adapter / "adapter_config.json").is_file():
+    if not holds_adapter(folder.adapter):
         msg = (
             f"Run: expected a trained adapter in it, got none ({folder.adapter}). Finish the run first: "
             "tidelock train --resume."

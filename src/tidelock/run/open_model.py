@@ -117,6 +117,7 @@ def _method_config(config: RunConfig) -> MethodConfig | SideConfig:
         return CoreConfig(
             rank=config.core_rank,
             scaling=config.core_scale,
+            frames=config.core_frames,
             targets=None if config.target is None else tuple(config.target),
             layers=None if config.layer is None else tuple(config.layer),
         )

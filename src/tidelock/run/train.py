@@ -199,7 +199,7 @@ def _say_codecs(config: RunConfig, model: DeviceLM, observer: Observer) -> None:
     """Tell what the codecs save and what they may cost, where anything crosses."""
     if config.cloud is not None and isinstance(model, DeviceModel):
         codecs = Codecs.named(config.codec, config.gradient_codec, stochastic_rounding=config.stochastic_rounding)
-        observer.say(f"{describe_codecs(codecs, model.ends.geometry, model.bank.targets, model.bank.rank)}.")
+        observer.say(f"{describe_codecs(codecs, model.ends.geometry, model.bank.targets, model.bank.frames)}.")
     elif config.cloud is not None and isinstance(model, SideModel):
         geometry, taps = model.ends.geometry, [model.network.tap_width] * len(model.tapped)
         codec = Codecs.named(config.codec).activation

@@ -21,6 +21,12 @@ class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TRAIN: _ClassVar[Mode]
     EVALUATE: _ClassVar[Mode]
     GENERATE: _ClassVar[Mode]
+
+class FrameKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FRAME_KIND_UNSPECIFIED: _ClassVar[FrameKind]
+    SEEDED: _ClassVar[FrameKind]
+    SVD: _ClassVar[FrameKind]
 CODEC_UNSPECIFIED: Codec
 FP32: Codec
 BF16: Codec
@@ -30,6 +36,9 @@ MODE_UNSPECIFIED: Mode
 TRAIN: Mode
 EVALUATE: Mode
 GENERATE: Mode
+FRAME_KIND_UNSPECIFIED: FrameKind
+SEEDED: FrameKind
+SVD: FrameKind
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
@@ -142,7 +151,7 @@ class FetchPart(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "fingerprint", "mode", "starts", "lengths", "width", "selected", "active", "activation_codec", "gradient_codec", "rounding_seed", "learns_from", "frame_rank", "taps")
+    __slots__ = ("protocol", "fingerprint", "mode", "starts", "lengths", "width", "selected", "active", "activation_codec", "gradient_codec", "rounding_seed", "learns_from", "taps", "frames")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -155,8 +164,8 @@ class Open(_message.Message):
     GRADIENT_CODEC_FIELD_NUMBER: _ClassVar[int]
     ROUNDING_SEED_FIELD_NUMBER: _ClassVar[int]
     LEARNS_FROM_FIELD_NUMBER: _ClassVar[int]
-    FRAME_RANK_FIELD_NUMBER: _ClassVar[int]
     TAPS_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     fingerprint: str
     mode: Mode
@@ -169,9 +178,17 @@ class Open(_message.Message):
     gradient_codec: Codec
     rounding_seed: int
     learns_from: int
-    frame_rank: int
     taps: Taps
-    def __init__(self, protocol: _Optional[int] = ..., fingerprint: _Optional[str] = ..., mode: _Optional[_Union[Mode, str]] = ..., starts: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., selected: _Optional[_Iterable[int]] = ..., active: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., activation_codec: _Optional[_Union[Codec, str]] = ..., gradient_codec: _Optional[_Union[Codec, str]] = ..., rounding_seed: _Optional[int] = ..., learns_from: _Optional[int] = ..., frame_rank: _Optional[int] = ..., taps: _Optional[_Union[Taps, _Mapping]] = ...) -> None: ...
+    frames: Frames
+    def __init__(self, protocol: _Optional[int] = ..., fingerprint: _Optional[str] = ..., mode: _Optional[_Union[Mode, str]] = ..., starts: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., selected: _Optional[_Iterable[int]] = ..., active: _Optional[_Iterable[_Union[ActiveSite, _Mapping]]] = ..., activation_codec: _Optional[_Union[Codec, str]] = ..., gradient_codec: _Optional[_Union[Codec, str]] = ..., rounding_seed: _Optional[int] = ..., learns_from: _Optional[int] = ..., taps: _Optional[_Union[Taps, _Mapping]] = ..., frames: _Optional[_Union[Frames, _Mapping]] = ...) -> None: ...
+
+class Frames(_message.Message):
+    __slots__ = ("kind", "rank")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    kind: FrameKind
+    rank: int
+    def __init__(self, kind: _Optional[_Union[FrameKind, str]] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class Taps(_message.Message):
     __slots__ = ("blocks", "width")

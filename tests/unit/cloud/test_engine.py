@@ -99,10 +99,15 @@ REFUSED = {
     "one projection too many": (an_open(active=[site(0, *PROJECTIONS, "q_proj")]), "in order"),
     "no activation codec": (an_open(activation_codec=0), "Wire codec"),
     "an unknown gradient codec": (an_open(gradient_codec=5), "Wire codec"),
-    "frames of no rank": (an_open(frame_rank=0), "frames of a rank from 1 to 16, at attentions only, got rank 0"),
-    "frames of too large a rank": (an_open(frame_rank=17), "frames of a rank from 1 to 16"),
+    "frames of no kind": (an_open(frames=pb.Frames(rank=4)), "frames of a kind out of ('seeded', 'svd'), got number 0"),
+    "frames of an unknown kind": (an_open(frames=pb.Frames.FromString(b"\x08\x03\x10\x04")), "frames of a kind out of"),
+    "frames of no rank": (
+        an_open(frames=pb.Frames(kind=pb.SVD)),
+        "frames of a rank from 1 to 16, at attentions only, got rank 0",
+    ),
+    "frames of too large a rank": (an_open(frames=pb.Frames(kind=pb.SEEDED, rank=17)), "frames of a rank from 1 to 16"),
     "frames at an output": (
-        an_open(frame_rank=4, active=[pb.ActiveSite(site=2, linears=["down_proj"])]),
+        an_open(frames=pb.Frames(kind=pb.SVD, rank=4), active=[pb.ActiveSite(site=2, linears=["down_proj"])]),
         "at attentions only",
     ),
     "taps in training": (taps(0, mode=pb.TRAIN, active=[an_active_site(0)]), "taps in a pass without active sites"),
@@ -145,7 +150,7 @@ OPENS = st.builds(
     activation_codec=st.integers(0, 5),
     gradient_codec=st.integers(0, 5),
     rounding_seed=st.none() | st.integers(0, 2**64 - 1),
-    frame_rank=st.none() | UINT32,
+    frames=st.none() | st.builds(pb.Frames, kind=st.integers(0, 3), rank=UINT32),
     taps=st.none() | st.builds(pb.Taps, blocks=st.lists(UINT32, max_size=4), width=st.none() | UINT32),
 )
 

@@ -15,6 +15,7 @@ from tests.support.sites import attn
 from tests.unit.hand_device import BLOCKS, WIDTH, wait_until
 from tidelock.cloud.memory import MemoryBudget, PassCost, _ZeroSites, bytes_at_sites, measure_cost
 from tidelock.model.cut import CutModel
+from tidelock.model.frames import FrameChoice
 from tidelock.model.geometry import Place
 from tidelock.model.rows import Rows
 from tidelock.model.walk import Batch, Walk
@@ -24,7 +25,7 @@ def cut_model(folder, attention):
     return CutModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention))
 
 
-def really_kept(cut, active, rows, width, rank=None):
+def really_kept(cut, active, rows, width, frames=None):
     """Return the bytes that a pass of so many full rows keeps, other than weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in cut.parameters()}
     kept = {}
@@ -41,10 +42,10 @@ def really_kept(cut, active, rows, width, rank=None):
         select_M=torch.arange(rows * width),
         active=active,
         training=True,
-        rank=rank,
+        frames=frames,
     )
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        walk = Walk(cut, batch, _ZeroSites(cut) if rank is None else Handing())
+        walk = Walk(cut, batch, _ZeroSites(cut) if frames is None else Handing())
         walk.forward()
     for segment in walk._segments:
         for cut_at in segment.cuts:
@@ -88,10 +89,10 @@ def test_the_measured_cost_is_what_a_pass_keeps(tiny_folder, attention, places, 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 16), (3, 60)])
 def test_so_it_is_through_frames(tiny_folder, rows, width):
-    cut, rank = cut_model(tiny_folder, "sdpa"), 8
+    cut, frames = cut_model(tiny_folder, "sdpa"), FrameChoice("seeded", 8)
     active = sites_at(cut, Place.ATTN)
-    measured = measure_cost(cut).bytes_for(rows, width, bytes_at_sites(cut, active, rank))
-    assert measured == pytest.approx(really_kept(cut, active, rows, width, rank), rel=0.15)
+    measured = measure_cost(cut).bytes_for(rows, width, bytes_at_sites(cut, active, frames))
+    assert measured == pytest.approx(really_kept(cut, active, rows, width, frames), rel=0.15)
 
 
 class Weighing:

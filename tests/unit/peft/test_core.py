@@ -14,6 +14,7 @@ from tests.support.sites import attn
 from tidelock.device.bank import Bank
 from tidelock.errors import CheckpointError, ConfigError
 from tidelock.model.ends import empty_model, read_config
+from tidelock.model.frames import FrameChoice
 from tidelock.model.geometry import Geometry, geometry_of
 from tidelock.peft.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from tidelock.peft.core import CoreConfig, CoreModule, core_targets
@@ -34,6 +35,8 @@ def geometry(tiny_folder: Path) -> Geometry:
         ({"rank": True}, "rank: expected a whole number of 1 or more, got True"),
         ({"scaling": 0.0}, "scaling: expected more than 0, and finite, got 0.0"),
         ({"scaling": float("nan")}, "scaling: expected more than 0, and finite, got nan"),
+        ({"frames": "random"}, "frames: expected one of seeded, svd, got 'random'"),
+        ({"frames": ["svd"]}, r"frames: expected one of seeded, svd, got \['svd'\]"),
     ],
 )
 def test_settings_that_break_their_rule_are_refused(changes: dict[str, Any], reason: str) -> None:
@@ -74,6 +77,23 @@ def test_a_core_is_its_formula_and_begins_at_zero() -> None:
     assert torch.allclose(module(z, None), 0.5 * torch.cat([z[:, :3] @ q.T, z[:, 3:] @ v.T], dim=1), atol=1e-6)
 
 
+def test_what_it_learns_follows_from_scale_times_learning_rate() -> None:
+    """AdamW's step does not grow with the gradient: so the scale can be chosen once, for LoRA's learning rates."""
+    generator = torch.Generator().manual_seed(0)
+    z, wanted = (torch.randn(40, 3, generator=generator) for _ in range(2))
+    given = []
+    for scaling, rate in ((2.0, 0.04), (16.0, 0.005), (16.0, 0.04)):
+        module = CoreModule(("q_proj",), CoreConfig(rank=3, scaling=scaling))
+        optimizer = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0.0, eps=1e-30)
+        for _ in range(5):
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(module(z, None), wanted).backward()
+            optimizer.step()
+        given.append(module(z, None).detach())
+    torch.testing.assert_close(given[0], given[1], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(given[1], given[2], atol=0.1)
+
+
 @pytest.fixture
 def saved(geometry: Geometry, tmp_path: Path) -> Path:
     config = CoreConfig(rank=4, targets=("q_proj", "v_proj"))
@@ -88,7 +108,14 @@ def saved(geometry: Geometry, tmp_path: Path) -> Path:
 
 def test_the_files_are_as_documented(saved: Path) -> None:
     own = json.loads((saved / CORE_CONFIG_FILE).read_text())
-    assert own == {"format_version": 1, "rank": 4, "scaling": 4.0, "targets": ["q_proj", "v_proj"], "layers": [0, 2]}
+    assert own == {
+        "format_version": 1,
+        "rank": 4,
+        "scaling": 16.0,
+        "frames": "seeded",
+        "targets": ["q_proj", "v_proj"],
+        "layers": [0, 2],
+    }
     shapes = {name: tuple(tensor.shape) for name, tensor in load_file(saved / CORE_WEIGHTS_FILE).items()}
     assert shapes == {f"blocks.{block}.attn.{name}.weight": (4, 4) for block in (0, 2) for name in ("q_proj", "v_proj")}
     lora = json.loads((saved / CONFIG_FILE).read_text())
@@ -100,12 +127,21 @@ def test_the_files_are_as_documented(saved: Path) -> None:
 def test_what_was_saved_is_loaded(saved: Path, geometry: Geometry) -> None:
     adapter = load_adapter(saved)
     bank = Bank(adapter.config, geometry)
-    assert (bank.numbers, bank.rank) == ((0, 2), 4)
+    assert (bank.numbers, bank.frames) == ((0, 2), FrameChoice("seeded", 4))
     apply_adapter(adapter, {site: bank.at(site) for site in bank.targets}, geometry)
     stored = load_file(saved / CORE_WEIGHTS_FILE)
     for site in bank.targets:
         core = cast("CoreModule", bank.at(site)).core("v_proj")
         assert torch.equal(core.weight, stored[f"{site.name}.v_proj.weight"])
+
+
+def test_frames_that_are_not_named_are_seeded(saved: Path) -> None:
+    """As they were before there was a choice; no default may change what an adapter is."""
+    path = saved / CORE_CONFIG_FILE
+    config = json.loads(path.read_text())
+    del config["frames"]
+    path.write_text(json.dumps(config))
+    assert cast("CoreConfig", load_adapter(saved).config).frames == "seeded"
 
 
 def test_a_damaged_configuration_is_refused(saved: Path) -> None:

@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 
 from tests.support.sites import attn
 from tidelock.model.ends import empty_model
+from tidelock.model.frames import FrameChoice
 from tidelock.model.geometry import Geometry, geometry_of
 from tidelock.run.codecs import describe_codecs, describe_distortion
 from tidelock.wire.codec import Codecs
@@ -38,7 +39,7 @@ def test_every_codec_states_its_ratio_and_its_bound(smollm2: Geometry) -> None:
 
 
 def test_between_frames_only_the_rank_counts(smollm2: Geometry) -> None:
-    said = describe_codecs(Codecs.named("int8"), smollm2, {attn(7): ALL}, rank=32)
+    said = describe_codecs(Codecs.named("int8"), smollm2, {attn(7): ALL}, FrameChoice("svd", 32))
     # The embedding of 576 numbers; 96 into the site and out of it, and of its gradients one.
     activations = 4 * (576 + 96 + 96) / ((4 + 576) + 2 * (4 + 96))
     gradients = 4 * 96 / (4 + 96)
