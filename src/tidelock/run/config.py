@@ -54,7 +54,7 @@ _METHODS_OF = {
     **dict.fromkeys(("rank", "alpha", "rslora"), ("lora",)),
     **dict.fromkeys(("bottleneck", "place", "activation"), ("adapter",)),
     **dict.fromkeys(("core_rank", "core_scale"), ("core",)),
-    **dict.fromkeys(("gradient_codec", "stochastic_rounding", *_SCHEDULED), _AT_SITES),
+    **dict.fromkeys(("gradient_codec", "stochastic_rounding", "micro_batches", *_SCHEDULED), _AT_SITES),
     **dict.fromkeys(_OF_SIDE, ("side",)),
     "target": ("lora", "core"),
     "dropout": ("lora", "adapter"),
@@ -118,7 +118,10 @@ class RunConfig:
     gradient_codec: str | None = _knob(None, "Likewise, for gradients; as --codec by default.", _one_of(CODECS))
     stochastic_rounding: bool = _knob(False, "Round int8 or int4 gradients at random, right on average.")
     in_flight: int | None = _knob(
-        None, "Micro-batches of a batch on their way at once; 2 with a cloud and 1 locally by default.", _AT_LEAST_1
+        None, "Micro-batches (side: examples) on their way at once; by default as the link needs, side 2.", _AT_LEAST_1
+    )
+    micro_batches: int | None = _knob(
+        None, "Micro-batches that a batch is split into; 4, or fewer of 64 tokens or more, by default.", _AT_LEAST_1
     )
     patience: float = _knob(120.0, "Seconds to wait for a cloud that went away.", _AT_LEAST_0)
     method: str = _knob(
