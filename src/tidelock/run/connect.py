@@ -73,8 +73,7 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         num_labels: How many classes there are.
         peft_config: A `peft.LoraConfig` (with no target modules named, `peft`'s own choice for the family), a
             `tidelock.AdapterConfig` or a `tidelock.CoreConfig`; None is LoRA of rank 8 on all of query, key and value.
-        credentials: For a cloud; or give only `token`, its bearer token, and `ca`, a PEM file with the authority or the
-            certificate to trust.
+        credentials: For a cloud; or give only its bearer `token`, and `ca`, a PEM file with whose certificate to trust.
         codec: How activations and gradients cross: `fp32`, `bf16` (half the bytes), `int8` (a quarter), `int4`.
         gradient_codec: Another for gradients.
         stochastic_rounding: Round `int8` or `int4` gradients up or down at random, right on average.
@@ -102,8 +101,8 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         ends, backbone = _local(model)
     else:
         credentials = credentials or Credentials(token or "", Path(ca) if ca is not None else None)
-        egress, address = Egress(ledger or Ledger()), parse_url(where)
-        connection = Connection(address, credentials, egress, codecs=codecs, patience_seconds=patience_seconds)
+        egress = Egress(ledger or Ledger())
+        connection = Connection(parse_url(where), credentials, egress, codecs=codecs, patience_seconds=patience_seconds)
         ends, backbone = _remote(connection, model)
     return DeviceModel(ends, backbone, config, in_flight=in_flight, micro_batches=micro_batches, num_labels=num_labels)
 
