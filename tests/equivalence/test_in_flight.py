@@ -116,12 +116,18 @@ def test_another_split_gives_other_bits(tiny_models: Path):
 
 
 def test_the_number_adapts_to_what_passes_waited_for(cloud: CloudProcess, tiny_models: Path):
-    """A link that delays keeps more of them on their way than none does."""
-    with LinkProxy(cloud.port(_MODEL), link=Link(delay_seconds=0.02)) as proxy:
+    """A link that delays keeps more of them on their way than none does, and changes no bit."""
+    lengths = (60, 55, 64, 50, 58)
+    expected = _step(_join("local", tiny_models / _MODEL, None), lengths=lengths)
+    with LinkProxy(cloud.port(_MODEL), link=Link(0.02, jitter_seconds=0.01, mbit_per_second=100.0)) as proxy:
         model = _join(f"grpc://127.0.0.1:{proxy.port}", tiny_models / _MODEL, None)
         assert model.backbone.passes_at_once() == 2
-        _step(model)
-        assert model.backbone.passes_at_once() > 4
+        for _ in range(2):
+            loss, gradients = _step(model, lengths=lengths)
+            assert loss == expected[0]
+            assert_bit_equal(gradients, expected[1])
+            proxy.stall(0.1)
+        assert model.backbone.passes_at_once() > 2
         model.close()
 
 
