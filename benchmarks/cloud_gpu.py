@@ -88,7 +88,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8, help="examples in a batch")
     parser.add_argument("--length", type=int, default=256, help="tokens in an example")
     parser.add_argument("--labelled", type=int, default=4, help="of them with a label, at the end")
-    parser.add_argument("--in-flight", type=int, default=1, help="micro-batches of a device on their way at once")
+    parser.add_argument("--micro-batches", type=int, default=1, help="a device's batch is split into")
     parser.add_argument("--at-once", type=int, default=1, help="passes that the cloud computes at once")
     parser.add_argument("--seconds", type=float, default=10.0, help="to measure each number of devices for")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write the JSON")
@@ -118,7 +118,7 @@ def _measure(options: argparse.Namespace, scratch: Path) -> None:
     print(f"peft: {rate:.0f} tokens/s", flush=True)
     # Devices take the ends that the cloud gives, and keep them here.
     os.environ["TIDELOCK_CACHE"] = str(scratch / "cache")
-    most = max(options.devices) * options.in_flight
+    most = max(options.devices) * options.micro_batches
     cloud_options = ["--torch-device", options.torch_device, "--dtype", options.dtype]
     cloud_options += ["--max-sessions", str(most), "--at-once", str(options.at_once)]
     with loopback_cloud(str(folder), *cloud_options) as cloud:
@@ -209,7 +209,7 @@ class _Worker:
     """`peft`, or a device, in a process of its own that is told for how long to train."""
 
     def __init__(self, kind: str, options: argparse.Namespace, extra: list[str]) -> None:
-        names = ("geometry", "torch_device", "dtype", "rows", "length", "labelled", "in_flight")
+        names = ("geometry", "torch_device", "dtype", "rows", "length", "labelled", "micro_batches")
         shared = [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--worker", kind, *shared, *extra],
@@ -297,7 +297,7 @@ def _device_model(options: argparse.Namespace) -> nn.Module:
         token=options.token_file.read_text().strip(),
         ca=options.ca,
         codec=codec,
-        in_flight=options.in_flight,
+        micro_batches=options.micro_batches,
     )
 
 
@@ -327,7 +327,7 @@ def _setting(options: argparse.Namespace) -> dict[str, Any]:
         "rows": options.rows,
         "length": options.length,
         "labelled": options.labelled,
-        "in_flight": options.in_flight,
+        "micro_batches": options.micro_batches,
         "at_once": options.at_once,
         "seconds": options.seconds,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "grpcio")},

@@ -72,7 +72,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="examples in a step")
     parser.add_argument("--length", type=int, default=64, help="tokens in an example")
     parser.add_argument("--labelled", type=int, default=32, help="of them with a label, at the end")
-    parser.add_argument("--in-flight", type=int, default=2, help="micro-batches on their way at once")
+    parser.add_argument("--in-flight", type=int, default=2, help="micro-batches of a batch, all on their way at once")
     parser.add_argument("--steps", type=int, default=3, help="steps in a round")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds")
     parser.add_argument("--out", type=Path, default=RESULTS / "split_overhead.json", help="where to write the JSON")
@@ -173,6 +173,7 @@ def _device_model(options: argparse.Namespace) -> torch.nn.Module:
         ca=options.ca,
         codec=options.codec,
         in_flight=options.in_flight,
+        micro_batches=options.in_flight,
     )
 
 

@@ -174,7 +174,7 @@ def test_in_the_cloud_as_here_bit_for_bit_dropout_included(cloud: CloudProcess, 
     grads = []
     for where, token in (("local", None), (cloud.url("qwen3"), TOKEN)):
         torch.manual_seed(5)
-        device = connect(where, model=tiny_models / "qwen3", peft_config=config, token=token, in_flight=2)
+        device = connect(where, model=tiny_models / "qwen3", peft_config=config, token=token, micro_batches=2)
         torch.manual_seed(6)
         device(**token_batch("right").arguments()).loss.backward()
         grads.append([parameter.grad for parameter in device.parameters()])

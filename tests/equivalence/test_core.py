@@ -150,7 +150,7 @@ def test_a_fresh_core_changes_nothing_and_learns(join: Connect, tiny_models: Pat
 def test_in_the_cloud_as_here_bit_for_bit(config: CoreConfig, cloud: CloudProcess, tiny_models: Path) -> None:
     grads = []
     for where, token in (("local", None), (cloud.url("gemma2"), TOKEN)):
-        device = connect(where, model=tiny_models / "gemma2", peft_config=config, token=token, in_flight=2)
+        device = connect(where, model=tiny_models / "gemma2", peft_config=config, token=token, micro_batches=2)
         _randomise(device)
         device(**token_batch("right").arguments()).loss.backward()
         grads.append([parameter.grad for parameter in device.parameters()])

@@ -119,7 +119,7 @@ def test_local_blocks_on_a_gpu_give_a_cpu_s_gradients(name: str, device: str, ti
 
 def test_devices_at_once_on_a_gpu_get_what_each_gets_alone(gpu_cloud: str, tiny_models: Path) -> None:
     models = [
-        connect(gpu_cloud, model=tiny_models / "llama", peft_config=config, token=TOKEN, in_flight=2)
+        connect(gpu_cloud, model=tiny_models / "llama", peft_config=config, token=TOKEN, micro_batches=2)
         for config in _METHODS.values()
         for _ in range(2)
     ]

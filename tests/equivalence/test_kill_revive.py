@@ -16,7 +16,7 @@ from tests.equivalence.conftest import Connect
 from tests.support.cloud_process import TOKEN, CloudProcess
 from tests.support.http2 import message_sizes
 from tests.support.parity import IGNORED, adapter_of, assert_bit_equal, randomise_adapter
-from tests.support.proxy import CuttingProxy
+from tests.support.proxy import LinkProxy
 from tests.support.tiny_models import VOCAB
 from tidelock.backbone.protocol import AttemptSites, Pass
 from tidelock.data.batch import Collator
@@ -182,7 +182,7 @@ def test_nothing_crosses_for_a_killed_module(cloud: CloudProcess, tiny_models: P
 @pytest.mark.parametrize("codec", ["fp32", "int8"])
 def test_the_ledger_is_what_a_proxy_counts(cloud: CloudProcess, tiny_models: Path, tmp_path: Path, codec: str) -> None:
     ledger = Ledger()
-    with CuttingProxy(cloud.port(_MODEL), record=True) as proxy:
+    with LinkProxy(cloud.port(_MODEL), record=True) as proxy:
         where = f"grpc://127.0.0.1:{proxy.port}"
         model = connect(where, model=tiny_models / _MODEL, peft_config=_CONFIG, token=TOKEN, codec=codec, ledger=ledger)
         _trainer(model, tmp_path, KillRevive(Schedule("kill-revive", budget=1))).train()

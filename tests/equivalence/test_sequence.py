@@ -84,7 +84,9 @@ def test_in_the_cloud_as_here_bit_for_bit_dropout_included(cloud: CloudProcess, 
     for where, token in (("local", None), (cloud.url("qwen3"), TOKEN)):
         torch.manual_seed(5)
         config = lora("qwen3", lora_dropout=0.3)
-        device = connect(where, model=tiny_models / "qwen3", peft_config=config, token=token, in_flight=2, **task_of(3))
+        device = connect(
+            where, model=tiny_models / "qwen3", peft_config=config, token=token, micro_batches=2, **task_of(3)
+        )
         torch.manual_seed(6)
         loss = device(**sequence_batch("right", 3).arguments()).loss
         loss.backward()

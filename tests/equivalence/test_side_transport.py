@@ -15,9 +15,10 @@ from tests.support.cloud_process import TOKEN, CloudProcess, Service
 from tests.support.http2 import message_sizes
 from tests.support.parity import relative_error, token_batch
 from tests.support.plain_side import randomise_side
-from tests.support.proxy import CuttingProxy
+from tests.support.proxy import LinkProxy
 from tests.support.tiny_models import ALL_MODELS
-from tidelock.backbone.remote import RemoteBackbone, _Stream
+from tidelock.backbone.pass_stream import PassStream
+from tidelock.backbone.remote import RemoteBackbone
 from tidelock.cache.config import CacheConfig
 from tidelock.device.generate import GenerationSettings
 from tidelock.device.side_model import SideModel
@@ -123,7 +124,7 @@ def test_how_taps_crossed_is_part_of_what_a_cache_is_of(cloud: CloudProcess, joi
 @pytest.mark.parametrize("codec", ["fp32", "int8"])
 def test_only_embeddings_leave_once_and_the_ledger_is_what_a_proxy_counts(codec: str, cloud: CloudProcess, join: Join):
     ledger, batch = Ledger(), token_batch("right", lengths=LENGTHS)
-    with CuttingProxy(cloud.port("llama"), record=True) as proxy:
+    with LinkProxy(cloud.port("llama"), record=True) as proxy:
         model = join(f"grpc://127.0.0.1:{proxy.port}", cached=True, codec=codec, ledger=ledger)
         for _ in range(3):
             gradients(model, batch)
@@ -142,21 +143,19 @@ def test_only_embeddings_leave_once_and_the_ledger_is_what_a_proxy_counts(codec:
 
 
 @pytest.fixture
-def proxy(cloud: CloudProcess) -> Iterator[CuttingProxy]:
-    with CuttingProxy(cloud.port("llama")) as proxy:
+def proxy(cloud: CloudProcess) -> Iterator[LinkProxy]:
+    with LinkProxy(cloud.port("llama")) as proxy:
         yield proxy
 
 
 @pytest.mark.parametrize("at", [1, 3])
-def test_a_pass_cut_among_its_taps_is_repeated(
-    at: int, proxy: CuttingProxy, join: Join, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_pass_cut_among_its_taps_is_repeated(at: int, proxy: LinkProxy, join: Join, monkeypatch: pytest.MonkeyPatch):
     batch = token_batch("right", lengths=LENGTHS)
     expected = gradients(join("local"), batch)
     model = join(f"grpc://127.0.0.1:{proxy.port}", in_flight=1)
-    receive, seen = _Stream.receive, 0
+    receive, seen = PassStream.receive, 0
 
-    def cut_then_receive(stream: _Stream, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def cut_then_receive(stream: PassStream, *args: Any, **kwargs: Any) -> torch.Tensor:
         nonlocal seen
         seen += 1
         if seen == at:
@@ -164,14 +163,14 @@ def test_a_pass_cut_among_its_taps_is_repeated(
         return receive(stream, *args, **kwargs)
 
     model.source.blocks()
-    monkeypatch.setattr(_Stream, "receive", cut_then_receive)
+    monkeypatch.setattr(PassStream, "receive", cut_then_receive)
     assert_equal(gradients(model, batch), expected)
     assert proxy.cuts == 1
     # Taps of four blocks and the final state. What is small may have come whole before a cut that is not at its first.
     assert seen >= 5 * len(LENGTHS) + (at == 1)
 
 
-def test_after_the_first_epoch_the_network_may_be_unplugged(proxy: CuttingProxy, join: Join):
+def test_after_the_first_epoch_the_network_may_be_unplugged(proxy: LinkProxy, join: Join):
     whole = token_batch("right", lengths=LENGTHS)
     model, local = join(f"grpc://127.0.0.1:{proxy.port}", cached=True), join("local")
     assert_equal(gradients(model, whole), gradients(local, whole))

@@ -221,7 +221,7 @@ def test_a_plain_loop_gives_trainers_adapter(
 
 def test_a_local_backbone_gives_the_clouds_adapter(by_trainer: _Result, tiny_models: Path, tmp_path: Path):
     torch.manual_seed(3)
-    local = _with_trainer(connect("local", model=tiny_models / _MODEL, peft_config=_config(), in_flight=2), tmp_path)
+    local = _with_trainer(connect("local", model=tiny_models / _MODEL, peft_config=_config()), tmp_path)
     assert_bit_equal(local.adapter, by_trainer.adapter)
     assert local.eval_losses == by_trainer.eval_losses
 

@@ -26,7 +26,7 @@ from tests.support.parity import (
     relative_error,
     token_batch,
 )
-from tests.support.proxy import CuttingProxy
+from tests.support.proxy import LinkProxy
 from tests.support.sites import attn
 from tidelock.backbone.remote import RemoteBackbone
 from tidelock.device.bank import BankPass
@@ -62,6 +62,7 @@ def _join(port: int, folder: Path, *, dropout: float = 0.0, **codecs: Any) -> De
         peft_config=_config(dropout),
         token=TOKEN,
         **codecs,
+        micro_batches=2,
         patience_seconds=60,
     )
     randomise_adapter(model)
@@ -78,7 +79,7 @@ def _pass(model: DeviceModel, batch: TokenBatch) -> tuple[float, dict[str, Tenso
 
 
 def test_fp32_over_the_wire_is_the_local_result_bit_for_bit(cloud: CloudProcess, tiny_models: Path):
-    local = connect("local", model=tiny_models / _MODEL, peft_config=_config(dropout=0.2), in_flight=2)
+    local = connect("local", model=tiny_models / _MODEL, peft_config=_config(dropout=0.2), micro_batches=2)
     randomise_adapter(local)
     remote = _join(cloud.port(_MODEL), tiny_models / _MODEL, dropout=0.2)
     for padding in ("right", "left", "none"):
@@ -198,7 +199,7 @@ def test_the_ledger_says_what_was_said_before(codecs: tuple[str, str], cloud: Cl
 class _CutOnce:
     """Cuts the connection at the n-th answer to a site, on the way up or down, and counts what was asked again."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, proxy: CuttingProxy, direction: str, at: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, proxy: LinkProxy, direction: str, at: int) -> None:
         self.begun = 0
         self.answers = 0
         begin, answer = BankPass.begin, getattr(BankPass, direction)
@@ -218,8 +219,8 @@ class _CutOnce:
 
 
 @pytest.fixture
-def proxy(cloud: CloudProcess) -> Iterator[CuttingProxy]:
-    with CuttingProxy(cloud.port(_MODEL)) as proxy:
+def proxy(cloud: CloudProcess) -> Iterator[LinkProxy]:
+    with LinkProxy(cloud.port(_MODEL)) as proxy:
         yield proxy
 
 
@@ -230,7 +231,7 @@ def test_a_pass_cut_half_way_is_repeated_bit_for_bit(
     codecs: dict[str, Any],
     direction: str,
     at: int,
-    proxy: CuttingProxy,
+    proxy: LinkProxy,
     tiny_models: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -248,7 +249,7 @@ def test_a_pass_cut_half_way_is_repeated_bit_for_bit(
     model.close()
 
 
-def test_dropout_draws_anew_for_every_pass(proxy: CuttingProxy, tiny_models: Path):
+def test_dropout_draws_anew_for_every_pass(proxy: LinkProxy, tiny_models: Path):
     model = _join(proxy.port, tiny_models / _MODEL, dropout=0.3)
     batch = token_batch("right")
     with torch.no_grad():
@@ -257,7 +258,7 @@ def test_dropout_draws_anew_for_every_pass(proxy: CuttingProxy, tiny_models: Pat
     model.close()
 
 
-def _train(model: DeviceModel, monkeypatch: pytest.MonkeyPatch, proxy: CuttingProxy | None) -> dict[str, Tensor]:
+def _train(model: DeviceModel, monkeypatch: pytest.MonkeyPatch, proxy: LinkProxy | None) -> dict[str, Tensor]:
     """Train six steps; with a proxy, cut the connection in the middle of three of them."""
     torch.manual_seed(5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -274,7 +275,7 @@ def _train(model: DeviceModel, monkeypatch: pytest.MonkeyPatch, proxy: CuttingPr
 
 @pytest.mark.parametrize("codecs", [{}, _ROUNDED], ids=["fp32", "rounded"])
 def test_a_run_with_cuts_ends_where_one_without_does(
-    codecs: dict[str, Any], proxy: CuttingProxy, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+    codecs: dict[str, Any], proxy: LinkProxy, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ):
     undisturbed = _train(_join(proxy.port, tiny_models / _MODEL, dropout=0.1, **codecs), monkeypatch, None)
     cut = _train(_join(proxy.port, tiny_models / _MODEL, dropout=0.1, **codecs), monkeypatch, proxy)
@@ -311,7 +312,7 @@ def test_a_cloud_killed_in_mid_backward_and_restarted_gives_the_same_gradients(
 
 
 def test_the_proxy_records_and_counts_what_goes_through(cloud: CloudProcess, tiny_models: Path):
-    with CuttingProxy(cloud.port(_MODEL), record=True) as proxy:
+    with LinkProxy(cloud.port(_MODEL), record=True) as proxy:
         model = _join(proxy.port, tiny_models / _MODEL)
         batch = token_batch("none")
         _pass(model, batch)

@@ -40,7 +40,17 @@ def test_killed_and_resumed(
 
 
 def test_a_run_that_rounds_at_random_with_two_in_flight_is_killed_and_resumed(world: World, cloud: Cloud) -> None:
-    options = ["--codec", "int8", "--gradient-codec", "int4", "--stochastic-rounding", "--in-flight", 2]
+    options = [
+        "--codec",
+        "int8",
+        "--gradient-codec",
+        "int4",
+        "--stochastic-rounding",
+        "--micro-batches",
+        2,
+        "--in-flight",
+        2,
+    ]
     whole = world.train("rounded", cloud.address, *options)
     assert whole.process.wait() == 0, whole.process.stderr
     strikes = strike(Place.SITE_BACKWARD, 2 * (14 * 3 + 2), KILL)

@@ -22,7 +22,7 @@ from tests.privacy.spellings import (
     windows,
 )
 from tests.support.chat_model import make_chat_tokenizer, save_chat_model
-from tests.support.proxy import CuttingProxy
+from tests.support.proxy import LinkProxy
 from tests.support.tidelock_process import TidelockProcess
 
 TOKEN = "0123456789abcdef-for-tests"
@@ -99,7 +99,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     with start("cloud", model, *listen, folder=folder / "cloud") as cloud:
         cloud.wait_until(cloud.events)
         port = int(cloud.events()[0]["address"].rpartition(":")[2])
-        with CuttingProxy(port, record=True) as proxy:
+        with LinkProxy(port, record=True) as proxy:
             access = ["--cloud", f"grpc://127.0.0.1:{proxy.port}", "--token-file", folder / "token"]
             data = [folder / "facts.jsonl", "--eval-data", folder / "asked.jsonl", "--out", out]
             size = ["--max-steps", STEPS, "--batch-size", 2, "--save-every", 1, "--keep", 99, "--threads", 1]

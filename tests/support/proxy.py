@@ -1,8 +1,9 @@
-"""A TCP proxy on loopback that can cut, delay, count and record what goes through it."""
+"""A TCP proxy on loopback that can shape, stall, cut, count and record what goes through it."""
 
 from __future__ import annotations
 
 import contextlib
+import queue
 import socket
 import struct
 import threading
@@ -10,32 +11,35 @@ import time
 from types import TracebackType
 from typing import final
 
-_PIECE = 1 << 16
+from tests.support.link import Lane, Link
+
+# How far a lane's clock may run ahead of the real one: a sleep that takes too long then loses no bandwidth.
+_AHEAD_SECONDS = 2e-3
 # Close with a reset, as a lost connection does, not with an orderly end.
 _RESET = struct.pack("ii", 1, 0)
 
 
 @final
-class CuttingProxy:
-    """Forwards connections to a port of this machine until it is told to cut them.
+class LinkProxy:
+    """Forwards connections to a port of this machine as a link would, until it is told to cut them.
 
     Args:
         target_port: Where connections are forwarded to.
-        delay_seconds: How long every piece is held before it goes on.
+        link: What all connections share; by default one that takes no time.
         record: Keep all bytes, in `sent` (from the device) and `received` (from the cloud).
 
     Attributes:
         port: Where it listens.
-        delay_seconds: As given; may be changed at any time.
         cuts: How many connections were cut.
         connections: How many were made.
         bytes_sent: Bytes from the device to the cloud.
         bytes_received: Bytes from the cloud to the device.
     """
 
-    def __init__(self, target_port: int, *, delay_seconds: float = 0.0, record: bool = False) -> None:
+    def __init__(self, target_port: int, *, link: Link | None = None, record: bool = False) -> None:
         self._target_port = target_port
-        self.delay_seconds = delay_seconds
+        self._link = link or Link()
+        self._lanes = {outward: Lane(self._link, seed=outward) for outward in (True, False)}
         self._record = record
         self._lock = threading.Lock()
         self._sent = bytearray()
@@ -49,7 +53,7 @@ class CuttingProxy:
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, name="proxy", daemon=True).start()
 
-    def __enter__(self) -> CuttingProxy:
+    def __enter__(self) -> LinkProxy:
         return self
 
     def __exit__(
@@ -78,6 +82,12 @@ class CuttingProxy:
             _reset(pair)
         return len(pairs)
 
+    def stall(self, seconds: float) -> None:
+        """Let nothing into the link for so long, in both directions."""
+        with self._lock:
+            for lane in self._lanes.values():
+                lane.stall(time.monotonic() + seconds)
+
     def close(self) -> None:
         """Cut everything and listen no more."""
         with contextlib.suppress(OSError):
@@ -98,6 +108,8 @@ class CuttingProxy:
                 continue
             cloud.settimeout(None)
             pair = (device, cloud)
+            for end in pair:  # else small messages would wait for acknowledgements, which is not this link's delay
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._open.add(pair)
                 self.connections += 1
@@ -105,11 +117,32 @@ class CuttingProxy:
                 threading.Thread(target=self._pump, args=(pair, outward), name="proxy", daemon=True).start()
 
     def _pump(self, pair: tuple[socket.socket, socket.socket], outward: bool) -> None:
-        source, sink = pair if outward else pair[::-1]
+        """Take what one end sends, as fast as the link lets it in."""
+        source = pair[0] if outward else pair[1]
+        on_its_way: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
+        arguments = (pair, outward, on_its_way)
+        threading.Thread(target=self._deliver, args=arguments, name="proxy", daemon=True).start()
         with contextlib.suppress(OSError):
-            while data := source.recv(_PIECE):
-                if self.delay_seconds:
-                    time.sleep(self.delay_seconds)
+            while data := source.recv(self._link.piece_bytes):
+                now = time.monotonic()
+                with self._lock:
+                    left, due = self._lanes[outward].send(now, len(data))
+                on_its_way.put((due, data))
+                time.sleep(max(0.0, left - now - _AHEAD_SECONDS))
+        on_its_way.put((0.0, b""))
+
+    def _deliver(
+        self,
+        pair: tuple[socket.socket, socket.socket],
+        outward: bool,
+        on_its_way: queue.SimpleQueue[tuple[float, bytes]],
+    ) -> None:
+        """Hand each piece to the other end when it is due; end both when there is no more."""
+        sink = pair[1] if outward else pair[0]
+        with contextlib.suppress(OSError):
+            while (piece := on_its_way.get())[1]:
+                due, data = piece
+                time.sleep(max(0.0, due - time.monotonic()))
                 self._count(data, outward)
                 sink.sendall(data)
         with self._lock:

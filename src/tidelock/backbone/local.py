@@ -100,6 +100,10 @@ class LocalBackbone:
         """Nothing is waited for: all is this process's own computing."""
         return TimeSplit()
 
+    def passes_at_once(self) -> int:
+        """One: a second pass would wait for the same processor."""
+        return 1
+
     @property
     def max_active(self) -> None:
         """No limit: nobody else uses this process."""

@@ -1,10 +1,11 @@
 """Where the time of training passes goes: the cloud, waiting in it, the wire, and the rest, which is the device's.
 
-May import libraries.
+How many passes at once are worth having follows from it. May import libraries.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from contextlib import contextmanager
@@ -31,6 +32,25 @@ class TimeSplit:
     wire: float = 0.0
 
 
+# Before anything is measured: one for each side.
+_AT_FIRST = 2
+
+
+def passes_at_once(device: float, cloud: float, wire: float) -> int:
+    """Return how many passes at once keep the busier side busy, out of the seconds that one takes.
+
+    While that side computes one pass, the others are at the other side or on the wire. Waiting is left out: it is for
+    that side, and would be no shorter with more of them.
+
+    Args:
+        device: Computing on the device.
+        cloud: Computing in the cloud.
+        wire: Bytes on their way.
+    """
+    busier = max(device, cloud)
+    return math.ceil((device + cloud + wire) / busier) if busier > 0 else _AT_FIRST
+
+
 @final
 class PassTimes:
     """Adds up the times of passes, several of which may run at once; safe to use from several threads.
@@ -46,6 +66,8 @@ class PassTimes:
         self._inside = 0.0  # on the clock, with any pass running
         self._alone = 0.0  # the sum over passes
         self._split = TimeSplit()
+        self._unseen = (0.0, 0.0, 0.0)  # device, cloud and wire of passes that ended since `at_once` was asked
+        self._at_once = _AT_FIRST
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -70,6 +92,22 @@ class PassTimes:
         with self._lock:
             before = self._split
             self._split = TimeSplit(before.cloud + cloud, before.waiting + waiting, before.wire + wire)
+
+    def finish(self, *, device: float, cloud: float, waiting: float, wire: float) -> None:
+        """Count a pass that has come to its end."""
+        self.add(cloud=cloud, waiting=waiting, wire=wire)
+        with self._lock:
+            before = self._unseen
+            self._unseen = (before[0] + device, before[1] + cloud, before[2] + wire)
+
+    @property
+    def at_once(self) -> int:
+        """How many passes at once are worth having, judged by those that ended since this was last asked."""
+        with self._lock:
+            if any(self._unseen):
+                self._at_once = passes_at_once(*self._unseen)
+                self._unseen = (0.0, 0.0, 0.0)
+            return self._at_once
 
     def take(self) -> TimeSplit:
         """Return what was counted since the last call, as seconds on the clock."""

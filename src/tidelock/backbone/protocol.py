@@ -86,6 +86,10 @@ class Backbone(Protocol):
         """Return what training passes have waited for since the last call, in seconds on the clock."""
         ...
 
+    def passes_at_once(self) -> int:
+        """Return how many passes at once are worth having; results do not depend on how many there are."""
+        ...
+
     def forward(self, batch: Batch, sites: AttemptSites) -> Pass:
         """Run a batch through the blocks, asking `sites` at every active site."""
         ...

@@ -10,25 +10,23 @@ May import `backbone`, `wire`, `model`, `schedule`, errors and libraries.
 
 from __future__ import annotations
 
-import queue
 import time
-from typing import TYPE_CHECKING, Any, TypeVar, final
+from typing import TYPE_CHECKING, TypeVar, final
 
 import grpc
 
 from tidelock.backbone.open_passes import OpenPasses
+from tidelock.backbone.pass_stream import PassStream
 from tidelock.backbone.patience import Patience
 from tidelock.backbone.scheduler import check_command, norm_report
 from tidelock.errors import CloudBusy, CloudUnreachable, WireError
 from tidelock.model.taps import Taps
 from tidelock.wire import tidelock_pb2 as pb
-from tidelock.wire.codec import Codec, TensorReader
 from tidelock.wire.ledger import Kind
-from tidelock.wire.limits import CALL_SECONDS, NO_WAITING, PASS_SECONDS, PROTOCOL_VERSION
-from tidelock.wire.stream import read_message
+from tidelock.wire.limits import CALL_SECONDS, PROTOCOL_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -40,53 +38,6 @@ if TYPE_CHECKING:
     from tidelock.schedule.schedule import Decision, Schedule, ScoreTable
 
 _T = TypeVar("_T")
-
-
-@final
-class _Stream:
-    """One Pass stream: one attempt at one micro-batch."""
-
-    def __init__(self, connection: Connection, *, may_wait: bool) -> None:
-        self._connection = connection
-        self._blocked_seconds = 0.0
-        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        metadata = (*connection.credentials.metadata(), *(() if may_wait else (NO_WAITING,)))
-        self._call: Any = connection.open_pass(iter(self._outbox.get, None), metadata=metadata, timeout=PASS_SECONDS)
-
-    def send(self, messages: Iterable[bytes]) -> None:
-        for message in messages:
-            self._outbox.put(message)
-
-    def receive(self, kind: Kind, shape: tuple[int, ...], codec: Codec, *, site: int = 0) -> Tensor:
-        """Return the tensor that must come next; `Kind` and the message's field have the same names."""
-        reader = TensorReader(kind.value, shape, codec, site=site)
-        while not reader.complete:
-            reader.add(self._next(kind, kind.value))
-        return reader.tensor()
-
-    def receive_done(self) -> None:
-        """End a training pass, and count what it has waited for."""
-        done: pb.Done = self._next(Kind.CONTROL, "done")
-        wire = max(0.0, self._blocked_seconds - done.compute_seconds - done.waiting_seconds)
-        self._connection.times.add(cloud=done.compute_seconds, waiting=done.waiting_seconds, wire=wire)
-
-    def close(self) -> None:
-        self._outbox.put(None)
-        self._call.cancel()
-
-    def _next(self, kind: Kind, field: str) -> Any:  # noqa: ANN401  (a part, or the message that the field holds)
-        began = time.perf_counter()
-        frame: bytes | None = next(self._call, None)
-        self._blocked_seconds += time.perf_counter() - began
-        if frame is None:
-            msg = "The cloud ended a pass before it was complete."
-            raise CloudUnreachable(msg)
-        self._connection.egress.ledger.received(kind, len(frame))
-        message = read_message(pb.CloudMessage, frame)
-        if message.field != field:
-            msg = f"Reading from the cloud: expected {field}, got {message.field}. Use the same version on both sides."
-            raise WireError(msg)
-        return message.body
 
 
 @final
@@ -113,14 +64,14 @@ class _Attempts:
         self._rounding_seed = batch.seed if rounds else None
         self._may_wait = True
         self.sites: Sites = sites.begin()
-        self.stream: _Stream | None = None
+        self.stream: PassStream | None = None
 
     def forward(self) -> Tensor:
         """Return the final states of a first or a repeated attempt, shape (M, D)."""
         self.close()
         self.sites = self._attempt_sites.begin()
         connection, batch = self.connection, self._batch
-        self.stream = stream = _Stream(connection, may_wait=self._may_wait)
+        self.stream = stream = PassStream(connection, may_wait=self._may_wait)
         stream.send([connection.egress.open(self._open_message())])
         stream.send(connection.egress.tensor(Kind.EMBEDDING, batch.embeddings_NE, connection.codecs.activation))
         return self.answer_sites(batch.rows.num_tokens, len(batch.select_M))
@@ -141,6 +92,7 @@ class _Attempts:
     def backward(self, grad_MD: Tensor) -> None:
         """Answer at every active site on the way down."""
         stream, codec, seed = self._open_stream(), self.connection.codecs.gradient, self._rounding_seed
+        stream.resume()
         egress, sites = self.connection.egress, self._backbone.geometry.sites
         stream.send(egress.tensor(Kind.FINAL_GRADIENT, grad_MD, codec, pass_seed=seed))
         lowest = self._batch.lowest
@@ -193,7 +145,7 @@ class _Attempts:
                 self.close()
                 raise
 
-    def _open_stream(self) -> _Stream:
+    def _open_stream(self) -> PassStream:
         if self.stream is None:
             msg = "The stream of this pass is closed."
             raise CloudUnreachable(msg)
@@ -336,6 +288,10 @@ class RemoteBackbone:
     def take_times(self) -> TimeSplit:
         """Return what training passes have waited for since the last call."""
         return self.connection.times.take()
+
+    def passes_at_once(self) -> int:
+        """Return how many passes at once keep the device or the cloud busy, as far as their times were measured."""
+        return self.connection.times.at_once
 
     @property
     def max_active(self) -> int | None:

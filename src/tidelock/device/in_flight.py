@@ -1,7 +1,8 @@
-"""The micro-batches of one batch, on their way through the backbone at once.
+"""The micro-batches of one batch, several of which are on their way through the backbone at once.
 
-While one waits for the device or the wire, the backbone computes another. The result does not depend on which is
-faster: each micro-batch has its own graphs and dropout seed, and gradients are summed in the order of the rows.
+While one waits for the device or the wire, the backbone computes another. The result depends neither on which is
+faster nor on how many are in flight: the batch alone decides how it is split, each micro-batch has its own graphs and
+dropout seed, and gradients are summed in the order of the rows.
 
 Shapes: M tokens whose final state is wanted, D hidden width. May import `backbone`, `device`, `model` and libraries.
 """
@@ -9,6 +10,7 @@ Shapes: M tokens whose final state is wanted, D hidden width. May import `backbo
 from __future__ import annotations
 
 import functools
+import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
@@ -33,16 +35,22 @@ class BatchPass:
     Args:
         backbone: Runs the frozen blocks.
         micro_batches: Each with the bank's half of its pass, in the order of the rows.
-        threads: Runs the passes at once; None runs one after another.
+        threads: Runs the passes, if more than one at once.
+        at_once: How many of them run at once.
 
     Attributes:
         final_MD: The decoder's final states at the selected tokens, shape (M, D), detached.
     """
 
     def __init__(
-        self, backbone: Backbone, micro_batches: Sequence[tuple[Batch, BankPass]], threads: ThreadPoolExecutor | None
+        self,
+        backbone: Backbone,
+        micro_batches: Sequence[tuple[Batch, BankPass]],
+        threads: ThreadPoolExecutor,
+        at_once: int,
     ) -> None:
         self._threads = threads
+        self._at_once = at_once
         self._sites = [sites for _, sites in micro_batches]
         self._passes = self._each(backbone.forward, micro_batches)
         self._sizes = [len(run.final_MD) for run in self._passes]
@@ -62,8 +70,14 @@ class BatchPass:
 
     def _each(self, call: Callable[..., _T], arguments: Sequence[tuple[Any, ...]]) -> list[_T]:
         """Return what a function returns for each of the arguments; when one fails, once all have ended."""
-        if self._threads is None:
+        if self._at_once == 1:
             return [call(*values) for values in arguments]
-        futures = [self._threads.submit(call, *values) for values in arguments]
+        free = threading.Semaphore(self._at_once)
+
+        def run(values: tuple[Any, ...]) -> _T:
+            with free:
+                return call(*values)
+
+        futures = [self._threads.submit(run, values) for values in arguments]
         wait(futures)
         return [future.result() for future in futures]

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from tidelock.peft.adapter_files import Adapter
     from tidelock.peft.methods import MethodConfig
 
+# Threads are made when they are needed, so that a batch of few micro-batches makes few.
+_MOST_IN_FLIGHT = 32
+
 
 class _PassContext(Protocol):
     """What the forward pass leaves for the backward pass."""
@@ -73,7 +76,9 @@ class DeviceModel(DeviceCausalLM):
         ends: The model's embedding and head.
         backbone: Runs the frozen blocks.
         peft_config: What to train: the checked configuration of a method.
-        in_flight: Micro-batches on their way through the blocks at once; a batch is split into so many.
+        in_flight: Micro-batches on their way through the blocks at once; None has the backbone judge. The result does
+            not depend on it.
+        micro_batches: How many a batch is split into, by rows; None has the batch decide (see `Rows.split`).
         num_labels: How many classes a whole text may have, or 1 where a number is predicted; None models language.
 
     Attributes:
@@ -87,7 +92,8 @@ class DeviceModel(DeviceCausalLM):
         backbone: Backbone,
         peft_config: MethodConfig,
         *,
-        in_flight: int = 1,
+        in_flight: int | None = None,
+        micro_batches: int | None = None,
         num_labels: int | None = None,
     ) -> None:
         super().__init__(ends, num_labels)
@@ -96,15 +102,16 @@ class DeviceModel(DeviceCausalLM):
         self.head = None if num_labels is None else fresh_head(ends.config, ends.geometry, num_labels)
         self.backbone = backbone
         self.in_flight = in_flight
-        self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="in-flight")
+        self.micro_batches = micro_batches
+        self._threads = ThreadPoolExecutor(in_flight or _MOST_IN_FLIGHT, thread_name_prefix="in-flight")
 
     def final_states(self, ids_BT: Tensor, rows: Rows, select_M: Tensor) -> Tensor:
         """Return the states that the head reads at the selected tokens, shape (M, D)."""
-        batches = self.open_batch(ids_BT, rows, select_M).split(self.in_flight)
+        batches = self.open_batch(ids_BT, rows, select_M).split(self.micro_batches)
         # CUDA has one autograd thread a GPU: a pass in another thread would wait for the backward that waits for it.
-        at_once = len(batches) > 1 and self.device.type == "cpu"
+        at_once = (self.in_flight or self.backbone.passes_at_once()) if self.device.type == "cpu" else 1
         micro_batches = [(batch, self.open_sites()) for batch in batches]
-        run = BatchPass(self.backbone, micro_batches, self._threads if at_once else None)
+        run = BatchPass(self.backbone, micro_batches, self._threads, min(at_once, len(batches)))
         final_MD: Tensor = _ThroughBackbone.apply(run, *self._trained())  # type: ignore[no-untyped-call]
         return final_MD.to(self.device)
 

@@ -7,6 +7,7 @@ May import errors and libraries.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -15,6 +16,10 @@ from tidelock.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# More groups hide more of a link, but each reads all weights once more and holds a place in a cloud.
+_MOST_GROUPS = 4
+_TOKENS_IN_GROUP = 64
 
 
 @final
@@ -67,10 +72,24 @@ class Rows:
         """Whether there is no padding at all."""
         return self.num_tokens == len(self.lengths) * self.width
 
-    def split(self, count: int) -> list[Rows]:
-        """Return at most `count` groups of rows, in order, each as wide as its own rows need."""
-        groups = torch.arange(len(self.lengths)).tensor_split(min(count, len(self.lengths)))
-        return [self._take(int(group[0]), int(group[-1]) + 1) for group in groups]
+    def split(self, count: int | None = None) -> list[Rows]:
+        """Return groups of rows, in order, of about as many tokens each, and as wide as their own rows need.
+
+        Args:
+            count: How many groups, or one a row where there are fewer rows; None has these rows alone decide: 4, or
+                fewer of 64 tokens or more in the mean.
+        """
+        ends = list(accumulate(self.lengths))
+        if count is None:
+            count = max(1, min(_MOST_GROUPS, self.num_tokens // _TOKENS_IN_GROUP))
+        count = min(count, len(ends))
+        cuts = [0]
+        for number in range(1, count):
+            # Every group has a row: as many rows are left as groups that follow.
+            candidates = range(cuts[-1] + 1, len(ends) - (count - number) + 1)
+            target = ends[-1] * number / count
+            cuts.append(min(candidates, key=lambda cut: abs(ends[cut - 1] - target)))
+        return [self._take(first, end) for first, end in zip(cuts, [*cuts[1:], len(ends)], strict=True)]
 
     def mask(self) -> Tensor:
         """Return the attention mask, int64 of shape (B, T)."""

@@ -79,10 +79,8 @@ class Batch:
         """The site at which backward ends; None without an active one."""
         return min((site for site in self.active if site.block >= (self.learns_from or 0)), default=None)
 
-    def split(self, count: int) -> list[Batch]:
-        """Return at most `count` batches of whole rows, in order, of about as many rows each."""
-        if count == 1:
-            return [self]
+    def split(self, count: int | None = None) -> list[Batch]:
+        """Return micro-batches of whole rows, in order; see `Rows.split`."""
         batches, start = [], 0
         for number, rows in enumerate(self.rows.split(count)):
             end = start + rows.num_tokens

@@ -55,7 +55,7 @@ _METHODS_OF = {
     **dict.fromkeys(("rank", "alpha", "rslora"), ("lora",)),
     **dict.fromkeys(("bottleneck", "place", "activation"), ("adapter",)),
     **dict.fromkeys(("core_rank", "core_scale", "core_frames"), ("core",)),
-    **dict.fromkeys(("gradient_codec", "stochastic_rounding", *_SCHEDULED), _AT_SITES),
+    **dict.fromkeys(("gradient_codec", "stochastic_rounding", "micro_batches", *_SCHEDULED), _AT_SITES),
     **dict.fromkeys(_OF_SIDE, ("side",)),
     "target": ("lora", "core"),
     "dropout": ("lora", "adapter"),
@@ -119,7 +119,10 @@ class RunConfig:
     gradient_codec: str | None = _knob(None, "Likewise, for gradients; as --codec by default.", _one_of(CODECS))
     stochastic_rounding: bool = _knob(False, "Round int8 or int4 gradients at random, right on average.")
     in_flight: int | None = _knob(
-        None, "Micro-batches of a batch on their way at once; 2 with a cloud and 1 locally by default.", _AT_LEAST_1
+        None, "Micro-batches (side: examples) on their way at once; by default as the link needs, side 2.", _AT_LEAST_1
+    )
+    micro_batches: int | None = _knob(
+        None, "Micro-batches that a batch is split into; 4, or fewer of 64 tokens or more, by default.", _AT_LEAST_1
     )
     patience: float = _knob(120.0, "Seconds to wait for a cloud that went away.", _AT_LEAST_0)
     method: str = _knob(
@@ -180,6 +183,7 @@ class RunConfig:
     epochs: float = _knob(3.0, "Passes over the data.", _POSITIVE)
     max_steps: int | None = _knob(None, "Stop after so many optimizer steps instead.", _AT_LEAST_1)
     batch_size: int = _knob(8, "Examples in a batch.", _AT_LEAST_1)
+    length_grouped: bool = _knob(False, "Put examples of like length in a batch: less padding is computed.")
     accumulate: int = _knob(1, "Batches in an optimizer step.", _AT_LEAST_1)
     learning_rate: float = _knob(3e-4, "Peak learning rate of AdamW.", _POSITIVE)
     lr_schedule: str = _knob("linear", "How it falls: linear, cosine or constant.", _one_of(LR_SCHEDULES))

@@ -59,6 +59,7 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
     gradient_codec: str | None = None,
     stochastic_rounding: bool = False,
     in_flight: int | None = None,
+    micro_batches: int | None = None,
     patience_seconds: float = 120.0,
     ledger: Ledger | None = None,
 ) -> DeviceModel:
@@ -72,12 +73,12 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         num_labels: How many classes there are.
         peft_config: A `peft.LoraConfig` (with no target modules named, `peft`'s own choice for the family), a
             `tidelock.AdapterConfig` or a `tidelock.CoreConfig`; None is LoRA of rank 8 on all of query, key and value.
-        credentials: For a cloud; or give only `token`, its bearer token, and `ca`, a PEM file with the authority or the
-            certificate to trust.
+        credentials: For a cloud; or give only its bearer `token`, and `ca`, a PEM file with whose certificate to trust.
         codec: How activations and gradients cross: `fp32`, `bf16` (half the bytes), `int8` (a quarter), `int4`.
         gradient_codec: Another for gradients.
         stochastic_rounding: Round `int8` or `int4` gradients up or down at random, right on average.
-        in_flight: Micro-batches of a batch on their way at once; None is 2 with a cloud and 1 with `local`.
+        in_flight: Micro-batches on their way at once; None goes by what passes have waited for. Never changes a result.
+        micro_batches: How many a batch is split into, by rows; None is 4, or fewer of 64 tokens or more.
         patience_seconds: How long a step waits for a cloud that went away.
         ledger: Counts what crosses and is lost; None makes one, found at `backbone.connection.egress.ledger`.
 
@@ -100,11 +101,10 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         ends, backbone = _local(model)
     else:
         credentials = credentials or Credentials(token or "", Path(ca) if ca is not None else None)
-        egress, address = Egress(ledger or Ledger()), parse_url(where)
-        connection = Connection(address, credentials, egress, codecs=codecs, patience_seconds=patience_seconds)
+        egress = Egress(ledger or Ledger())
+        connection = Connection(parse_url(where), credentials, egress, codecs=codecs, patience_seconds=patience_seconds)
         ends, backbone = _remote(connection, model)
-    in_flight = in_flight or (1 if where == "local" else 2)
-    return DeviceModel(ends, backbone, config, in_flight=in_flight, num_labels=num_labels)
+    return DeviceModel(ends, backbone, config, in_flight=in_flight, micro_batches=micro_batches, num_labels=num_labels)
 
 
 def num_outputs(task: str, num_labels: int | None) -> int | None:

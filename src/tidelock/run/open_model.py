@@ -74,6 +74,7 @@ def open_model(config: RunConfig, ledger: Ledger, cache: Path | None = None) -> 
             where,
             peft_config=peft_config,
             gradient_codec=config.gradient_codec,
+            micro_batches=config.micro_batches,
             stochastic_rounding=config.stochastic_rounding,
             **shared,
         )

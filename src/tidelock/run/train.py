@@ -9,7 +9,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 from transformers import TrainingArguments, set_seed
@@ -219,6 +219,14 @@ def _sequence_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return sequence_metrics(cast("NDArray[np.float32]", outputs_NC), cast("NDArray[np.float32]", labels_N))
 
 
+# Trainer's own sampler; the first releases of transformers 5 have a switch for it.
+_BY_LENGTH: dict[str, Any] = (
+    {"train_sampling_strategy": "group_by_length"}
+    if hasattr(TrainingArguments, "train_sampling_strategy")
+    else {"group_by_length": True}
+)
+
+
 def _training_arguments(config: RunConfig, folder: RunFolder, num_rows: int, *, evaluates: bool) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder.checkpoints),
@@ -247,6 +255,7 @@ def _training_arguments(config: RunConfig, folder: RunFolder, num_rows: int, *, 
         disable_tqdm=True,
         report_to=config.report_to or "none",
         log_level="error",
+        **(_BY_LENGTH if config.length_grouped else {}),
     )
 
 

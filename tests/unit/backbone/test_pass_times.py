@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from tidelock.backbone import pass_times
-from tidelock.backbone.pass_times import PassTimes, TimeSplit
+from tidelock.backbone.pass_times import PassTimes, TimeSplit, passes_at_once
 
 
 @pytest.fixture
@@ -47,3 +47,44 @@ def test_what_never_ran_takes_no_time() -> None:
     times = PassTimes()
     times.add(wire=1.0)
     assert times.take() == TimeSplit()
+
+
+@pytest.mark.parametrize(
+    ("device", "cloud", "wire", "count"),
+    [
+        (0.0, 0.0, 1.0, 2),  # nothing measured
+        (1.0, 1.0, 0.0, 2),  # one at each side
+        (0.0, 1.0, 0.0, 1),  # nothing but the cloud
+        (0.001, 1.0, 0.001, 2),
+        (1.0, 2.0, 5.0, 4),
+        (2.0, 1.0, 5.0, 4),
+        (0.1, 0.2, 61 * 0.1, 32),  # a round trip of 100 ms at each of 30 modules, twice
+    ],
+)
+def test_as_many_at_once_as_keep_the_busier_side_busy(device, cloud, wire, count) -> None:
+    assert passes_at_once(device, cloud, wire) == count
+
+
+def test_a_longer_wire_never_asks_for_fewer() -> None:
+    counts = [passes_at_once(1.0, 2.0, wire / 7) for wire in range(100)]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1]
+
+
+def test_how_many_at_once_goes_by_the_passes_since_it_was_asked() -> None:
+    times = PassTimes()
+    assert times.at_once == 2
+    for wire in (1.0, 3.0):
+        times.finish(device=1.0, cloud=1.0, waiting=100.0, wire=wire)
+    assert times.at_once == 4
+    assert times.at_once == 4  # nothing new
+    times.finish(device=1.0, cloud=1.0, waiting=0.0, wire=0.0)
+    assert times.at_once == 2
+
+
+def test_what_a_finished_pass_waited_for_is_counted(clock: list[float]) -> None:
+    times = PassTimes()
+    with times.running():
+        clock[0] += 6.0
+    times.finish(device=1.0, cloud=2.0, waiting=0.5, wire=2.5)
+    assert times.take() == TimeSplit(cloud=2.0, waiting=0.5, wire=2.5)

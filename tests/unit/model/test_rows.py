@@ -95,3 +95,35 @@ def test_the_next_layout_is_one_token_after_all_that_came():
     assert layout.positions_BT is not None
     assert layout.positions_BT.tolist() == [[3], [4]]
     assert layout.unpack(torch.ones(2, 7)).shape == (2, 1, 7)
+
+
+@given(RUNS, st.integers(1, 8))
+def test_groups_are_all_rows_in_order(runs, count):
+    starts, lengths = zip(*runs, strict=True)
+    groups = Rows(starts, lengths, max(start + length for start, length in runs)).split(count)
+    assert len(groups) == min(count, len(runs))
+    assert sum((group.starts for group in groups), ()) == starts
+    assert sum((group.lengths for group in groups), ()) == lengths
+    assert all(group.width == max(map(sum, zip(group.starts, group.lengths, strict=True))) for group in groups)
+
+
+@given(st.lists(st.integers(1, 50), min_size=8, max_size=30), st.integers(2, 4))
+def test_groups_have_about_as_many_tokens_each(lengths, count):
+    groups = Rows((0,) * len(lengths), tuple(lengths), max(lengths)).split(count)
+    mean = sum(lengths) / count
+    # A cut is at most half a row from where it should be, unless the rows run out.
+    if max(lengths) <= mean:
+        assert all(abs(group.num_tokens - mean) <= max(lengths) for group in groups)
+
+
+def test_tokens_decide_and_not_rows():
+    groups = Rows((0,) * 5, (40, 10, 10, 10, 10), 40).split(2)
+    assert [group.lengths for group in groups] == [(40,), (10, 10, 10, 10)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "count"),
+    [((127,), 1), ((63, 64), 1), ((64, 64), 2), ((64,) * 3, 3), ((64,) * 64, 4), ((1000,), 1), ((500, 500), 2)],
+)
+def test_a_batch_decides_into_how_many_it_is_split(lengths, count):
+    assert len(Rows((0,) * len(lengths), lengths, max(lengths)).split()) == count

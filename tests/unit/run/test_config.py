@@ -39,6 +39,7 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "method": (["lora"], ["prefix"]),
     "lr_schedule": (list(LR_SCHEDULES), ["step"]),
     "in_flight": ([None, 1], [0]),
+    "micro_batches": ([None, 1], [0]),
     "patience": ([0.0, 1e9], [-0.1, math.inf, math.nan]),
     "rank": ([1], [0]),
     "alpha": ([1e-9], [0.0, math.inf, math.nan]),

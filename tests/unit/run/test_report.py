@@ -63,11 +63,11 @@ def tensor_bytes(config: RunConfig) -> dict[int, int]:
     return sums
 
 
-@pytest.mark.parametrize(("in_flight", "max_steps"), [(1, None), (2, None), (1, 3)])
+@pytest.mark.parametrize(("micro_batches", "max_steps"), [(1, None), (2, None), (1, 3)])
 def test_all_modules_in_fp32_cost_what_the_ledger_counted_but_for_framing(
-    make_cloud_config, notes: Notes, in_flight: int, max_steps: int | None
+    make_cloud_config, notes: Notes, micro_batches: int, max_steps: int | None
 ) -> None:
-    config = make_cloud_config(in_flight=in_flight, max_steps=max_steps, epochs=2)
+    config = make_cloud_config(micro_batches=micro_batches, max_steps=max_steps, epochs=2)
     train(config, notes)
     record = _read(RunFolder(path_of(config)))
     crossed = tensor_bytes(config)
@@ -76,7 +76,7 @@ def test_all_modules_in_fp32_cost_what_the_ledger_counted_but_for_framing(
         # Batches of two: two of them an epoch, and as many in an evaluation; the second epoch may be cut off.
         steps = 1 if epoch.epoch == 2 and max_steps else 2
         # Up: embedding, input and answer at three sites, final state. Down: its gradient, two a site but the lowest.
-        messages = in_flight * (steps * (8 + 6) + 2 * 8)
+        messages = micro_batches * (steps * (8 + 6) + 2 * 8)
         framing = crossed[epoch.epoch] - epoch.full_fp32_bytes
         assert 0 < framing <= FRAMING_BYTES * messages
 

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from tests.support.run_folder import new_run_folder
 from tests.support.sites import attn
 from tests.unit.run.conftest import Notes
+from tidelock.data.batch import Collator
 from tidelock.device.model import DeviceModel
 from tidelock.errors import ConfigError, DataError
 from tidelock.run.folder import RunFolder
@@ -75,6 +76,30 @@ def test_the_seed_decides(make_config, notes: Notes) -> None:
     configs = [make_config("a", seed=1), make_config("b", seed=1), make_config("c", seed=2)]
     adapters = [(train(config, notes).adapter / "adapter_model.safetensors").read_bytes() for config in configs]
     assert adapters[0] == adapters[1] != adapters[2]
+
+
+def test_batches_of_like_length_have_less_padding(make_config, notes: Notes, tmp_path: Path, monkeypatch) -> None:
+    asked = ["what? ", "where is the key of the box in the hall of the house? "]
+    rows = [{"prompt": asked[number % 2], "completion": f"box {number}"} for number in range(32)]
+    data = tmp_path / "lengths.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    masks: list[torch.Tensor] = []
+    collate = Collator.__call__
+
+    def noted(self, found):
+        batch = collate(self, found)
+        masks.append(batch["attention_mask"])
+        return batch
+
+    monkeypatch.setattr(Collator, "__call__", noted)
+    padding = []
+    for grouped in (False, True):
+        masks.clear()
+        config = make_config(f"grouped-{grouped}", epochs=1, length_grouped=grouped)
+        train(replace(config, data=str(data), eval_data=None), notes)
+        assert len(masks) == 16
+        padding.append(sum(int((mask == 0).sum()) for mask in masks))
+    assert padding[1] < padding[0] / 2
 
 
 def test_checkpoints_are_kept_as_told(make_config, notes: Notes) -> None:
