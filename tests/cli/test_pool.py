@@ -53,6 +53,24 @@ def test_a_pool_learns_what_one_process_learns(capsys: Capture, chat_model: Path
         assert capsys.readouterr().out == "in the box\n"
 
 
+def test_it_is_measured_on_what_it_does_not_learn_from(
+    capsys: Capture, chat_model: Path, facts: Path, tmp_path: Path
+) -> None:
+    command = ("pool", "train", facts, "--split", "train", "--model", chat_model, *LEARN[:2], *LEARN[4:])
+    stages = ("--local", 2, "--stage", "0-1@0", "--stage", "2-2@1", "--epochs", 2)
+    assert tide(*command, *stages, "--eval-split", "held_out", "--json", "--out", tmp_path / "run") == 0
+    done = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in row]
+    assert [row["epoch"] for row in rows] == [1.0, 2.0]
+    assert done["eval_loss"] == rows[-1]["eval_loss"]
+    assert tide("report", tmp_path / "run") == 0
+    assert f"{rows[-1]['eval_loss']:.4f}" in (tmp_path / "run" / "report.html").read_text()
+    capsys.readouterr()
+    assert tide("eval", tmp_path / "run", "--data", facts, "--split", "held_out", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["metrics"]["loss"] == pytest.approx(done["eval_loss"], rel=1e-4)
+
+
 def test_an_unknown_pool_is_measured_and_planned(
     capsys: Capture, chat_model: Path, facts: Path, tmp_path: Path
 ) -> None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 ACTIONS = ("train", "join", "resume")
 _KNOBS = (
-    *("model", "out", "split", "max_length", "truncate"),
+    *("model", "out", "split", "eval_data", "eval_split", "eval_every", "max_length", "truncate"),
     *("reduction", "side_init", "upsample", "side_output", "cache_codec", "cache_limit", "cache_key"),
     *("epochs", "batch_size", "learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "clip", "seed"),
     *("save_every", "keep", "threads", "memory_limit"),
@@ -57,11 +57,12 @@ def command(what: str, target: str, *, json: bool = False, **options: Any) -> No
         act = {"train": _train, "resume": _resume, "join": _join}[what]
         result = act(target, knobs, options, progress, output)
     adapter = None if result.adapter is None else str(result.adapter)
-    values = {"event": "done", "steps": result.steps, "loss": result.loss, "seconds": round(result.seconds, 3)}
-    lines = [
-        f"Done: {result.steps} steps in {format_seconds(result.seconds)}, the last batch's loss {result.loss:.4f}."
-    ]
-    output.result({**values, "adapter": adapter}, "\n".join([*lines, *([f"Adapter: {adapter}"] if adapter else [])]))
+    values = {"event": "done", "steps": result.steps, "loss": result.loss, "eval_loss": result.eval_loss}
+    losses = (("the last batch's loss", result.loss), ("on the evaluation data", result.eval_loss))
+    said = "".join(f", {what} {loss:.4f}" for what, loss in losses if loss is not None)
+    lines = [f"Done: {result.steps} steps in {format_seconds(result.seconds)}{said}."]
+    lines += [f"Adapter: {adapter}"] if adapter else []
+    output.result({**values, "seconds": round(result.seconds, 3), "adapter": adapter}, "\n".join(lines))
 
 
 def _train(

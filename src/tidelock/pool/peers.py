@@ -56,9 +56,9 @@ class Peers:
         self._everyone = tuple(range(count))
         self._groups: dict[tuple[int, ...], ProcessGroup] = {self._everyone: self._open("all", self._everyone)}
 
-    def agree(self, *, changes: bool) -> bool:
+    def agree(self, *, says: bool) -> bool:
         """Return whether one of the peers says so; all of them call this."""
-        said = torch.tensor([int(changes)])
+        said = torch.tensor([int(says)])
         self.sum(said, range(self.count))
         return bool(said)
 

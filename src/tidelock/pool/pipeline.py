@@ -138,8 +138,9 @@ class Pipeline:
             sum_gradients(self._peers, self._compute.trained().values(), self._stage.peers)
         return sum_of_losses(self._peers, step.loss)
 
-    def fill(self, batch: Sequence[Example]) -> None:
-        """Compute forwards alone, for what the blocks give.
+    @torch.no_grad()
+    def measure(self, batch: Sequence[Example]) -> float:
+        """Compute forwards alone, and keep what the blocks give; return the batch's loss.
 
         Args:
             batch: As for `run`.
@@ -148,10 +149,10 @@ class Pipeline:
             PeerError: A peer was lost.
         """
         step = self._begin(batch)
-        with torch.no_grad():
-            for number in range(len(step.rows)):
-                step.forward(number, is_last=self._number == len(self._layout.stages) - 1)
+        for number in range(len(step.rows)):
+            step.forward(number, is_last=self._number == len(self._layout.stages) - 1)
         step.finish()
+        return sum_of_losses(self._peers, step.loss)
 
     def _begin(self, batch: Sequence[Example]) -> _Step:
         self.timeline = Timeline(self._peers.peer, self._number)

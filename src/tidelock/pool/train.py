@@ -9,7 +9,7 @@ May import `pool`, `device`, `cache`, `peft`, `model`, errors and libraries.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn, Protocol, final
 
@@ -24,6 +24,7 @@ from tidelock.model.geometry import geometry_of
 from tidelock.model.memory import give_back_memory
 from tidelock.model.part import ModelPart
 from tidelock.peft.side_part import GATES, SidePart
+from tidelock.pool.held_out import HeldOut
 from tidelock.pool.pipeline import Pipeline, sum_gradients, sum_of_losses
 from tidelock.pool.recipe import Optimizer
 from tidelock.pool.redistribute import Widths, find_routes, gather, redistribute
@@ -31,7 +32,7 @@ from tidelock.pool.side_stage import SideStage, padded
 from tidelock.pool.timeline import Timeline, from_json, to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -59,12 +60,20 @@ class Watcher(Protocol):
         """The whole network as it is now, which a run can go on with; the same on every peer."""
         ...
 
+    def evaluated(self, step: int, loss: float) -> None:
+        """After a step, the loss on the examples that are held out."""
+        ...
+
+    def owes_evaluation(self, step: int) -> bool:
+        """Whether that was due after a step, the last one of the round before, and was not done."""
+        ...
+
     def timelines(self, step: int, of_peers: list[Timeline]) -> None:
         """What each peer did when in a step of the pipeline; told to peer 0 once in a round."""
         ...
 
     def fill(self, examples: int) -> None:
-        """Of so many examples there is not every block's output any more; the blocks are run for them again."""
+        """Of so many examples there is not every block's output, or not any more; the blocks are run for them."""
         ...
 
     def redistributed(self, sent_bytes: int) -> None:
@@ -91,6 +100,7 @@ class PoolJob:
         recipe: How it is trained.
         save_every: Steps between two calls of `Watcher.save`.
         kept: What this peer has of the blocks' outputs.
+        held_out: What it is measured on.
     """
 
     model: str
@@ -101,6 +111,7 @@ class PoolJob:
     recipe: Recipe
     save_every: int
     kept: Kept
+    held_out: HeldOut = field(default_factory=HeldOut)
 
 
 @final
@@ -148,10 +159,14 @@ class PoolTraining:
         optimizer = Optimizer(peers, dict(model.network.named_parameters()), peers.count, job.recipe, self._steps)
         optimizer.go_on(self._gathered.steps, self._gathered.moments)
         self._optimizer = optimizer
+        measure = partial(self._cached_loss, model)
+        if optimizer.steps == job.begin.steps:
+            self._evaluate_if_owed(measure)
         for epoch in range(optimizer.steps // self._per_epoch, job.recipe.epochs):
             shards = job.recipe.shards(len(job.examples), epoch, peers.count)
             for step in range(optimizer.steps - epoch * self._per_epoch, self._per_epoch):
                 self._cached_step(model, optimizer, [shard[step] for shard in shards])
+                self._evaluate_if_due(optimizer.steps, measure)
                 if optimizer.steps < self._steps and self._changes():
                     return None
         return model
@@ -161,6 +176,7 @@ class PoolTraining:
         job, size = self._job, self._job.recipe.batch_size
         optimizer = self._stages.begin(self._steps)
         order = job.recipe.order(len(job.examples), 0)
+        self._evaluate_if_owed(self._stages.measure)
         for first in range(self._gathered.steps * size, len(order), size):
             loss = self._stages.run([job.examples[number] for number in order[first : first + size]])
             optimizer.step()
@@ -173,6 +189,7 @@ class PoolTraining:
             if optimizer.steps % job.save_every == 0 or first + size >= len(order) or changes:
                 self._gathered = self._stages.gather(optimizer)
                 self._watcher.save(self._gathered)
+            self._evaluate_if_due(optimizer.steps, self._stages.measure)
             if changes:
                 return True
         return False
@@ -182,16 +199,17 @@ class PoolTraining:
         peers, job = self._peers, self._job
         geometry = geometry_of(empty_model(read_config(job.source.folder)))
         widths = Widths(geometry.num_blocks, geometry.block_width, geometry.final_width)
-        owners = job.recipe.owners(len(job.examples), peers.count)
-        find = partial(find_routes, peers, job.kept, job.examples, owners, widths.num_blocks)
+        examples = [*job.examples, *job.held_out.examples]
+        owners = job.recipe.owners(len(job.examples), peers.count) + job.held_out.owners(peers.count)
+        find = partial(find_routes, peers, job.kept, examples, owners, widths.num_blocks)
         routes = find()
         missing = [number for number, route in enumerate(routes) if route is None]
         if missing:
             self._watcher.fill(len(missing))
-            self._stages.fill([job.examples[number] for number in missing])
+            self._stages.fill([examples[number] for number in missing])
             routes = find()
         self._stages.let_go()
-        self._watcher.redistributed(redistribute(peers, job.examples, routes, owners, job.kept, widths))
+        self._watcher.redistributed(redistribute(peers, examples, routes, owners, job.kept, widths))
 
     def _cached_step(self, model: SideModel, optimizer: Optimizer, numbers: Sequence[Sequence[int]]) -> None:
         """Learn from this peer's share of a batch, which says by peer whose examples are whose.
@@ -199,13 +217,10 @@ class PoolTraining:
         The gradients are those of the whole batch.
         """
         peers, job = self._peers, self._job
-        num_labels = sum(job.examples[number].num_labels for own in numbers for number in own)
-        own = [job.examples[number] for number in numbers[peers.peer]]
-        loss = 0.0
-        if own:
-            result = model(**padded(own), num_items_in_batch=num_labels).loss
+        result = self._share_of_loss(model, [[job.examples[number] for number in own] for own in numbers])
+        if result is not None:
             result.backward()
-            loss = float(result.detach())
+        loss = 0.0 if result is None else float(result.detach())
         sum_gradients(peers, optimizer.parameters.values(), range(peers.count))
         total = sum_of_losses(peers, loss)
         optimizer.step()
@@ -213,8 +228,34 @@ class PoolTraining:
         if optimizer.steps % job.save_every == 0:
             self._watcher.save(optimizer.progress())
 
+    def _share_of_loss(self, model: SideModel, shards: Sequence[Sequence[Example]]) -> Tensor | None:
+        """Return this peer's part of a batch's loss, out of its examples by peer; None of one that has none of them."""
+        own = shards[self._peers.peer]
+        if not own:
+            return None
+        num_labels = sum(example.num_labels for shard in shards for example in shard)
+        result: Tensor = model(**padded(own), num_items_in_batch=num_labels).loss
+        return result
+
+    @torch.no_grad()
+    def _cached_loss(self, model: SideModel, batch: Sequence[Example]) -> float:
+        """Return the loss of a batch that is held out, of which each peer computes its share."""
+        result = self._share_of_loss(model, self._job.held_out.shards(batch, self._peers.count))
+        return sum_of_losses(self._peers, 0.0 if result is None else float(result))
+
+    def _evaluate_if_due(self, step: int, loss_of: Callable[[Sequence[Example]], float]) -> None:
+        if self._job.held_out.is_due(step, self._steps):
+            self._watcher.evaluated(step, self._job.held_out.mean(loss_of))
+
+    def _evaluate_if_owed(self, loss_of: Callable[[Sequence[Example]], float]) -> None:
+        """Evaluate if the round before was broken off between a step and the evaluation after it."""
+        step = self._job.begin.steps
+        is_due = self._job.held_out.is_due(step, self._steps)
+        if is_due and self._peers.agree(says=self._watcher.owes_evaluation(step)):
+            self._evaluate_if_due(step, loss_of)
+
     def _changes(self) -> bool:
-        return self._peers.agree(changes=self._watcher.wants_change())
+        return self._peers.agree(says=self._watcher.wants_change())
 
 
 @final
@@ -247,6 +288,10 @@ class _Stages:
         """Take a batch through the stages; see `Pipeline.run`."""
         return sum_of_losses(self._peers, 0.0) if self._pipeline is None else self._pipeline.run(batch)
 
+    def measure(self, batch: Sequence[Example]) -> float:
+        """Take a batch through the stages, forward only; see `Pipeline.measure`."""
+        return sum_of_losses(self._peers, 0.0) if self._pipeline is None else self._pipeline.measure(batch)
+
     def timelines(self) -> list[Timeline]:
         """Return what each peer did when in the last batch; on other peers than 0, nothing."""
         own = Timeline(self._peers.peer, None) if self._pipeline is None else self._pipeline.timeline
@@ -258,9 +303,8 @@ class _Stages:
     def fill(self, examples: Sequence[Example]) -> None:
         """Run the blocks for what they give."""
         self._load()
-        if self._pipeline is not None:
-            for first in range(0, len(examples), self._job.recipe.batch_size):
-                self._pipeline.fill(examples[first : first + self._job.recipe.batch_size])
+        for first in range(0, len(examples), self._job.recipe.batch_size):
+            self.measure(examples[first : first + self._job.recipe.batch_size])
 
     def gather(self, optimizer: Optimizer) -> Progress:
         """Return the whole network; see `redistribute.gather`."""

@@ -14,28 +14,26 @@ from tidelock.errors import ConfigError, ModelMismatch, PeerError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
-from tidelock.pool.timeline import summary, to_json
 from tidelock.pool.train import PoolTraining
 from tidelock.run.config import RunConfig
 from tidelock.run.facts import facts_of_pool
 from tidelock.run.folder import RunFolder
 from tidelock.run.pool_checkpoint import load_progress, save_progress, shared_begin
-from tidelock.run.pool_job import job_of, measured_profile, read_encoded, shared_examples
+from tidelock.run.pool_job import job_of, measured_profile, read_data, shared_data
 from tidelock.run.pool_layout import described, layout_from_json, layout_to_json
+from tidelock.run.pool_notes import Desk, PoolNotes
 from tidelock.run.pool_processes import remember_number
-from tidelock.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from tidelock.plan.inputs import Profile
     from tidelock.pool.layout import PoolLayout
     from tidelock.pool.meeting import MeetingPlace, Seat
     from tidelock.pool.peers import Peers
-    from tidelock.pool.pipeline import Example
     from tidelock.pool.recipe import Progress
-    from tidelock.pool.timeline import Timeline
     from tidelock.pool.train import PoolJob
+    from tidelock.run.pool_job import PoolData
     from tidelock.run.trainer import Observer
 
 _CONFIG, _LAYOUT, _MODEL, _MEASURES = "configuration", "layout", "model's fingerprint", "word whether to measure"
@@ -54,65 +52,16 @@ class PoolResult:
     Attributes:
         adapter: Folder of the trained side network; None on other peers than 0.
         steps: Optimizer steps.
-        loss: Of the last batch, before its step.
+        loss: Of the last batch, before its step; None of a peer that did no step, as all were done.
+        eval_loss: On what is held out, after the last step; None without any.
         seconds: How long it took.
     """
 
     adapter: Path | None
     steps: int
-    loss: float
+    loss: float | None
+    eval_loss: float | None
     seconds: float
-
-
-@final
-class _Notes:
-    """Writes metrics on peer 0, and tells the observer."""
-
-    def __init__(self, lead: _Lead | None, observer: Observer, job: PoolJob) -> None:
-        self.loss = float("nan")
-        self.steps = job.begin.steps
-        self._lead = lead
-        self._observer = observer
-        self._per_epoch = job.recipe.steps_per_epoch(len(job.examples))
-        self._began = time.monotonic()
-        observer.start(job.recipe.epochs * self._per_epoch, job.begin.steps)
-
-    def step(self, step: int, loss: float) -> None:
-        """Take a step."""
-        now = time.monotonic()
-        self.steps, self.loss = step, loss
-        self._observer.step(step, loss)
-        if self._lead is not None:
-            row = {"step": step, "loss": loss, "epoch": step / self._per_epoch, "step_seconds": now - self._began}
-            self._lead.folder.append_metrics(row)
-        self._began = now
-
-    def save(self, progress: Progress) -> None:
-        """Write a checkpoint, which is whole or not there."""
-        if self._lead is not None:
-            save_progress(progress, self._lead.folder, self._lead.config.keep)
-
-    def timelines(self, step: int, of_peers: list[Timeline]) -> None:
-        """Say who waits for whom, and keep it for the report."""
-        self._observer.say("\n".join([f"What the peers did in step {step}:", *summary(of_peers)]))
-        if self._lead is not None:
-            self._lead.folder.write_timelines(to_json(of_peers))
-
-    def fill(self, examples: int) -> None:
-        """Say that blocks are run again."""
-        self._observer.say(f"Outputs of {examples} examples are not there any more: the blocks are run for them again.")
-
-    def redistributed(self, sent_bytes: int) -> None:
-        """Say that the pipeline is done."""
-        self._observer.say(
-            f"From here on the pool learns from what is cached, without the frozen blocks; this peer has sent "
-            f"{format_bytes(sent_bytes)} of it to others."
-        )
-        self._began = time.monotonic()
-
-    def wants_change(self) -> bool:
-        """Whether somebody has come who is to take part."""
-        return self._lead is not None and self._lead.meeting.somebody_waits()
 
 
 def lead(
@@ -144,11 +93,11 @@ def lead(
     checkpoint = Checkpoint.open(str(config.model))
     checkpoint.materialise()
     layout_of(_num_blocks(checkpoint), count, None)  # refuses a layout that cannot be before anybody comes
-    examples = read_encoded(config, checkpoint)
+    data = read_data(config, checkpoint)
     folder.write_config(config)
     on_ready()
-    observer.say(f"Data: {len(examples)} examples to learn from.")
-    return _Lead(config, folder, checkpoint, examples, meeting, layout_of, observer, None).run(count)
+    observer.say(f"Data: {len(data.examples)} examples to learn from, {len(data.held_out)} to measure on.")
+    return _Lead(config, folder, checkpoint, data, meeting, layout_of, observer, None).run(count)
 
 
 def resume(
@@ -178,7 +127,7 @@ def resume(
     before = layout_from_json(folder.read_layout())
     checkpoint = Checkpoint.open(str(config.model))
     checkpoint.materialise()
-    examples = read_encoded(config, checkpoint)
+    data = read_data(config, checkpoint)
     saved = folder.latest_checkpoint()
     found = None if saved is None else load_progress(saved)
 
@@ -189,7 +138,7 @@ def resume(
 
     on_ready()
     observer.say(f"Going on from {saved or 'the beginning: there is no whole checkpoint yet'}.")
-    return _Lead(config, folder, checkpoint, examples, meeting, as_before, observer, found).run(count)
+    return _Lead(config, folder, checkpoint, data, meeting, as_before, observer, found).run(count)
 
 
 def follow(own: RunConfig, meeting: MeetingPlace, observer: Observer, *, wish: int | None, insists: bool) -> PoolResult:
@@ -230,22 +179,22 @@ def follow(own: RunConfig, meeting: MeetingPlace, observer: Observer, *, wish: i
             observer.say(f"A peer is lost. {error} Asking peer 0 how it goes on.")
             notes = None
         if notes is not None:
-            return PoolResult(None, notes.steps, notes.loss, time.monotonic() - began)
+            return PoolResult(None, notes.steps, notes.loss, notes.eval_loss, time.monotonic() - began)
 
 
 def _follow_round(
     config: RunConfig, checkpoint: Checkpoint, meeting: MeetingPlace, seat: Seat, cache: Path, observer: Observer
-) -> _Notes | None:
+) -> PoolNotes | None:
     """Take part in a round; return None when another one follows."""
     peers = meeting.open(seat)
     try:
-        examples = shared_examples(peers, None)
-        job = job_of(config, checkpoint, examples, cache, shared_begin(peers, config, checkpoint, None))
+        data = shared_data(peers, None)
+        job = job_of(config, checkpoint, data, cache, shared_begin(peers, config, checkpoint, None))
         if peers.notices.ask(_MEASURES) == str(True):
             measured_profile(peers, job, config)
         layout = layout_from_json(peers.notices.ask(_LAYOUT))
         _introduce(peers, layout, observer)
-        notes = _Notes(None, observer, job)
+        notes = PoolNotes(None, observer, job)
         model = PoolTraining(peers, layout, job, notes).run()
         if model is not None:
             model.close()
@@ -264,7 +213,7 @@ class _Lead:
         config: The run.
         folder: Its folder.
         checkpoint: Its model's.
-        examples: To learn from.
+        data: Its examples.
         meeting: Where the others come.
         layout_of: Says who computes what.
         observer: Told how it gets on.
@@ -274,7 +223,7 @@ class _Lead:
     config: RunConfig
     folder: RunFolder
     checkpoint: Checkpoint
-    examples: Sequence[Example]
+    data: PoolData
     meeting: MeetingPlace
     layout_of: LayoutOf
     observer: Observer
@@ -296,23 +245,23 @@ class _Lead:
                 seconds = time.monotonic() - began
                 summary_row = {"step": notes.steps, "epoch": self.config.epochs, "train_runtime": seconds}
                 self.folder.append_metrics(summary_row)
-                return PoolResult(self.folder.adapter, notes.steps, notes.loss, seconds)
+                return PoolResult(self.folder.adapter, notes.steps, notes.loss, notes.eval_loss, seconds)
             seat = self.meeting.seat_again(seat)
             steps = 0 if self.progress is None else self.progress.steps
             self.observer.say(f"The pool has changed: going on after step {steps}, {seat.count} peers.")
 
-    def _round(self, seat: Seat) -> _Notes | None:
+    def _round(self, seat: Seat) -> PoolNotes | None:
         """Train until the run is done; return None when the pool is to change before that."""
         peers = self.meeting.open(seat)
         try:
-            shared_examples(peers, self.examples)
+            shared_data(peers, self.data)
             begin = shared_begin(peers, self.config, self.checkpoint, self.progress)
-            job = job_of(self.config, self.checkpoint, self.examples, self.folder.cache, begin)
+            job = job_of(self.config, self.checkpoint, self.data, self.folder.cache, begin)
             self.folder.keep_until(begin.steps)
             self.folder.write_facts(facts_of_pool(job).model_dump_json(indent=2))
             layout = self._layout(peers, job)
             _introduce(peers, layout, self.observer)
-            notes = _Notes(self, self.observer, job)
+            notes = PoolNotes(Desk(self.folder, self.config.keep, self.meeting), self.observer, job)
             training = PoolTraining(peers, layout, job, notes)
             try:
                 model = training.run()
