@@ -140,7 +140,7 @@ def test_another_model_is_refused(chat_model: Path, facts: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        pytest.param((), "expected --local N, or --listen HOST:PORT with --peers N, got neither", id="no peers"),
+        pytest.param((), "expected --local N, or --listen HOST:PORT with --peers N, or torchrun, got neither", id="no peers"),
         pytest.param(("--local", 2, "--stage", "0-2"), "expected FIRST-LAST@PEER,PEER*SHARE", id="no peer in a stage"),
         pytest.param(
             ("--local", 2, "--stage", "0-0@0", "--stage", "1-1@1"), "all of the model's 3 blocks", id="too few blocks"
