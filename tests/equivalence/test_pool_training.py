@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,11 @@ from tidelock.cache.folder import CacheFolder
 from tidelock.cache.identity import CacheIdentity
 from tidelock.data.batch import Collator
 from tidelock.device.side_model import SideModel
-from tidelock.errors import PeerError
+from tidelock.errors import MemoryExceeded, PeerError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.pool.held_out import HeldOut
 from tidelock.pool.layout import PoolLayout, Stage, one_forward_one_backward
+from tidelock.pool.memory import MemoryLimit
 from tidelock.pool.peers import Peers
 from tidelock.pool.recipe import Progress, Recipe
 from tidelock.pool.redistribute import Kept
@@ -121,7 +123,7 @@ def run_in_pool(
         begin: From where.
         places: Number of each peer's cache; by default that of the peer.
         held_out: What it is measured on.
-        lead: `dies_at` of the last peer, `changes_after` of peer 0.
+        lead: `dies_at` of the last peer, `grows_after` so many steps beyond its memory, `changes_after` of peer 0.
     """
     first = begin or Progress(0, side_model(folder, CONFIG).network.state_dict(), {})
 
@@ -135,9 +137,12 @@ def run_in_pool(
         there = [range(found.taps[0], found.taps[-1] + 1) for _, found in CacheFolder(place).groups() if found]
         dies_at = lead.get("dies_at") if peers.peer == peers.count - 1 else None
         notes = Notes(first.steps, dies_at, lead.get("changes_after") if peers.peer == 0 else None)
-        kept = Kept(open_cache, there, BLOCKS)
+        kept, looks = Kept(open_cache, there, BLOCKS), itertools.count()
+        most_steps = lead.get("grows_after", RECIPE.epochs * PER_EPOCH) if peers.peer == peers.count - 1 else COUNT
+        # The first two looks are at what there was before, and at the blocks.
+        memory = MemoryLimit(10, lambda: 11 if next(looks) > 1 and len(notes.losses) >= most_steps else 0)
         source, measured = Checkpoint.open(str(folder)), held_out or HeldOut()
-        job = PoolJob("llama", source, CONFIG, first, examples(COUNT), RECIPE, 2, kept, measured)
+        job = PoolJob("llama", source, CONFIG, first, examples(COUNT), RECIPE, 2, kept, measured, memory)
         training, model, error = PoolTraining(peers, layout, job, notes), None, None
         try:
             model = training.run()
@@ -148,8 +153,8 @@ def run_in_pool(
         return Outcome(notes, training.progress, None if model is None else model.network.state_dict(), error)
 
     outcomes = in_pool(layout.num_peers, work)
-    died = [outcome for outcome in outcomes if isinstance(outcome, DiedError)]
-    assert len(died) == ("dies_at" in lead)
+    died = [outcome for outcome in outcomes if isinstance(outcome, DiedError | MemoryExceeded)]
+    assert len(died) == ("dies_at" in lead or "grows_after" in lead)
     return all_of([outcome for outcome in outcomes if outcome not in died])
 
 
@@ -434,6 +439,18 @@ def test_a_pool_grows_between_two_steps(after: int, tiny_models: Path, tmp_path:
     for outcome in run_in_pool(folder, AFTERWARDS[3], tmp_path, before[0].progress):
         assert outcome.state is not None
         assert outcome.notes.filled == []
+        assert_is_that_of_one_process(folder, outcome.state)
+
+
+@pytest.mark.parametrize("after", [0, pytest.param(1, marks=pytest.mark.slow), 5])
+def test_a_peer_that_takes_too_much_leaves_after_the_step(after: int, tiny_models: Path, tmp_path: Path) -> None:
+    folder = tiny_models / "llama"
+    left = run_in_pool(folder, AFTERWARDS[3], tmp_path, grows_after=after)
+    for outcome in left:
+        assert (outcome.state, outcome.error) == (None, None)
+        assert outcome.progress.steps == after + 1
+    for outcome in run_in_pool(folder, AFTERWARDS[2], tmp_path, left[0].progress):
+        assert outcome.state is not None
         assert_is_that_of_one_process(folder, outcome.state)
 
 

@@ -90,9 +90,13 @@ def _train(
 def _resume(
     folder: str, knobs: dict[str, Any], options: dict[str, Any], progress: StepProgress, output: Output
 ) -> PoolResult:
-    _refuse_changed(knobs, _KNOBS)
+    _refuse_changed(knobs, [name for name in _KNOBS if name != "memory_limit"])
     _refuse(options, ("stage", "micro_batches", "profile"), "pool train")
-    config = replace(RunFolder.open(Path(folder)).config(), out=folder)  # which may have been moved
+    run_folder = RunFolder.open(Path(folder))
+    config = replace(run_folder.config(), out=folder)  # which may have been moved
+    if knobs["memory_limit"] is not None:
+        config = replace(config, memory_limit=knobs["memory_limit"])
+        run_folder.write_config(config)
     with _leading(options, config) as (meeting, count, start_others):
         run = import_module("tidelock.run.pool")
         output.quiet_libraries()

@@ -25,6 +25,7 @@ from tidelock.model.memory import give_back_memory
 from tidelock.model.part import ModelPart
 from tidelock.peft.side_part import GATES, SidePart
 from tidelock.pool.held_out import HeldOut
+from tidelock.pool.memory import MemoryLimit
 from tidelock.pool.pipeline import Pipeline, sum_gradients, sum_of_losses
 from tidelock.pool.recipe import Optimizer
 from tidelock.pool.redistribute import Widths, find_routes, gather, redistribute
@@ -101,6 +102,7 @@ class PoolJob:
         save_every: Steps between two calls of `Watcher.save`.
         kept: What this peer has of the blocks' outputs.
         held_out: What it is measured on.
+        memory: What this peer may take; one that takes more leaves after the step.
     """
 
     model: str
@@ -112,6 +114,7 @@ class PoolJob:
     save_every: int
     kept: Kept
     held_out: HeldOut = field(default_factory=HeldOut)
+    memory: MemoryLimit = field(default_factory=lambda: MemoryLimit(None))
 
 
 @final
@@ -145,12 +148,14 @@ class PoolTraining:
 
         Raises:
             CacheError: What this peer has kept is damaged.
+            MemoryExceeded: This peer takes more than it may; the others may go on.
             NonFiniteError: A loss or a gradient is infinite or not a number.
             PeerError: A peer was lost.
             StorageError: There is no room for what is kept.
         """
         peers, job = self._peers, self._job
         if self._gathered.steps < self._per_epoch and self._first_epoch():
+            job.memory.hold()
             return None
         self._share_outputs()
         config = read_config(job.source.folder)
@@ -168,6 +173,7 @@ class PoolTraining:
                 self._cached_step(model, optimizer, [shard[step] for shard in shards])
                 self._evaluate_if_due(optimizer.steps, measure)
                 if optimizer.steps < self._steps and self._changes():
+                    job.memory.hold()
                     return None
         return model
 
@@ -220,6 +226,7 @@ class PoolTraining:
         result = self._share_of_loss(model, [[job.examples[number] for number in own] for own in numbers])
         if result is not None:
             result.backward()
+        job.memory.look()
         loss = 0.0 if result is None else float(result.detach())
         sum_gradients(peers, optimizer.parameters.values(), range(peers.count))
         total = sum_of_losses(peers, loss)
@@ -255,7 +262,7 @@ class PoolTraining:
             self._evaluate_if_due(step, loss_of)
 
     def _changes(self) -> bool:
-        return self._peers.agree(says=self._watcher.wants_change())
+        return self._peers.agree(says=self._watcher.wants_change() or self._job.memory.is_exceeded)
 
 
 @final
@@ -330,7 +337,10 @@ class _Stages:
         self._is_loaded = True
         self._compute = self._side_stage()
         if self._compute is not None and self._number is not None:
-            self._pipeline = Pipeline(self._peers, self._layout, self._number, self._compute)
+            memory = self._job.memory
+            self._pipeline = Pipeline(self._peers, self._layout, self._number, self._compute, memory)
+            memory.look()
+            memory.hold()  # before anything is done
 
     def _side_stage(self) -> SideStage | None:
         """Return what this peer computes, begun as the configuration says."""

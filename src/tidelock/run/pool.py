@@ -19,7 +19,7 @@ from tidelock.run.config import RunConfig
 from tidelock.run.facts import facts_of_pool
 from tidelock.run.folder import RunFolder
 from tidelock.run.pool_checkpoint import load_progress, save_progress, shared_begin
-from tidelock.run.pool_job import job_of, measured_profile, read_data, shared_data
+from tidelock.run.pool_job import Holdings, job_of, measured_profile, read_data, shared_data
 from tidelock.run.pool_layout import described, layout_from_json, layout_to_json
 from tidelock.run.pool_notes import Desk, PoolNotes
 from tidelock.run.pool_processes import remember_number
@@ -170,11 +170,12 @@ def follow(own: RunConfig, meeting: MeetingPlace, observer: Observer, *, wish: i
     mine = {name: getattr(own, name) for name in ("model", "threads", "memory_limit", "cache_key")}
     config = replace(config, **mine)
     seat: Seat | None = None
+    holdings = Holdings.of(config, Path(own.out) / "cache")
     while True:
         seat = meeting.arrive(wish=wish, insists=insists and seat is None, was=seat)
         remember_number(Path(own.out), seat.peer)
         try:
-            notes = _follow_round(config, checkpoint, meeting, seat, Path(own.out) / "cache", observer)
+            notes = _follow_round(config, checkpoint, meeting, seat, holdings, observer)
         except PeerError as error:
             observer.say(f"A peer is lost. {error} Asking peer 0 how it goes on.")
             notes = None
@@ -183,13 +184,13 @@ def follow(own: RunConfig, meeting: MeetingPlace, observer: Observer, *, wish: i
 
 
 def _follow_round(
-    config: RunConfig, checkpoint: Checkpoint, meeting: MeetingPlace, seat: Seat, cache: Path, observer: Observer
+    config: RunConfig, checkpoint: Checkpoint, meeting: MeetingPlace, seat: Seat, holdings: Holdings, observer: Observer
 ) -> PoolNotes | None:
     """Take part in a round; return None when another one follows."""
     peers = meeting.open(seat)
     try:
         data = shared_data(peers, None)
-        job = job_of(config, checkpoint, data, cache, shared_begin(peers, config, checkpoint, None))
+        job = job_of(config, checkpoint, data, holdings, shared_begin(peers, config, checkpoint, None))
         if peers.notices.ask(_MEASURES) == str(True):
             measured_profile(peers, job, config)
         layout = layout_from_json(peers.notices.ask(_LAYOUT))
@@ -235,9 +236,10 @@ class _Lead:
         self.meeting.notices.tell(_CONFIG, self.config.to_toml())
         self.meeting.notices.tell(_MODEL, str(self.checkpoint.fingerprint()))
         seat = self.meeting.seat_first(count)
+        holdings = Holdings.of(self.config, self.folder.cache)
         while True:
             try:
-                notes = self._round(seat)
+                notes = self._round(seat, holdings)
             except PeerError as error:
                 self.observer.say(f"A peer is lost. {error} Going on with those that are left.")
                 notes = None
@@ -250,13 +252,13 @@ class _Lead:
             steps = 0 if self.progress is None else self.progress.steps
             self.observer.say(f"The pool has changed: going on after step {steps}, {seat.count} peers.")
 
-    def _round(self, seat: Seat) -> PoolNotes | None:
+    def _round(self, seat: Seat, holdings: Holdings) -> PoolNotes | None:
         """Train until the run is done; return None when the pool is to change before that."""
         peers = self.meeting.open(seat)
         try:
             shared_data(peers, self.data)
             begin = shared_begin(peers, self.config, self.checkpoint, self.progress)
-            job = job_of(self.config, self.checkpoint, self.data, self.folder.cache, begin)
+            job = job_of(self.config, self.checkpoint, self.data, holdings, begin)
             self.folder.keep_until(begin.steps)
             self.folder.write_facts(facts_of_pool(job).model_dump_json(indent=2))
             layout = self._layout(peers, job)

@@ -23,6 +23,7 @@ from tidelock.data.encode import Encoder, encode_all
 from tidelock.model.ends import empty_model, read_config, tokenizer_sha256
 from tidelock.model.geometry import geometry_of
 from tidelock.pool.held_out import HeldOut
+from tidelock.pool.memory import MemoryLimit
 from tidelock.pool.pipeline import Example
 from tidelock.pool.profiler import DeviceFacts, measure_pool
 from tidelock.pool.recipe import Recipe
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
     from tidelock.pool.recipe import Progress
     from tidelock.run.config import RunConfig
 
+# How much of a limit is planned with: a profile does not count all (docs/pool.md, "How much quicker").
+_PLANNED_SHARE = 0.85
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,25 @@ class PoolData:
 
     examples: Sequence[Example]
     held_out: Sequence[Example]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What a peer has of its own through all rounds.
+
+    Attributes:
+        cache: Folder of its cache.
+        memory: What it may take.
+    """
+
+    cache: Path
+    memory: MemoryLimit
+
+    @classmethod
+    def of(cls, config: RunConfig, cache: Path) -> Holdings:
+        """Return a peer's, whose memory counts from now on."""
+        return cls(cache, MemoryLimit(None if config.memory_limit is None else parse_bytes(config.memory_limit)))
 
 
 def read_data(config: RunConfig, checkpoint: Checkpoint) -> PoolData:
@@ -80,14 +103,14 @@ def shared_data(peers: Peers, data: PoolData | None) -> PoolData:
     return PoolData(*(_unpacked(peers.share(None if some is None else _packed(some))) for some in given))
 
 
-def job_of(config: RunConfig, checkpoint: Checkpoint, data: PoolData, cache: Path, begin: Progress) -> PoolJob:
+def job_of(config: RunConfig, checkpoint: Checkpoint, data: PoolData, holdings: Holdings, begin: Progress) -> PoolJob:
     """Return what is trained, once this process is set up for it.
 
     Args:
         config: The run.
         checkpoint: The model's.
         data: All examples.
-        cache: Folder of this peer's cache.
+        holdings: This peer's.
         begin: From where.
 
     Raises:
@@ -117,9 +140,9 @@ def job_of(config: RunConfig, checkpoint: Checkpoint, data: PoolData, cache: Pat
     )
 
     def open_cache(taps: tuple[int, ...]) -> ActivationCache:
-        return cache_config_of(config, cache).open(replace(identity, taps=taps))
+        return cache_config_of(config, holdings.cache).open(replace(identity, taps=taps))
 
-    kept = Kept(open_cache, _kept_blocks(cache, identity), geometry_of(empty_model(model_config)).num_blocks)
+    kept = Kept(open_cache, _kept_blocks(holdings.cache, identity), geometry_of(empty_model(model_config)).num_blocks)
     every = config.eval_every or recipe.steps_per_epoch(len(data.examples))
     return PoolJob(
         model=identity.model,
@@ -131,19 +154,22 @@ def job_of(config: RunConfig, checkpoint: Checkpoint, data: PoolData, cache: Pat
         save_every=config.save_every,
         kept=kept,
         held_out=HeldOut(data.held_out, config.batch_size, every),
+        memory=holdings.memory,
     )
 
 
 def measured_profile(peers: Peers, job: PoolJob, config: RunConfig) -> Profile:
     """Return the pool's profile, the same on every peer; errors as of `measure_pool`."""
-    free = psutil.virtual_memory().available
+    given = psutil.virtual_memory().available
+    if config.memory_limit is not None:
+        given = min(given, int(_PLANNED_SHARE * parse_bytes(config.memory_limit)))
     rows = sorted({1, max(1, job.recipe.batch_size // 4), job.recipe.batch_size})
     threads = torch.get_num_threads()
     hardware = [platform.machine(), platform.processor(), os.cpu_count(), threads]
     libraries = [f"{name} {version(name)}" for name in ("tidelock", "torch", "transformers")]
     device = DeviceFacts(
         name=f"{socket.gethostname()} ({threads} thread{'s' if threads > 1 else ''})",
-        memory_bytes=free if config.memory_limit is None else min(free, parse_bytes(config.memory_limit)),
+        memory_bytes=given,
         key=json.dumps([job.model, "fp32", hardware, libraries]),
     )
     return measure_pool(peers, job, rows, device)
