@@ -59,7 +59,10 @@ def test_it_is_measured_on_what_it_does_not_learn_from(
     command = ("pool", "train", facts, "--split", "train", "--model", chat_model, *LEARN[:2], *LEARN[4:])
     stages = ("--local", 2, "--stage", "0-1@0", "--stage", "2-2@1", "--epochs", 2)
     assert tide(*command, *stages, "--eval-split", "held_out", "--json", "--out", tmp_path / "run") == 0
-    done = json.loads(capsys.readouterr().out.splitlines()[-1])
+    *events, done = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (told,) = [event for event in events if event["event"] == "peers"]
+    assert [(peer["peer"], peer["stage"]) for peer in told["peers"]] == [(0, None), (1, None)]  # cached
+    assert all(0 < peer["computing"] <= 1 and 0 <= peer["idle"] < 1 for peer in told["peers"])
     rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in row]
     assert [row["epoch"] for row in rows] == [1.0, 2.0]
     assert done["eval_loss"] == rows[-1]["eval_loss"]

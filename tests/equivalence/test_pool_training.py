@@ -30,7 +30,7 @@ from tidelock.pool.peers import Peers
 from tidelock.pool.recipe import Progress, Recipe
 from tidelock.pool.redistribute import Kept
 from tidelock.pool.side_stage import padded
-from tidelock.pool.timeline import Timeline, summary
+from tidelock.pool.timeline import Activity, Timeline, summary
 from tidelock.pool.train import PoolJob, PoolTraining
 
 RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=1e-2, warmup_steps=2, clip=0.5)
@@ -48,6 +48,7 @@ class Notes:
         self.filled: list[int] = []
         self.evaluated_at: dict[int, float] = {}
         self.owed: list[int] = []
+        self.activities: dict[int, list[Activity]] = {}
         self.timeline: tuple[int, list[Timeline]] | None = None
         self.dies_at, self.changes_after = dies_at, changes_after
 
@@ -70,6 +71,9 @@ class Notes:
     def owes_evaluation(self, step: int) -> bool:
         self.owed.append(step)
         return True
+
+    def activity(self, step: int, of_peers: list[Activity]) -> None:
+        self.activities[step] = of_peers
 
     def timelines(self, step: int, of_peers: list[Timeline]) -> None:
         self.timeline = (step, of_peers)
@@ -323,6 +327,24 @@ def test_each_peer_notes_what_it_does_in_a_step(layout: str, tiny_models: Path, 
         assert ends == sorted(ends)
         assert f"Peer {timeline.peer}, stage {timeline.stage + 1}: computing " in line
         assert ("waiting for stage" in line) == bool(last and mine)
+
+
+def test_peers_tell_each_other_in_short_what_they_do(tiny_models: Path, tmp_path: Path) -> None:
+    layout = LAYOUTS["hybrid"]
+    notes, *others = [o.notes for o in run_in_pool(tiny_models / "llama", layout, tmp_path)]
+    assert all(other.activities == notes.activities for other in others)
+    assert list(notes.activities) == [2, 5]  # through the stages, and from the cache
+    assert notes.timeline is not None
+    for found, line in zip(notes.activities[2], summary(notes.timeline[1]), strict=True):
+        assert found.stage == layout.stage_of(found.peer)
+        assert found.said().partition(";")[0] == line.partition(";")[0]
+    for found in notes.activities[5]:
+        assert (found.stage, found.waiting_before, found.waiting_after) == (None, 0, 0)
+        assert found.memory_bytes > 0
+        shares = (found.computing, found.summing, found.idle)
+        assert all(share >= 0 for share in shares)
+        assert sum(shares) == pytest.approx(1)
+        assert found.said().startswith(f"Peer {found.peer}: computing ")
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 8])  # in the first epoch, at its end, and in later ones

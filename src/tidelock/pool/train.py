@@ -30,7 +30,7 @@ from tidelock.pool.pipeline import Pipeline, sum_gradients, sum_of_losses
 from tidelock.pool.recipe import Optimizer
 from tidelock.pool.redistribute import Widths, find_routes, gather, redistribute
 from tidelock.pool.side_stage import SideStage, padded
-from tidelock.pool.timeline import Timeline, from_json, to_json
+from tidelock.pool.timeline import Timeline, activities, from_json, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,10 +44,13 @@ if TYPE_CHECKING:
     from tidelock.pool.pipeline import Example
     from tidelock.pool.recipe import Progress, Recipe
     from tidelock.pool.redistribute import Kept
+    from tidelock.pool.timeline import Activity
 
 
 # Of the steps of a round, the one whose timelines are kept: what the first one does once is no part of it.
 _SHOWN_STEP = 2
+# Besides, every so many steps peers tell each other in short what they do.
+_TOLD_EVERY = 5
 
 
 class Watcher(Protocol):
@@ -67,6 +70,10 @@ class Watcher(Protocol):
 
     def owes_evaluation(self, step: int) -> bool:
         """Whether that was due after a step, the last one of the round before, and was not done."""
+        ...
+
+    def activity(self, step: int, of_peers: list[Activity]) -> None:
+        """What each peer did in a step, every few steps."""
         ...
 
     def timelines(self, step: int, of_peers: list[Timeline]) -> None:
@@ -191,6 +198,7 @@ class PoolTraining:
                 timelines = self._stages.timelines()
                 if self._peers.peer == 0:
                     self._watcher.timelines(optimizer.steps, timelines)
+            self._tell_activity(optimizer.steps, self._stages.timeline)
             changes = self._changes()
             if optimizer.steps % job.save_every == 0 or first + size >= len(order) or changes:
                 self._gathered = self._stages.gather(optimizer)
@@ -223,17 +231,27 @@ class PoolTraining:
         The gradients are those of the whole batch.
         """
         peers, job = self._peers, self._job
-        result = self._share_of_loss(model, [[job.examples[number] for number in own] for own in numbers])
+        timeline = Timeline(peers.peer, None)
+        with timeline.during("forward"):
+            result = self._share_of_loss(model, [[job.examples[number] for number in own] for own in numbers])
         if result is not None:
-            result.backward()
+            with timeline.during("backward"):
+                result.backward()
         job.memory.look()
         loss = 0.0 if result is None else float(result.detach())
-        sum_gradients(peers, optimizer.parameters.values(), range(peers.count))
+        with timeline.during("all-reduce"):
+            sum_gradients(peers, optimizer.parameters.values(), range(peers.count))
         total = sum_of_losses(peers, loss)
         optimizer.step()
         self._watcher.step(optimizer.steps, total)
+        self._tell_activity(optimizer.steps, timeline)
         if optimizer.steps % job.save_every == 0:
             self._watcher.save(optimizer.progress())
+
+    def _tell_activity(self, step: int, timeline: Timeline) -> None:
+        if step % _TOLD_EVERY == 0 or step == self._job.begin.steps + _SHOWN_STEP:
+            timeline.memory_bytes = psutil.Process().memory_info().rss
+            self._watcher.activity(step, activities(self._peers.gather(timeline.numbers())))
 
     def _share_of_loss(self, model: SideModel, shards: Sequence[Sequence[Example]]) -> Tensor | None:
         """Return this peer's part of a batch's loss, out of its examples by peer; None of one that has none of them."""
@@ -299,9 +317,14 @@ class _Stages:
         """Take a batch through the stages, forward only; see `Pipeline.measure`."""
         return sum_of_losses(self._peers, 0.0) if self._pipeline is None else self._pipeline.measure(batch)
 
+    @property
+    def timeline(self) -> Timeline:
+        """What this peer did when in the last batch."""
+        return Timeline(self._peers.peer, None) if self._pipeline is None else self._pipeline.timeline
+
     def timelines(self) -> list[Timeline]:
         """Return what each peer did when in the last batch; on other peers than 0, nothing."""
-        own = Timeline(self._peers.peer, None) if self._pipeline is None else self._pipeline.timeline
+        own = self.timeline
         own.memory_bytes = psutil.Process().memory_info().rss
         self._peers.notices.tell(f"timeline {self._peers.peer}", to_json([own]))
         everybody = range(self._peers.count) if self._peers.peer == 0 else ()

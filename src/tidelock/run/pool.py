@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tidelock.pool.recipe import Progress
     from tidelock.pool.train import PoolJob
     from tidelock.run.pool_job import PoolData
-    from tidelock.run.trainer import Observer
+    from tidelock.run.pool_notes import PoolObserver
 
 _CONFIG, _LAYOUT, _MODEL, _MEASURES = "configuration", "layout", "model's fingerprint", "word whether to measure"
 
@@ -69,7 +69,7 @@ def lead(
     meeting: MeetingPlace,
     count: int,
     layout_of: LayoutOf,
-    observer: Observer,
+    observer: PoolObserver,
     on_ready: Callable[[], None],
 ) -> PoolResult:
     """Train in a pool, as peer 0.
@@ -105,7 +105,7 @@ def resume(
     meeting: MeetingPlace,
     count: int,
     layout_of: LayoutOf,
-    observer: Observer,
+    observer: PoolObserver,
     on_ready: Callable[[], None],
 ) -> PoolResult:
     """Go on with a run in a pool that was broken off, as peer 0; with as many peers as before, by the same layout.
@@ -141,7 +141,9 @@ def resume(
     return _Lead(config, folder, checkpoint, data, meeting, as_before, observer, found).run(count)
 
 
-def follow(own: RunConfig, meeting: MeetingPlace, observer: Observer, *, wish: int | None, insists: bool) -> PoolResult:
+def follow(
+    own: RunConfig, meeting: MeetingPlace, observer: PoolObserver, *, wish: int | None, insists: bool
+) -> PoolResult:
     """Train in a pool, as another peer than 0.
 
     Args:
@@ -184,7 +186,12 @@ def follow(own: RunConfig, meeting: MeetingPlace, observer: Observer, *, wish: i
 
 
 def _follow_round(
-    config: RunConfig, checkpoint: Checkpoint, meeting: MeetingPlace, seat: Seat, holdings: Holdings, observer: Observer
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    meeting: MeetingPlace,
+    seat: Seat,
+    holdings: Holdings,
+    observer: PoolObserver,
 ) -> PoolNotes | None:
     """Take part in a round; return None when another one follows."""
     peers = meeting.open(seat)
@@ -227,7 +234,7 @@ class _Lead:
     data: PoolData
     meeting: MeetingPlace
     layout_of: LayoutOf
-    observer: Observer
+    observer: PoolObserver
     progress: Progress | None
 
     def run(self, count: int) -> PoolResult:
@@ -308,7 +315,7 @@ class _Lead:
         return layout
 
 
-def _introduce(peers: Peers, layout: PoolLayout, observer: Observer) -> None:
+def _introduce(peers: Peers, layout: PoolLayout, observer: PoolObserver) -> None:
     observer.say(f"Pool: peer {peers.peer} of {peers.count}; {described(layout)}.")
 
 

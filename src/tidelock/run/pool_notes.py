@@ -7,21 +7,31 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Protocol, final
 
 from tidelock.pool.timeline import summary, to_json
 from tidelock.run.pool_checkpoint import save_progress
+from tidelock.run.trainer import Observer
 from tidelock.units import format_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tidelock.pool.meeting import MeetingPlace
     from tidelock.pool.recipe import Progress
-    from tidelock.pool.timeline import Timeline
+    from tidelock.pool.timeline import Activity, Timeline
     from tidelock.pool.train import PoolJob
     from tidelock.run.folder import RunFolder
-    from tidelock.run.trainer import Observer
 
 _EVAL_LOSS = "eval_loss"
+
+
+class PoolObserver(Observer, Protocol):
+    """Is told how a run in a pool gets on."""
+
+    def peers(self, step: int, of_peers: Sequence[Activity]) -> None:
+        """What each peer did in a step; told to peer 0's every few steps."""
+        ...
 
 
 @final
@@ -55,7 +65,7 @@ class PoolNotes:
         eval_loss: Of the last evaluation; None before the first.
     """
 
-    def __init__(self, desk: Desk | None, observer: Observer, job: PoolJob) -> None:
+    def __init__(self, desk: Desk | None, observer: PoolObserver, job: PoolJob) -> None:
         self.steps = job.begin.steps
         self.loss = None if desk is None else desk.folder.metric(self.steps, "loss")
         self.eval_loss = None if desk is None else desk.folder.metric(self.steps, _EVAL_LOSS)
@@ -91,6 +101,11 @@ class PoolNotes:
     def owes_evaluation(self, step: int) -> bool:
         """Whether an evaluation is not in the folder."""
         return self._desk is not None and self._desk.folder.metric(step, _EVAL_LOSS) is None
+
+    def activity(self, step: int, of_peers: list[Activity]) -> None:
+        """Have what the peers do shown on peer 0."""
+        if self._desk is not None:
+            self._observer.peers(step, of_peers)
 
     def timelines(self, step: int, of_peers: list[Timeline]) -> None:
         """Say who waits for whom, and keep it for the report."""
