@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,7 @@ def run_in_pool(
     *,
     places: Sequence[int] | None = None,
     held_out: HeldOut | None = None,
+    recipe: Recipe = RECIPE,
     **lead: Any,
 ) -> list[Outcome]:
     """Return what each peer saw of a round; those that died are left out.
@@ -127,6 +128,7 @@ def run_in_pool(
         begin: From where.
         places: Number of each peer's cache; by default that of the peer.
         held_out: What it is measured on.
+        recipe: How it is trained; with another one than `RECIPE` no checkpoint is written within an epoch.
         lead: `dies_at` of the last peer, `grows_after` so many steps beyond its memory, `changes_after` of peer 0.
     """
     first = begin or Progress(0, side_model(folder, CONFIG).network.state_dict(), {})
@@ -145,8 +147,9 @@ def run_in_pool(
         most_steps = lead.get("grows_after", RECIPE.epochs * PER_EPOCH) if peers.peer == peers.count - 1 else COUNT
         # The first two looks are at what there was before, and at the blocks.
         memory = MemoryLimit(10, lambda: 11 if next(looks) > 1 and len(notes.losses) >= most_steps else 0)
+        save_every = 2 if recipe == RECIPE else COUNT
         source, measured = Checkpoint.open(str(folder)), held_out or HeldOut()
-        job = PoolJob("llama", source, CONFIG, first, examples(COUNT), RECIPE, 2, kept, measured, memory)
+        job = PoolJob("llama", source, CONFIG, first, examples(COUNT), recipe, save_every, kept, measured, memory)
         training, model, error = PoolTraining(peers, layout, job, notes), None, None
         try:
             model = training.run()
@@ -428,6 +431,19 @@ def test_the_others_go_on_without_a_lost_peer(
         else:
             assert filled == most
         assert_is_that_of_one_process(tiny_models / "llama", outcome.state)
+
+
+def test_a_lost_peer_costs_fewer_than_five_steps(tiny_models: Path, tmp_path: Path) -> None:
+    folder, recipe = tiny_models / "llama", replace(RECIPE, batch_size=1, epochs=1)
+    left = run_in_pool(folder, LAYOUTS["hybrid"], tmp_path, recipe=recipe, dies_at="step 8")
+    assert [list(outcome.notes.saved) for outcome in left] == [[], []]
+    assert left[0].progress.steps == 5
+    expected, losses = one_process(folder, recipe)
+    for outcome in run_in_pool(folder, AFTERWARDS[2], tmp_path, left[0].progress, recipe=recipe):
+        assert outcome.notes.losses == pytest.approx(losses[5:], rel=1e-3)
+        assert outcome.state is not None
+        for name, tensor in expected.items():
+            torch.testing.assert_close(outcome.state[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
 
 
 def test_something_of_every_kind_is_lost() -> None:

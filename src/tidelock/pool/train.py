@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 _SHOWN_STEP = 2
 # Besides, every so many steps peers tell each other in short what they do.
 _TOLD_EVERY = 5
+# In the first epoch, as often every peer gets the whole network, so that a lost one costs fewer steps than that.
+_MIRRORED_EVERY = 5
 
 
 class Watcher(Protocol):
@@ -200,8 +202,10 @@ class PoolTraining:
                     self._watcher.timelines(optimizer.steps, timelines)
             self._tell_activity(optimizer.steps, self._stages.timeline)
             changes = self._changes()
-            if optimizer.steps % job.save_every == 0 or first + size >= len(order) or changes:
+            saves = optimizer.steps % job.save_every == 0 or first + size >= len(order) or changes
+            if saves or optimizer.steps % _MIRRORED_EVERY == 0:
                 self._gathered = self._stages.gather(optimizer)
+            if saves:
                 self._watcher.save(self._gathered)
             self._evaluate_if_due(optimizer.steps, self._stages.measure)
             if changes:
