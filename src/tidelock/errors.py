@@ -8,6 +8,7 @@
     ├── StorageError                6   the disk refused: full, read-only or gone
     ├── NonFiniteError              7   a loss, a gradient or an activation is not a finite number
     ├── CacheError                  8   an activation cache that is none, has another key, or has damaged entries
+    ├── MemoryExceeded              9   a peer of a pool took more memory than it was given
     ├── WireError                   10  a message broke the protocol: length, shape, dtype or order
     ├── CloudUnreachable            11  no cloud answers at that address, or it stayed away too long
     ├── TlsError                    12  the cloud's certificate is not trusted, or ours is refused
@@ -86,6 +87,12 @@ class CacheError(TidelockError):
     """A folder is no activation cache, or one with another key, or entries of it are damaged."""
 
     exit_code = 8
+
+
+class MemoryExceeded(TidelockError):
+    """This process took more memory than its device gives."""
+
+    exit_code = 9
 
 
 class WireError(TidelockError):

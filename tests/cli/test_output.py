@@ -57,16 +57,56 @@ def test_without_a_terminal_progress_is_lines_now_and_then(
     ]
 
 
-def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+def test_without_a_terminal_what_is_below_goes_with_the_next_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Output().progress("Training", 4) as bar:
+        for step in range(4):
+            now[0] += 6
+            if step < 2:
+                bar.below([f"of step {step}", "another"])
+            bar.advance()
+    assert capsys.readouterr().err.splitlines() == [
+        "Training 2/4, 0.17/s, 12.0 s left",
+        "of step 1",
+        "another",
+        "Training 4/4, 0.17/s, done in 24.0 s",
+    ]
 
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
+
+class Terminal(io.StringIO):
+    """What rich takes for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def a_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Put a terminal in the place of stderr."""
+    found = Terminal()
+    monkeypatch.setattr(sys, "stderr", found)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("NO_COLOR", "1")
+    return found
+
+
+def test_on_a_terminal_what_is_below_takes_the_place_of_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = a_terminal(monkeypatch)
+    with Output().progress("Training", 10) as bar:
+        bar.below(["Peer 0 [first]", "Peer 1 first"])
+        bar.advance(5)
+        bar.below(["Peer 0 [second]", "Peer 1 second"])
+    first, *frames = terminal.getvalue().split("Peer 0 [second]")
+    assert "Peer 1 first" not in "".join(frames)
+    assert "Peer 1 second" in frames[-1]
+    assert "5/10" in first
+
+
+def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = a_terminal(monkeypatch)
     with Output().progress("Training [x]", 10) as bar:
         bar.advance(10, loss=0.5)
     shown = terminal.getvalue()

@@ -11,7 +11,7 @@ import pytest
 from tests.support.chat_model import save_chat_model
 from tests.support.tidelock_process import TidelockProcess
 from tidelock.cli.main import run
-from tidelock.errors import ConfigError, DataError, ListenRefused, ModelMismatch, PeerError
+from tidelock.errors import ConfigError, DataError, ListenRefused, MemoryExceeded, ModelMismatch, PeerError
 from tidelock.run.folder import read_rows
 
 Capture = pytest.CaptureFixture[str]
@@ -53,6 +53,27 @@ def test_a_pool_learns_what_one_process_learns(capsys: Capture, chat_model: Path
         assert capsys.readouterr().out == "in the box\n"
 
 
+def test_it_is_measured_on_what_it_does_not_learn_from(
+    capsys: Capture, chat_model: Path, facts: Path, tmp_path: Path
+) -> None:
+    command = ("pool", "train", facts, "--split", "train", "--model", chat_model, *LEARN[:2], *LEARN[4:])
+    stages = ("--local", 2, "--stage", "0-1@0", "--stage", "2-2@1", "--epochs", 2)
+    assert tide(*command, *stages, "--eval-split", "held_out", "--json", "--out", tmp_path / "run") == 0
+    *events, done = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (told,) = [event for event in events if event["event"] == "peers"]
+    assert [(peer["peer"], peer["stage"]) for peer in told["peers"]] == [(0, None), (1, None)]  # cached
+    assert all(0 < peer["computing"] <= 1 and 0 <= peer["idle"] < 1 for peer in told["peers"])
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in row]
+    assert [row["epoch"] for row in rows] == [1.0, 2.0]
+    assert done["eval_loss"] == rows[-1]["eval_loss"]
+    assert tide("report", tmp_path / "run") == 0
+    assert f"{rows[-1]['eval_loss']:.4f}" in (tmp_path / "run" / "report.html").read_text()
+    capsys.readouterr()
+    assert tide("eval", tmp_path / "run", "--data", facts, "--split", "held_out", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["metrics"]["loss"] == pytest.approx(done["eval_loss"], rel=1e-4)
+
+
 def test_an_unknown_pool_is_measured_and_planned(
     capsys: Capture, chat_model: Path, facts: Path, tmp_path: Path
 ) -> None:
@@ -76,13 +97,19 @@ def test_an_unknown_pool_is_measured_and_planned(
     assert f"; {layout}.\n" in (tmp_path / "run" / "peers" / "peer-1.log").read_text()
 
 
-def test_a_plan_keeps_what_a_device_can_give(capsys: Capture, chat_model: Path, facts: Path, tmp_path: Path) -> None:
-    command = ("pool", "train", facts, "--model", chat_model, "--local", 2, *LEARN[2:], "--epochs", 1)
-    assert tide(*command, "--memory-limit", "2KB", "--out", tmp_path / "none") == ConfigError.exit_code
+def test_a_peer_keeps_to_what_its_device_can_give(
+    capsys: Capture, chat_model: Path, facts: Path, tmp_path: Path
+) -> None:
+    command = ("pool", "train", facts, "--model", chat_model, *LEARN[2:], "--epochs", 1, "--memory-limit", "2KB")
+    assert tide(*command, "--local", 2, "--out", tmp_path / "none") == ConfigError.exit_code
     assert "too little" in capsys.readouterr().err
     profile = json.loads((tmp_path / "none" / "profile.json").read_text())
-    assert [device["memory_bytes"] for device in profile["devices"]] == [2000, 2000]
-    assert tide(*command, "--memory-limit", "2KB", "--stage", "0-2@0,1", "--out", tmp_path / "told") == 0
+    assert [device["memory_bytes"] for device in profile["devices"]] == [1700, 1700]
+    told = ("--local", 1, "--stage", "0-2@0", "--out", tmp_path / "told")
+    with TidelockProcess(*command, *told, folder=tmp_path / "0") as process:  # this one has memory left to use again
+        assert process.wait() == MemoryExceeded.exit_code, process.stderr
+        assert "Memory of this peer: expected at most 2.0 kB beside Python" in process.stderr
+    assert tide("pool", "resume", tmp_path / "told", "--local", 1, "--memory-limit", "2GB") == 0
 
 
 def test_devices_join_one_by_one(chat_model: Path, facts: Path, tmp_path: Path) -> None:
@@ -122,7 +149,7 @@ def test_another_model_is_refused(chat_model: Path, facts: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        pytest.param((), "expected --local N, or --listen HOST:PORT with --peers N, got neither", id="no peers"),
+        pytest.param((), "with --peers N, or torchrun, got neither", id="no peers"),
         pytest.param(("--local", 2, "--stage", "0-2"), "expected FIRST-LAST@PEER,PEER*SHARE", id="no peer in a stage"),
         pytest.param(
             ("--local", 2, "--stage", "0-0@0", "--stage", "1-1@1"), "all of the model's 3 blocks", id="too few blocks"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 from tests.equivalence.test_pool import CONFIG, LAYOUTS, examples
 from tests.support.plain_side import side_model
@@ -17,14 +19,18 @@ from tests.support.tiny_models import BLOCKS
 from tidelock.cache.config import CacheConfig
 from tidelock.cache.folder import CacheFolder
 from tidelock.cache.identity import CacheIdentity
-from tidelock.errors import PeerError
+from tidelock.data.batch import Collator
+from tidelock.device.side_model import SideModel
+from tidelock.errors import MemoryExceeded, PeerError
 from tidelock.model.checkpoint import Checkpoint
+from tidelock.pool.held_out import HeldOut
 from tidelock.pool.layout import PoolLayout, Stage, one_forward_one_backward
+from tidelock.pool.memory import MemoryLimit
 from tidelock.pool.peers import Peers
 from tidelock.pool.recipe import Progress, Recipe
 from tidelock.pool.redistribute import Kept
 from tidelock.pool.side_stage import padded
-from tidelock.pool.timeline import Timeline, summary
+from tidelock.pool.timeline import Activity, Timeline, summary
 from tidelock.pool.train import PoolJob, PoolTraining
 
 RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=1e-2, warmup_steps=2, clip=0.5)
@@ -40,6 +46,9 @@ class Notes:
         self.losses: list[float] = []
         self.sent: list[int] = []
         self.filled: list[int] = []
+        self.evaluated_at: dict[int, float] = {}
+        self.owed: list[int] = []
+        self.activities: dict[int, list[Activity]] = {}
         self.timeline: tuple[int, list[Timeline]] | None = None
         self.dies_at, self.changes_after = dies_at, changes_after
 
@@ -53,6 +62,18 @@ class Notes:
         parameters = {name: tensor.clone() for name, tensor in progress.parameters.items()}
         self.saved[progress.steps] = Progress(progress.steps, parameters, copied)
         self._may_die(f"save {progress.steps}")
+
+    def evaluated(self, step: int, loss: float) -> None:
+        assert step not in self.evaluated_at
+        self.evaluated_at[step] = loss
+        self._may_die(f"evaluation {step}")
+
+    def owes_evaluation(self, step: int) -> bool:
+        self.owed.append(step)
+        return True
+
+    def activity(self, step: int, of_peers: list[Activity]) -> None:
+        self.activities[step] = of_peers
 
     def timelines(self, step: int, of_peers: list[Timeline]) -> None:
         self.timeline = (step, of_peers)
@@ -94,6 +115,8 @@ def run_in_pool(
     begin: Progress | None = None,
     *,
     places: Sequence[int] | None = None,
+    held_out: HeldOut | None = None,
+    recipe: Recipe = RECIPE,
     **lead: Any,
 ) -> list[Outcome]:
     """Return what each peer saw of a round; those that died are left out.
@@ -104,7 +127,9 @@ def run_in_pool(
         tmp_path: Where the peers' caches are.
         begin: From where.
         places: Number of each peer's cache; by default that of the peer.
-        lead: `dies_at` of the last peer, `changes_after` of peer 0.
+        held_out: What it is measured on.
+        recipe: How it is trained; with another one than `RECIPE` no checkpoint is written within an epoch.
+        lead: `dies_at` of the last peer, `grows_after` so many steps beyond its memory, `changes_after` of peer 0.
     """
     first = begin or Progress(0, side_model(folder, CONFIG).network.state_dict(), {})
 
@@ -118,8 +143,13 @@ def run_in_pool(
         there = [range(found.taps[0], found.taps[-1] + 1) for _, found in CacheFolder(place).groups() if found]
         dies_at = lead.get("dies_at") if peers.peer == peers.count - 1 else None
         notes = Notes(first.steps, dies_at, lead.get("changes_after") if peers.peer == 0 else None)
-        kept = Kept(open_cache, there, BLOCKS)
-        job = PoolJob("llama", Checkpoint.open(str(folder)), CONFIG, first, examples(COUNT), RECIPE, 2, kept)
+        kept, looks = Kept(open_cache, there, BLOCKS), itertools.count()
+        most_steps = lead.get("grows_after", RECIPE.epochs * PER_EPOCH) if peers.peer == peers.count - 1 else COUNT
+        # The first two looks are at what there was before, and at the blocks.
+        memory = MemoryLimit(10, lambda: 11 if next(looks) > 1 and len(notes.losses) >= most_steps else 0)
+        save_every = 2 if recipe == RECIPE else COUNT
+        source, measured = Checkpoint.open(str(folder)), held_out or HeldOut()
+        job = PoolJob("llama", source, CONFIG, first, examples(COUNT), recipe, save_every, kept, measured, memory)
         training, model, error = PoolTraining(peers, layout, job, notes), None, None
         try:
             model = training.run()
@@ -130,13 +160,13 @@ def run_in_pool(
         return Outcome(notes, training.progress, None if model is None else model.network.state_dict(), error)
 
     outcomes = in_pool(layout.num_peers, work)
-    died = [outcome for outcome in outcomes if isinstance(outcome, DiedError)]
-    assert len(died) == ("dies_at" in lead)
+    died = [outcome for outcome in outcomes if isinstance(outcome, DiedError | MemoryExceeded)]
+    assert len(died) == ("dies_at" in lead or "grows_after" in lead)
     return all_of([outcome for outcome in outcomes if outcome not in died])
 
 
-def one_process(folder: Path, recipe: Recipe = RECIPE):
-    """Train as a person would, on the batches that the pool has."""
+def one_process(folder: Path, recipe: Recipe = RECIPE, measure: Callable[[int, SideModel], None] | None = None):
+    """Train as a person would, on the batches that the pool has; measure after each step."""
     model, losses = side_model(folder, CONFIG), []
     rows, steps = examples(COUNT), recipe.epochs * recipe.steps_per_epoch(COUNT)
     adam = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
@@ -155,6 +185,8 @@ def one_process(folder: Path, recipe: Recipe = RECIPE):
         adam.step()
         adam.zero_grad()
         losses.append(float(loss.detach()))
+        if measure is not None:
+            measure(done + 1, model)
     return model.network.state_dict(), losses
 
 
@@ -179,6 +211,88 @@ def test_a_run_is_that_of_one_process(layout: str, tiny_models: Path, tmp_path: 
         assert len(outcome.notes.sent) == 1
         assert outcome.notes.filled == []
     assert_is_that_of_one_process(tiny_models / "llama", first)
+
+
+HELD_OUT = examples(COUNT + 6)[COUNT:]
+
+
+@pytest.fixture(scope="module")
+def evaluations_of_one_process(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Return what `transformers.Trainer` measures after each step of one process."""
+    found: dict[int, float] = {}
+    rows = [{"input_ids": list(example.input_ids), "labels": list(example.labels)} for example in HELD_OUT]
+    where = str(tmp_path_factory.mktemp("trainer"))
+    arguments = TrainingArguments(where, per_device_eval_batch_size=RECIPE.batch_size, use_cpu=True)
+
+    def measure(step: int, model: SideModel) -> None:
+        trainer = Trainer(model, arguments, data_collator=Collator(0), eval_dataset=rows)
+        found[step] = trainer.evaluate()["eval_loss"]
+
+    one_process(tiny_models / "llama", measure=measure)
+    assert len({round(loss, 4) for loss in found.values()}) == len(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] if name != "hybrid" else []) for name in LAYOUTS]
+)
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [
+        pytest.param(2, [2, 4, 6, 8, 9], id="first through the stages"),
+        pytest.param(4, [4, 8, 9], id="first in a cached epoch", marks=pytest.mark.slow),
+    ],
+)
+def test_what_it_measures_is_what_one_process_does(
+    layout: str,
+    every: int,
+    steps: list[int],
+    evaluations_of_one_process: dict[int, float],
+    tiny_models: Path,
+    tmp_path: Path,
+) -> None:
+    held_out, expected = HeldOut(HELD_OUT, RECIPE.batch_size, every), evaluations_of_one_process
+    undisturbed = run_in_pool(tiny_models / "llama", LAYOUTS[layout], tmp_path / "alone")[0]
+    outcomes = run_in_pool(tiny_models / "llama", LAYOUTS[layout], tmp_path / "pool", held_out=held_out)
+    assert undisturbed.state is not None
+    for outcome in outcomes:
+        assert outcome.notes.evaluated_at == pytest.approx({step: expected[step] for step in steps}, rel=1e-4)
+        assert outcome.notes.filled == ([len(HELD_OUT)] if steps[0] > PER_EPOCH else [])
+        assert outcome.notes.owed == []
+        assert outcome.state is not None
+        assert all(torch.equal(outcome.state[name], value) for name, value in undisturbed.state.items())
+
+
+@pytest.mark.parametrize(
+    ("dies_at", "goes_on_from", "is_owed"),
+    [
+        ("evaluation 2", 2, True),  # after the checkpoint of that step, through the stages
+        pytest.param("evaluation 4", 4, True, marks=pytest.mark.slow),
+        ("evaluation 9", 9, True),  # when there is nothing else left to do
+        # One that was done is asked for: whoever has written it down says no.
+        pytest.param("step 3", 2, True, marks=pytest.mark.slow),
+        pytest.param("step 2", 0, False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_peer_lost_while_measuring(
+    dies_at: str,
+    goes_on_from: int,
+    is_owed: bool,
+    evaluations_of_one_process: dict[int, float],
+    tiny_models: Path,
+    tmp_path: Path,
+) -> None:
+    folder, held_out = tiny_models / "llama", HeldOut(HELD_OUT, RECIPE.batch_size, 2)
+    expected = evaluations_of_one_process
+    left = run_in_pool(folder, LAYOUTS["hybrid"], tmp_path, held_out=held_out, dies_at=dies_at)
+    assert left[0].progress.steps == goes_on_from
+    again = run_in_pool(folder, AFTERWARDS[2], tmp_path, left[0].progress, held_out=held_out)
+    due = [step for step in (2, 4, 6, 8, 9) if step >= goes_on_from]
+    for outcome in again:
+        assert outcome.notes.owed == ([goes_on_from] if is_owed else [])
+        assert outcome.notes.evaluated_at == pytest.approx({step: expected[step] for step in due}, rel=1e-4)
+        assert outcome.state is not None
+        assert_is_that_of_one_process(folder, outcome.state)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -216,6 +330,24 @@ def test_each_peer_notes_what_it_does_in_a_step(layout: str, tiny_models: Path, 
         assert ends == sorted(ends)
         assert f"Peer {timeline.peer}, stage {timeline.stage + 1}: computing " in line
         assert ("waiting for stage" in line) == bool(last and mine)
+
+
+def test_peers_tell_each_other_in_short_what_they_do(tiny_models: Path, tmp_path: Path) -> None:
+    layout = LAYOUTS["hybrid"]
+    notes, *others = [o.notes for o in run_in_pool(tiny_models / "llama", layout, tmp_path)]
+    assert all(other.activities == notes.activities for other in others)
+    assert list(notes.activities) == [2, 5]  # through the stages, and from the cache
+    assert notes.timeline is not None
+    for found, line in zip(notes.activities[2], summary(notes.timeline[1]), strict=True):
+        assert found.stage == layout.stage_of(found.peer)
+        assert found.said().partition(";")[0] == line.partition(";")[0]
+    for found in notes.activities[5]:
+        assert (found.stage, found.waiting_before, found.waiting_after) == (None, 0, 0)
+        assert found.memory_bytes > 0
+        shares = (found.computing, found.summing, found.idle)
+        assert all(share >= 0 for share in shares)
+        assert sum(shares) == pytest.approx(1)
+        assert found.said().startswith(f"Peer {found.peer}: computing ")
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 8])  # in the first epoch, at its end, and in later ones
@@ -301,6 +433,19 @@ def test_the_others_go_on_without_a_lost_peer(
         assert_is_that_of_one_process(tiny_models / "llama", outcome.state)
 
 
+def test_a_lost_peer_costs_fewer_than_five_steps(tiny_models: Path, tmp_path: Path) -> None:
+    folder, recipe = tiny_models / "llama", replace(RECIPE, batch_size=1, epochs=1)
+    left = run_in_pool(folder, LAYOUTS["hybrid"], tmp_path, recipe=recipe, dies_at="step 8")
+    assert [list(outcome.notes.saved) for outcome in left] == [[], []]
+    assert left[0].progress.steps == 5
+    expected, losses = one_process(folder, recipe)
+    for outcome in run_in_pool(folder, AFTERWARDS[2], tmp_path, left[0].progress, recipe=recipe):
+        assert outcome.notes.losses == pytest.approx(losses[5:], rel=1e-3)
+        assert outcome.state is not None
+        for name, tensor in expected.items():
+            torch.testing.assert_close(outcome.state[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
+
+
 def test_something_of_every_kind_is_lost() -> None:
     """Look whether the test before asserts what it says it does."""
     counts = {
@@ -332,6 +477,18 @@ def test_a_pool_grows_between_two_steps(after: int, tiny_models: Path, tmp_path:
     for outcome in run_in_pool(folder, AFTERWARDS[3], tmp_path, before[0].progress):
         assert outcome.state is not None
         assert outcome.notes.filled == []
+        assert_is_that_of_one_process(folder, outcome.state)
+
+
+@pytest.mark.parametrize("after", [0, pytest.param(1, marks=pytest.mark.slow), 5])
+def test_a_peer_that_takes_too_much_leaves_after_the_step(after: int, tiny_models: Path, tmp_path: Path) -> None:
+    folder = tiny_models / "llama"
+    left = run_in_pool(folder, AFTERWARDS[3], tmp_path, grows_after=after)
+    for outcome in left:
+        assert (outcome.state, outcome.error) == (None, None)
+        assert outcome.progress.steps == after + 1
+    for outcome in run_in_pool(folder, AFTERWARDS[2], tmp_path, left[0].progress):
+        assert outcome.state is not None
         assert_is_that_of_one_process(folder, outcome.state)
 
 

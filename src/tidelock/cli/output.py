@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Protocol, final
 from tidelock.units import format_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from rich.console import Console
+    from rich.live import Live
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
 # Where there is no terminal, one line in so many seconds.
 _LINE_SECONDS = 10.0
+_REFRESHES_A_SECOND = 10
 
 
 class Progress(Protocol):
@@ -30,6 +32,10 @@ class Progress(Protocol):
 
     def advance(self, n: int = 1, **fields: object) -> None:
         """Say that `n` more units are done; the fields (a loss, say) are shown beside."""
+        ...
+
+    def below(self, lines: Sequence[str]) -> None:
+        """Show lines below, in place of those before."""
         ...
 
 
@@ -83,9 +89,12 @@ class Output:
         elif not self._notices().is_terminal:
             yield _Lines(self, description, total, completed)
         else:
-            with _rich_progress(self._notices()) as bar:
-                task = bar.add_task(description, total=total, completed=completed, fields="")
-                yield _Bar(bar, task)
+            from rich.live import Live
+
+            bar = _rich_progress(self._notices())
+            task = bar.add_task(description, total=total, completed=completed, fields="")
+            with Live(bar, console=self._notices(), refresh_per_second=_REFRESHES_A_SECOND) as live:
+                yield _Bar(bar, task, live)
 
     def _notices(self) -> Console:
         if self._stderr is None:
@@ -127,17 +136,27 @@ class _Silent:
     def advance(self, n: int = 1, **fields: object) -> None:
         """Take it in."""
 
+    def below(self, lines: Sequence[str]) -> None:
+        """Likewise."""
+
 
 @final
 class _Bar:
     """A bar on a terminal."""
 
-    def __init__(self, bar: RichProgress, task: TaskID) -> None:
+    def __init__(self, bar: RichProgress, task: TaskID, live: Live) -> None:
         self._bar = bar
         self._task = task
+        self._live = live
 
     def advance(self, n: int = 1, **fields: object) -> None:
         self._bar.update(self._task, advance=n, fields=_shown(fields))
+
+    def below(self, lines: Sequence[str]) -> None:
+        from rich.console import Group
+        from rich.text import Text
+
+        self._live.update(Group(self._bar, *(Text(line) for line in lines)))
 
 
 @final
@@ -150,6 +169,7 @@ class _Lines:
         self._total = total
         self._done = self._first = completed
         self._began = self._last = time.monotonic()
+        self._below: Sequence[str] = ()
 
     def advance(self, n: int = 1, **fields: object) -> None:
         self._done += n
@@ -161,7 +181,11 @@ class _Lines:
         left = max(self._total - self._done, 0) / rate if rate > 0 else 0.0
         parts = [f"{self._description} {self._done:,}/{self._total:,}", f"{rate:.2g}/s", _shown(fields)]
         parts.append(f"{format_seconds(left)} left" if left else f"done in {format_seconds(now - self._began)}")
-        self._output.say(", ".join(part for part in parts if part))
+        self._output.say("\n".join([", ".join(part for part in parts if part), *self._below]))
+        self._below = ()
+
+    def below(self, lines: Sequence[str]) -> None:
+        self._below = lines
 
 
 def _shown(fields: Mapping[str, object]) -> str:

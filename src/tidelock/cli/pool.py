@@ -6,7 +6,7 @@ import inspect
 import math
 import os
 import socket
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -30,12 +30,13 @@ if TYPE_CHECKING:
     from tidelock.plan.inputs import Profile
     from tidelock.pool.layout import PoolLayout
     from tidelock.pool.meeting import MeetingPlace
+    from tidelock.pool.torchrun import Launch
     from tidelock.run.pool import Decision, PoolResult
     from tidelock.wire.address import Address
 
 ACTIONS = ("train", "join", "resume")
 _KNOBS = (
-    *("model", "out", "split", "max_length", "truncate"),
+    *("model", "out", "split", "eval_data", "eval_split", "eval_every", "max_length", "truncate"),
     *("reduction", "side_init", "upsample", "side_output", "cache_codec", "cache_limit", "cache_key"),
     *("epochs", "batch_size", "learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "clip", "seed"),
     *("save_every", "keep", "threads", "memory_limit"),
@@ -53,15 +54,25 @@ def command(what: str, target: str, *, json: bool = False, **options: Any) -> No
         msg = f"Pool: expected train DATA, resume RUN or join HOST:PORT, got {what!r}. Write one of them."
         raise ConfigError(msg)
     knobs = {name: options.pop(name) for name in _KNOBS}
-    with StepProgress(output) as progress:
+    with ExitStack() as stack:
+        launch = _launch(what, options)
+        if launch is not None and launch.peer > 0:
+            stack.enter_context(_into_log(what, target, knobs, launch))
+            what, target, knobs, options = _joining(what, target, knobs, options, launch)
+        progress = stack.enter_context(StepProgress(output))
         act = {"train": _train, "resume": _resume, "join": _join}[what]
         result = act(target, knobs, options, progress, output)
+        _print(result, output)
+
+
+def _print(result: PoolResult, output: Output) -> None:
     adapter = None if result.adapter is None else str(result.adapter)
-    values = {"event": "done", "steps": result.steps, "loss": result.loss, "seconds": round(result.seconds, 3)}
-    lines = [
-        f"Done: {result.steps} steps in {format_seconds(result.seconds)}, the last batch's loss {result.loss:.4f}."
-    ]
-    output.result({**values, "adapter": adapter}, "\n".join([*lines, *([f"Adapter: {adapter}"] if adapter else [])]))
+    values = {"event": "done", "steps": result.steps, "loss": result.loss, "eval_loss": result.eval_loss}
+    losses = (("the last batch's loss", result.loss), ("on the evaluation data", result.eval_loss))
+    said = "".join(f", {what} {loss:.4f}" for what, loss in losses if loss is not None)
+    lines = [f"Done: {result.steps} steps in {format_seconds(result.seconds)}{said}."]
+    lines += [f"Adapter: {adapter}"] if adapter else []
+    output.result({**values, "seconds": round(result.seconds, 3), "adapter": adapter}, "\n".join(lines))
 
 
 def _train(
@@ -79,9 +90,13 @@ def _train(
 def _resume(
     folder: str, knobs: dict[str, Any], options: dict[str, Any], progress: StepProgress, output: Output
 ) -> PoolResult:
-    _refuse_changed(knobs, _KNOBS)
+    _refuse_changed(knobs, [name for name in _KNOBS if name != "memory_limit"])
     _refuse(options, ("stage", "micro_batches", "profile"), "pool train")
-    config = replace(RunFolder.open(Path(folder)).config(), out=folder)  # which may have been moved
+    run_folder = RunFolder.open(Path(folder))
+    config = replace(run_folder.config(), out=folder)  # which may have been moved
+    if knobs["memory_limit"] is not None:
+        config = replace(config, memory_limit=knobs["memory_limit"])
+        run_folder.write_config(config)
     with _leading(options, config) as (meeting, count, start_others):
         run = import_module("tidelock.run.pool")
         output.quiet_libraries()
@@ -95,9 +110,16 @@ def _leading(options: dict[str, Any], config: RunConfig) -> Iterator[tuple[Meeti
     """Open the meeting place; give it, the number of peers, and what starts the others if they are processes here."""
     _refuse(options, ("peer",), "pool join")
     local, listen, given = options["local"], options["listen"], options["peers"]
-    if (local is None) == (listen is None) or (listen is None) != (given is None):
-        msg = "Pool: expected --local N, or --listen HOST:PORT with --peers N, got neither or both. Choose one."
+    launch = _launch("train", options)
+    if launch is None and ((local is None) == (listen is None) or (listen is None) != (given is None)):
+        msg = (
+            "Pool: expected --local N, or --listen HOST:PORT with --peers N, or torchrun, got neither or both. "
+            "Choose one."
+        )
         raise ConfigError(msg)
+    if launch is not None:
+        _refuse(options, ("peers",), "--listen")
+        listen, given = f"{launch.host}:0", launch.count
     count = given if local is None else local
     if count < 1:
         msg = f"Pool: expected at least 1 peer, got {count}. Give --local or --peers a larger number."
@@ -106,6 +128,8 @@ def _leading(options: dict[str, Any], config: RunConfig) -> Iterator[tuple[Meeti
     # Loads torch, which --help must not wait for.
     places, processes = import_module("tidelock.pool.meeting"), import_module("tidelock.run.pool_processes")
     meeting, port = places.MeetingPlace.host(address.host, address.port, timeout_s=options["timeout"])
+    if launch is not None:
+        launch.tell_port(port, options["timeout"])
     with ExitStack() as stack:
 
         def start_others() -> None:
@@ -138,6 +162,42 @@ def _join(
     wish = processes.remembered_number(Path(own.out)) if given is None else given
     result: PoolResult = run.follow(own, meeting, progress, wish=wish, insists=given is not None)
     return result
+
+
+def _launch(what: str, options: dict[str, Any]) -> Launch | None:
+    """Return how torchrun has started this process, unless the options say how peers meet."""
+    if what == "join" or options["local"] is not None or options["listen"] is not None:
+        return None
+    found: Launch | None = import_module("tidelock.pool.torchrun").Launch.of(os.environ)
+    return found
+
+
+def _peers_folder(what: str, target: str, knobs: dict[str, Any]) -> Path:
+    """Return where peers have their folders that are started with peer 0's own command."""
+    return Path(knobs["out"] if what == "train" else target) / "peers"
+
+
+@contextmanager
+def _into_log(what: str, target: str, knobs: dict[str, Any], launch: Launch) -> Iterator[None]:
+    """Have another peer than 0 print into its log, as with --local; errors are printed by who catches them."""
+    folder = _peers_folder(what, target, knobs)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"peer-{launch.peer}.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        yield
+
+
+def _joining(
+    what: str, target: str, knobs: dict[str, Any], options: dict[str, Any], launch: Launch
+) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
+    """Return peer 0's own command, as torchrun gives it to all, as one that joins peer 0."""
+    own = {name: value if name in _OWN_OF_PEER else _default(name) for name, value in knobs.items()}
+    own["out"] = str(_peers_folder(what, target, knobs) / f"peer-{launch.peer}")
+    if what == "resume":
+        own["model"] = RunFolder.open(Path(target)).config().model
+    others = {name: None if name in _OF_LEAD else value for name, value in options.items()}
+    _trusted_address(f"{launch.host}:0", options)
+    where = f"{launch.host}:{launch.ask_port(options['timeout'])}"
+    return "join", where, own, {**others, "peer": launch.peer}
 
 
 def _layout(
@@ -176,8 +236,11 @@ def _refuse(options: dict[str, Any], names: Iterable[str], belongs_to: str) -> N
 
 def _refuse_changed(knobs: dict[str, Any], names: Iterable[str]) -> None:
     """Refuse options of the run that are not as they are by default."""
-    defaults = {name: parameter.default for name, parameter in _signature().parameters.items()}
-    _refuse({name: knobs[name] if knobs[name] != defaults[name] else None for name in knobs}, names, "pool train")
+    _refuse({name: value if value != _default(name) else None for name, value in knobs.items()}, names, "pool train")
+
+
+def _default(name: str) -> object:
+    return _signature().parameters[name].default
 
 
 def _trusted_address(text: str, options: dict[str, Any]) -> Address:

@@ -1,4 +1,4 @@
-"""Draws a run's progress: the observer of `run.trainer` on a terminal, in a log, or as nothing.
+"""Draws a run's progress, in a pool too: the observer of `run.trainer` on a terminal, in a log, or as nothing.
 
 May import `cli.output`.
 """
@@ -6,12 +6,15 @@ May import `cli.output`.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import TYPE_CHECKING, final
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
 
     from tidelock.cli.output import Output, Progress
+    from tidelock.pool.timeline import Activity
 
 
 @final
@@ -50,6 +53,13 @@ class StepProgress:
         self._output.event({"event": "step", "step": step, "loss": loss})
         if self._bar is not None:
             self._bar.advance(loss=loss)
+
+    def peers(self, step: int, of_peers: Sequence[Activity]) -> None:
+        """Show below the bar what the peers of a pool do; a JSON reader gets shares of the step."""
+        shown = [{**asdict(activity), "idle": activity.idle} for activity in of_peers]
+        self._output.event({"event": "peers", "step": step, "peers": shown})
+        if self._bar is not None:
+            self._bar.below([activity.said() for activity in of_peers])
 
     def finish(self) -> None:
         """End the bar before what is printed next."""

@@ -56,11 +56,19 @@ class Peers:
         self._everyone = tuple(range(count))
         self._groups: dict[tuple[int, ...], ProcessGroup] = {self._everyone: self._open("all", self._everyone)}
 
-    def agree(self, *, changes: bool) -> bool:
+    def agree(self, *, says: bool) -> bool:
         """Return whether one of the peers says so; all of them call this."""
-        said = torch.tensor([int(changes)])
+        said = torch.tensor([int(says)])
         self.sum(said, range(self.count))
         return bool(said)
+
+    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Return what each peer gives, by the peers' numbers; all of them call this, with as many numbers."""
+        given = torch.zeros(self.count, len(numbers), dtype=torch.float64)
+        given[self.peer] = torch.tensor(numbers, dtype=torch.float64)
+        self.sum(given, self._everyone)
+        found: list[list[float]] = given.tolist()
+        return found
 
     def union(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return the pairs of numbers that one of the peers gives or several, in order; all of them call this."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, final
 import torch
 
 from tidelock.pool.layout import one_forward_one_backward
+from tidelock.pool.memory import MemoryLimit
 from tidelock.pool.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -102,16 +103,25 @@ class Pipeline:
         layout: Who computes what.
         number: Of this peer's stage.
         compute: What it computes.
+        memory: Looked at where most of it is taken.
 
     Attributes:
         timeline: What this peer did when in the last batch.
     """
 
-    def __init__(self, peers: Peers, layout: PoolLayout, number: int, compute: StageCompute) -> None:
+    def __init__(
+        self,
+        peers: Peers,
+        layout: PoolLayout,
+        number: int,
+        compute: StageCompute,
+        memory: MemoryLimit | None = None,
+    ) -> None:
         self.timeline = Timeline(peers.peer, number)
         self._peers = peers
         self._layout = layout
         self._compute = compute
+        self._memory = memory or MemoryLimit(None)
         self._number = number
         self._stage = layout.stages[number]
         peers.join(self._stage.peers)
@@ -138,8 +148,9 @@ class Pipeline:
             sum_gradients(self._peers, self._compute.trained().values(), self._stage.peers)
         return sum_of_losses(self._peers, step.loss)
 
-    def fill(self, batch: Sequence[Example]) -> None:
-        """Compute forwards alone, for what the blocks give.
+    @torch.no_grad()
+    def measure(self, batch: Sequence[Example]) -> float:
+        """Compute forwards alone, and keep what the blocks give; return the batch's loss.
 
         Args:
             batch: As for `run`.
@@ -148,15 +159,15 @@ class Pipeline:
             PeerError: A peer was lost.
         """
         step = self._begin(batch)
-        with torch.no_grad():
-            for number in range(len(step.rows)):
-                step.forward(number, is_last=self._number == len(self._layout.stages) - 1)
+        for number in range(len(step.rows)):
+            step.forward(number, is_last=self._number == len(self._layout.stages) - 1)
         step.finish()
+        return sum_of_losses(self._peers, step.loss)
 
     def _begin(self, batch: Sequence[Example]) -> _Step:
         self.timeline = Timeline(self._peers.peer, self._number)
         rows = self._layout.rows_of(len(batch))
-        return _Step(self._peers, self._compute, self._number, self.timeline, rows, batch)
+        return _Step(self._peers, self._compute, self._memory, self._number, self.timeline, rows, batch)
 
 
 @final
@@ -170,6 +181,7 @@ class _Step:
 
     peers: Peers
     compute: StageCompute
+    memory: MemoryLimit
     number: int
     timeline: Timeline
     rows: list[list[dict[int, range]]]
@@ -191,6 +203,7 @@ class _Step:
         num_labels = sum(example.num_labels for example in self.batch)
         with self.timeline.during("forward", number):
             self._kept[number], result = self.compute.forward(examples, received, num_labels)
+        self.memory.look()
         if is_last:
             self.loss += float(result)
         else:
@@ -207,6 +220,7 @@ class _Step:
                 received = self._receive(number, self.number + 1, _BACKWARD, width)
         with self.timeline.during("backward", number):
             gradient = self.compute.backward(self._kept.pop(number), received)
+        self.memory.look()
         if gradient is not None:
             self._send(gradient, number, self.number - 1, _BACKWARD)
 

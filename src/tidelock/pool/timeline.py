@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias, final
+from typing import TYPE_CHECKING, Literal, TypeAlias, final, get_args
 
 from tidelock.units import format_bytes
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 # "wait-forward" is for what the stage before sends, "wait-backward" for what the next one does; "all-reduce" sums over
 # the peers of the stage, waiting for them included.
 Doing: TypeAlias = Literal["forward", "backward", "wait-forward", "wait-backward", "all-reduce"]
+_KINDS: tuple[Doing, ...] = get_args(Doing)
 
 
 @final
@@ -60,6 +60,12 @@ class Timeline:
     def __post_init__(self) -> None:
         self._began = time.perf_counter()
 
+    def numbers(self) -> list[float]:
+        """Return what `activities` makes of it: stage, counted from 1, seconds by what was done, end, memory."""
+        spent = [sum(bar.end - bar.begin for bar in self.bars if bar.work == work) for work in _KINDS]
+        stage = 0 if self.stage is None else self.stage + 1
+        return [stage, *spent, max((bar.end for bar in self.bars), default=0.0), self.memory_bytes]
+
     @contextmanager
     def during(self, work: Doing, micro_batch: int | None = None) -> Iterator[None]:
         """Note how long something takes."""
@@ -83,26 +89,67 @@ def from_json(text: str) -> list[Timeline]:
     return [Timeline(**{**values, "bars": [Bar(**bar) for bar in values["bars"]]}) for values in json.loads(text)]
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What a peer did in a step, in shares of the time that the step took.
+
+    Attributes:
+        peer: Its number.
+        stage: Its stage; None of a peer that ran no blocks.
+        computing: Forward and backward.
+        waiting_before: For the stage before.
+        waiting_after: For the next stage.
+        summing: Gradients, over the peers that have the same.
+        memory_bytes: What its process took after it.
+    """
+
+    peer: int
+    stage: int | None
+    computing: float
+    waiting_before: float
+    waiting_after: float
+    summing: float
+    memory_bytes: int
+
+    @property
+    def idle(self) -> float:
+        """The rest."""
+        return max(0.0, 1 - self.computing - self.waiting_before - self.waiting_after - self.summing)
+
+    def said(self) -> str:
+        """Return it as a line for people."""
+        memory = f"{format_bytes(self.memory_bytes)} of memory"
+        if self.stage is None and not self.computing:
+            return f"Peer {self.peer}, without blocks: {memory}."
+        where = "" if self.stage is None else f", stage {self.stage + 1}"
+        parts = [f"computing {self.computing:.0%}"]
+        if self.stage is not None:
+            for share, stage in ((self.waiting_before, self.stage), (self.waiting_after, self.stage + 2)):
+                parts += [f"waiting for stage {stage} {share:.0%}"] if share else []
+        parts += [f"summing gradients {self.summing:.0%}"] if self.summing else []
+        return f"Peer {self.peer}{where}: {', '.join(parts)}, idle {self.idle:.0%}; {memory}."
+
+
+def activities(of_peers: Sequence[Sequence[float]]) -> list[Activity]:
+    """Return what each peer did, out of what `Timeline.numbers` gave there."""
+    whole = max((end for *_, end, _ in of_peers), default=0.0) or 1.0
+    found = []
+    for peer, (stage, forward, backward, before, after, summing, _, memory) in enumerate(of_peers):
+        found.append(
+            Activity(
+                peer=peer,
+                stage=int(stage) - 1 if stage else None,
+                computing=(forward + backward) / whole,
+                waiting_before=before / whole,
+                waiting_after=after / whole,
+                summing=summing / whole,
+                memory_bytes=int(memory),
+            )
+        )
+    return found
+
+
 def summary(timelines: Sequence[Timeline]) -> list[str]:
     """Return for each peer how much of the step it computed and for whom it waited, in a line."""
-    whole = max((bar.end for timeline in timelines for bar in timeline.bars), default=0.0)
-    return [_summary(timeline, whole) for timeline in timelines]
-
-
-def _summary(timeline: Timeline, whole: float) -> str:
-    memory = f"{format_bytes(timeline.memory_bytes)} of memory"
-    if timeline.stage is None or not whole:
-        return f"Peer {timeline.peer}, without blocks: {memory}."
-    spent: defaultdict[str, float] = defaultdict(float)
-    for bar in timeline.bars:
-        spent[bar.work] += bar.end - bar.begin
-    said = [f"computing {(spent['forward'] + spent['backward']) / whole:.0%}"]
-    for work, what in (
-        ("wait-forward", f"waiting for stage {timeline.stage}"),
-        ("wait-backward", f"waiting for stage {timeline.stage + 2}"),
-        ("all-reduce", "summing gradients"),
-    ):
-        if spent[work]:
-            said.append(f"{what} {spent[work] / whole:.0%}")
-    idle = whole - sum(spent.values())
-    return f"Peer {timeline.peer}, stage {timeline.stage + 1}: {', '.join(said)}, idle {idle / whole:.0%}; {memory}."
+    return [activity.said() for activity in activities([timeline.numbers() for timeline in timelines])]

@@ -9,7 +9,7 @@ May import `pool`, `device`, `cache`, `peft`, `model`, errors and libraries.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn, Protocol, final
 
@@ -24,14 +24,16 @@ from tidelock.model.geometry import geometry_of
 from tidelock.model.memory import give_back_memory
 from tidelock.model.part import ModelPart
 from tidelock.peft.side_part import GATES, SidePart
+from tidelock.pool.held_out import HeldOut
+from tidelock.pool.memory import MemoryLimit
 from tidelock.pool.pipeline import Pipeline, sum_gradients, sum_of_losses
 from tidelock.pool.recipe import Optimizer
 from tidelock.pool.redistribute import Widths, find_routes, gather, redistribute
 from tidelock.pool.side_stage import SideStage, padded
-from tidelock.pool.timeline import Timeline, from_json, to_json
+from tidelock.pool.timeline import Timeline, activities, from_json, to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -42,10 +44,15 @@ if TYPE_CHECKING:
     from tidelock.pool.pipeline import Example
     from tidelock.pool.recipe import Progress, Recipe
     from tidelock.pool.redistribute import Kept
+    from tidelock.pool.timeline import Activity
 
 
 # Of the steps of a round, the one whose timelines are kept: what the first one does once is no part of it.
 _SHOWN_STEP = 2
+# Besides, every so many steps peers tell each other in short what they do.
+_TOLD_EVERY = 5
+# In the first epoch, as often every peer gets the whole network, so that a lost one costs fewer steps than that.
+_MIRRORED_EVERY = 5
 
 
 class Watcher(Protocol):
@@ -59,12 +66,24 @@ class Watcher(Protocol):
         """The whole network as it is now, which a run can go on with; the same on every peer."""
         ...
 
+    def evaluated(self, step: int, loss: float) -> None:
+        """After a step, the loss on the examples that are held out."""
+        ...
+
+    def owes_evaluation(self, step: int) -> bool:
+        """Whether that was due after a step, the last one of the round before, and was not done."""
+        ...
+
+    def activity(self, step: int, of_peers: list[Activity]) -> None:
+        """What each peer did in a step, every few steps."""
+        ...
+
     def timelines(self, step: int, of_peers: list[Timeline]) -> None:
         """What each peer did when in a step of the pipeline; told to peer 0 once in a round."""
         ...
 
     def fill(self, examples: int) -> None:
-        """Of so many examples there is not every block's output any more; the blocks are run for them again."""
+        """Of so many examples there is not every block's output, or not any more; the blocks are run for them."""
         ...
 
     def redistributed(self, sent_bytes: int) -> None:
@@ -91,6 +110,8 @@ class PoolJob:
         recipe: How it is trained.
         save_every: Steps between two calls of `Watcher.save`.
         kept: What this peer has of the blocks' outputs.
+        held_out: What it is measured on.
+        memory: What this peer may take; one that takes more leaves after the step.
     """
 
     model: str
@@ -101,6 +122,8 @@ class PoolJob:
     recipe: Recipe
     save_every: int
     kept: Kept
+    held_out: HeldOut = field(default_factory=HeldOut)
+    memory: MemoryLimit = field(default_factory=lambda: MemoryLimit(None))
 
 
 @final
@@ -134,12 +157,14 @@ class PoolTraining:
 
         Raises:
             CacheError: What this peer has kept is damaged.
+            MemoryExceeded: This peer takes more than it may; the others may go on.
             NonFiniteError: A loss or a gradient is infinite or not a number.
             PeerError: A peer was lost.
             StorageError: There is no room for what is kept.
         """
         peers, job = self._peers, self._job
         if self._gathered.steps < self._per_epoch and self._first_epoch():
+            job.memory.hold()
             return None
         self._share_outputs()
         config = read_config(job.source.folder)
@@ -148,11 +173,16 @@ class PoolTraining:
         optimizer = Optimizer(peers, dict(model.network.named_parameters()), peers.count, job.recipe, self._steps)
         optimizer.go_on(self._gathered.steps, self._gathered.moments)
         self._optimizer = optimizer
+        measure = partial(self._cached_loss, model)
+        if optimizer.steps == job.begin.steps:
+            self._evaluate_if_owed(measure)
         for epoch in range(optimizer.steps // self._per_epoch, job.recipe.epochs):
             shards = job.recipe.shards(len(job.examples), epoch, peers.count)
             for step in range(optimizer.steps - epoch * self._per_epoch, self._per_epoch):
                 self._cached_step(model, optimizer, [shard[step] for shard in shards])
+                self._evaluate_if_due(optimizer.steps, measure)
                 if optimizer.steps < self._steps and self._changes():
+                    job.memory.hold()
                     return None
         return model
 
@@ -161,6 +191,7 @@ class PoolTraining:
         job, size = self._job, self._job.recipe.batch_size
         optimizer = self._stages.begin(self._steps)
         order = job.recipe.order(len(job.examples), 0)
+        self._evaluate_if_owed(self._stages.measure)
         for first in range(self._gathered.steps * size, len(order), size):
             loss = self._stages.run([job.examples[number] for number in order[first : first + size]])
             optimizer.step()
@@ -169,10 +200,14 @@ class PoolTraining:
                 timelines = self._stages.timelines()
                 if self._peers.peer == 0:
                     self._watcher.timelines(optimizer.steps, timelines)
+            self._tell_activity(optimizer.steps, self._stages.timeline)
             changes = self._changes()
-            if optimizer.steps % job.save_every == 0 or first + size >= len(order) or changes:
+            saves = optimizer.steps % job.save_every == 0 or first + size >= len(order) or changes
+            if saves or optimizer.steps % _MIRRORED_EVERY == 0:
                 self._gathered = self._stages.gather(optimizer)
+            if saves:
                 self._watcher.save(self._gathered)
+            self._evaluate_if_due(optimizer.steps, self._stages.measure)
             if changes:
                 return True
         return False
@@ -182,16 +217,17 @@ class PoolTraining:
         peers, job = self._peers, self._job
         geometry = geometry_of(empty_model(read_config(job.source.folder)))
         widths = Widths(geometry.num_blocks, geometry.block_width, geometry.final_width)
-        owners = job.recipe.owners(len(job.examples), peers.count)
-        find = partial(find_routes, peers, job.kept, job.examples, owners, widths.num_blocks)
+        examples = [*job.examples, *job.held_out.examples]
+        owners = job.recipe.owners(len(job.examples), peers.count) + job.held_out.owners(peers.count)
+        find = partial(find_routes, peers, job.kept, examples, owners, widths.num_blocks)
         routes = find()
         missing = [number for number, route in enumerate(routes) if route is None]
         if missing:
             self._watcher.fill(len(missing))
-            self._stages.fill([job.examples[number] for number in missing])
+            self._stages.fill([examples[number] for number in missing])
             routes = find()
         self._stages.let_go()
-        self._watcher.redistributed(redistribute(peers, job.examples, routes, owners, job.kept, widths))
+        self._watcher.redistributed(redistribute(peers, examples, routes, owners, job.kept, widths))
 
     def _cached_step(self, model: SideModel, optimizer: Optimizer, numbers: Sequence[Sequence[int]]) -> None:
         """Learn from this peer's share of a batch, which says by peer whose examples are whose.
@@ -199,22 +235,56 @@ class PoolTraining:
         The gradients are those of the whole batch.
         """
         peers, job = self._peers, self._job
-        num_labels = sum(job.examples[number].num_labels for own in numbers for number in own)
-        own = [job.examples[number] for number in numbers[peers.peer]]
-        loss = 0.0
-        if own:
-            result = model(**padded(own), num_items_in_batch=num_labels).loss
-            result.backward()
-            loss = float(result.detach())
-        sum_gradients(peers, optimizer.parameters.values(), range(peers.count))
+        timeline = Timeline(peers.peer, None)
+        with timeline.during("forward"):
+            result = self._share_of_loss(model, [[job.examples[number] for number in own] for own in numbers])
+        if result is not None:
+            with timeline.during("backward"):
+                result.backward()
+        job.memory.look()
+        loss = 0.0 if result is None else float(result.detach())
+        with timeline.during("all-reduce"):
+            sum_gradients(peers, optimizer.parameters.values(), range(peers.count))
         total = sum_of_losses(peers, loss)
         optimizer.step()
         self._watcher.step(optimizer.steps, total)
+        self._tell_activity(optimizer.steps, timeline)
         if optimizer.steps % job.save_every == 0:
             self._watcher.save(optimizer.progress())
 
+    def _tell_activity(self, step: int, timeline: Timeline) -> None:
+        if step % _TOLD_EVERY == 0 or step == self._job.begin.steps + _SHOWN_STEP:
+            timeline.memory_bytes = psutil.Process().memory_info().rss
+            self._watcher.activity(step, activities(self._peers.gather(timeline.numbers())))
+
+    def _share_of_loss(self, model: SideModel, shards: Sequence[Sequence[Example]]) -> Tensor | None:
+        """Return this peer's part of a batch's loss, out of its examples by peer; None of one that has none of them."""
+        own = shards[self._peers.peer]
+        if not own:
+            return None
+        num_labels = sum(example.num_labels for shard in shards for example in shard)
+        result: Tensor = model(**padded(own), num_items_in_batch=num_labels).loss
+        return result
+
+    @torch.no_grad()
+    def _cached_loss(self, model: SideModel, batch: Sequence[Example]) -> float:
+        """Return the loss of a batch that is held out, of which each peer computes its share."""
+        result = self._share_of_loss(model, self._job.held_out.shards(batch, self._peers.count))
+        return sum_of_losses(self._peers, 0.0 if result is None else float(result))
+
+    def _evaluate_if_due(self, step: int, loss_of: Callable[[Sequence[Example]], float]) -> None:
+        if self._job.held_out.is_due(step, self._steps):
+            self._watcher.evaluated(step, self._job.held_out.mean(loss_of))
+
+    def _evaluate_if_owed(self, loss_of: Callable[[Sequence[Example]], float]) -> None:
+        """Evaluate if the round before was broken off between a step and the evaluation after it."""
+        step = self._job.begin.steps
+        is_due = self._job.held_out.is_due(step, self._steps)
+        if is_due and self._peers.agree(says=self._watcher.owes_evaluation(step)):
+            self._evaluate_if_due(step, loss_of)
+
     def _changes(self) -> bool:
-        return self._peers.agree(changes=self._watcher.wants_change())
+        return self._peers.agree(says=self._watcher.wants_change() or self._job.memory.is_exceeded)
 
 
 @final
@@ -247,9 +317,18 @@ class _Stages:
         """Take a batch through the stages; see `Pipeline.run`."""
         return sum_of_losses(self._peers, 0.0) if self._pipeline is None else self._pipeline.run(batch)
 
+    def measure(self, batch: Sequence[Example]) -> float:
+        """Take a batch through the stages, forward only; see `Pipeline.measure`."""
+        return sum_of_losses(self._peers, 0.0) if self._pipeline is None else self._pipeline.measure(batch)
+
+    @property
+    def timeline(self) -> Timeline:
+        """What this peer did when in the last batch."""
+        return Timeline(self._peers.peer, None) if self._pipeline is None else self._pipeline.timeline
+
     def timelines(self) -> list[Timeline]:
         """Return what each peer did when in the last batch; on other peers than 0, nothing."""
-        own = Timeline(self._peers.peer, None) if self._pipeline is None else self._pipeline.timeline
+        own = self.timeline
         own.memory_bytes = psutil.Process().memory_info().rss
         self._peers.notices.tell(f"timeline {self._peers.peer}", to_json([own]))
         everybody = range(self._peers.count) if self._peers.peer == 0 else ()
@@ -258,9 +337,8 @@ class _Stages:
     def fill(self, examples: Sequence[Example]) -> None:
         """Run the blocks for what they give."""
         self._load()
-        if self._pipeline is not None:
-            for first in range(0, len(examples), self._job.recipe.batch_size):
-                self._pipeline.fill(examples[first : first + self._job.recipe.batch_size])
+        for first in range(0, len(examples), self._job.recipe.batch_size):
+            self.measure(examples[first : first + self._job.recipe.batch_size])
 
     def gather(self, optimizer: Optimizer) -> Progress:
         """Return the whole network; see `redistribute.gather`."""
@@ -286,7 +364,10 @@ class _Stages:
         self._is_loaded = True
         self._compute = self._side_stage()
         if self._compute is not None and self._number is not None:
-            self._pipeline = Pipeline(self._peers, self._layout, self._number, self._compute)
+            memory = self._job.memory
+            self._pipeline = Pipeline(self._peers, self._layout, self._number, self._compute, memory)
+            memory.look()
+            memory.hold()  # before anything is done
 
     def _side_stage(self) -> SideStage | None:
         """Return what this peer computes, begun as the configuration says."""

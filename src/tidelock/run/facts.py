@@ -65,12 +65,15 @@ def facts_of_pool(job: PoolJob) -> RunFacts:
         trained_parameters=sum(value.numel() for value in job.begin.parameters.values()),
         tapped=tuple(range(geometry.num_blocks)),
     )
-    train = DataFacts(
-        examples=len(job.examples),
-        tokens=sum(len(example.input_ids) for example in job.examples),
-        labelled=sum(example.num_labels for example in job.examples),
+    train, evaluation = (
+        DataFacts(
+            examples=len(examples),
+            tokens=sum(len(example.input_ids) for example in examples),
+            labelled=sum(example.num_labels for example in examples),
+        )
+        for examples in (job.examples, job.held_out.examples)
     )
-    return _facts(shape, train, DataFacts(examples=0, tokens=0, labelled=0))
+    return _facts(shape, train, evaluation)
 
 
 def _facts(model: ModelFacts, train: DataFacts, evaluation: DataFacts) -> RunFacts:

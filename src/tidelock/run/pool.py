@@ -14,29 +14,27 @@ from tidelock.errors import ConfigError, ModelMismatch, PeerError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
-from tidelock.pool.timeline import summary, to_json
 from tidelock.pool.train import PoolTraining
 from tidelock.run.config import RunConfig
 from tidelock.run.facts import facts_of_pool
 from tidelock.run.folder import RunFolder
 from tidelock.run.pool_checkpoint import load_progress, save_progress, shared_begin
-from tidelock.run.pool_job import job_of, measured_profile, read_encoded, shared_examples
+from tidelock.run.pool_job import Holdings, job_of, measured_profile, read_data, shared_data
 from tidelock.run.pool_layout import described, layout_from_json, layout_to_json
+from tidelock.run.pool_notes import Desk, PoolNotes
 from tidelock.run.pool_processes import remember_number
-from tidelock.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from tidelock.plan.inputs import Profile
     from tidelock.pool.layout import PoolLayout
     from tidelock.pool.meeting import MeetingPlace, Seat
     from tidelock.pool.peers import Peers
-    from tidelock.pool.pipeline import Example
     from tidelock.pool.recipe import Progress
-    from tidelock.pool.timeline import Timeline
     from tidelock.pool.train import PoolJob
-    from tidelock.run.trainer import Observer
+    from tidelock.run.pool_job import PoolData
+    from tidelock.run.pool_notes import PoolObserver
 
 _CONFIG, _LAYOUT, _MODEL, _MEASURES = "configuration", "layout", "model's fingerprint", "word whether to measure"
 
@@ -54,65 +52,16 @@ class PoolResult:
     Attributes:
         adapter: Folder of the trained side network; None on other peers than 0.
         steps: Optimizer steps.
-        loss: Of the last batch, before its step.
+        loss: Of the last batch, before its step; None of a peer that did no step, as all were done.
+        eval_loss: On what is held out, after the last step; None without any.
         seconds: How long it took.
     """
 
     adapter: Path | None
     steps: int
-    loss: float
+    loss: float | None
+    eval_loss: float | None
     seconds: float
-
-
-@final
-class _Notes:
-    """Writes metrics on peer 0, and tells the observer."""
-
-    def __init__(self, lead: _Lead | None, observer: Observer, job: PoolJob) -> None:
-        self.loss = float("nan")
-        self.steps = job.begin.steps
-        self._lead = lead
-        self._observer = observer
-        self._per_epoch = job.recipe.steps_per_epoch(len(job.examples))
-        self._began = time.monotonic()
-        observer.start(job.recipe.epochs * self._per_epoch, job.begin.steps)
-
-    def step(self, step: int, loss: float) -> None:
-        """Take a step."""
-        now = time.monotonic()
-        self.steps, self.loss = step, loss
-        self._observer.step(step, loss)
-        if self._lead is not None:
-            row = {"step": step, "loss": loss, "epoch": step / self._per_epoch, "step_seconds": now - self._began}
-            self._lead.folder.append_metrics(row)
-        self._began = now
-
-    def save(self, progress: Progress) -> None:
-        """Write a checkpoint, which is whole or not there."""
-        if self._lead is not None:
-            save_progress(progress, self._lead.folder, self._lead.config.keep)
-
-    def timelines(self, step: int, of_peers: list[Timeline]) -> None:
-        """Say who waits for whom, and keep it for the report."""
-        self._observer.say("\n".join([f"What the peers did in step {step}:", *summary(of_peers)]))
-        if self._lead is not None:
-            self._lead.folder.write_timelines(to_json(of_peers))
-
-    def fill(self, examples: int) -> None:
-        """Say that blocks are run again."""
-        self._observer.say(f"Outputs of {examples} examples are not there any more: the blocks are run for them again.")
-
-    def redistributed(self, sent_bytes: int) -> None:
-        """Say that the pipeline is done."""
-        self._observer.say(
-            f"From here on the pool learns from what is cached, without the frozen blocks; this peer has sent "
-            f"{format_bytes(sent_bytes)} of it to others."
-        )
-        self._began = time.monotonic()
-
-    def wants_change(self) -> bool:
-        """Whether somebody has come who is to take part."""
-        return self._lead is not None and self._lead.meeting.somebody_waits()
 
 
 def lead(
@@ -120,7 +69,7 @@ def lead(
     meeting: MeetingPlace,
     count: int,
     layout_of: LayoutOf,
-    observer: Observer,
+    observer: PoolObserver,
     on_ready: Callable[[], None],
 ) -> PoolResult:
     """Train in a pool, as peer 0.
@@ -144,11 +93,11 @@ def lead(
     checkpoint = Checkpoint.open(str(config.model))
     checkpoint.materialise()
     layout_of(_num_blocks(checkpoint), count, None)  # refuses a layout that cannot be before anybody comes
-    examples = read_encoded(config, checkpoint)
+    data = read_data(config, checkpoint)
     folder.write_config(config)
     on_ready()
-    observer.say(f"Data: {len(examples)} examples to learn from.")
-    return _Lead(config, folder, checkpoint, examples, meeting, layout_of, observer, None).run(count)
+    observer.say(f"Data: {len(data.examples)} examples to learn from, {len(data.held_out)} to measure on.")
+    return _Lead(config, folder, checkpoint, data, meeting, layout_of, observer, None).run(count)
 
 
 def resume(
@@ -156,7 +105,7 @@ def resume(
     meeting: MeetingPlace,
     count: int,
     layout_of: LayoutOf,
-    observer: Observer,
+    observer: PoolObserver,
     on_ready: Callable[[], None],
 ) -> PoolResult:
     """Go on with a run in a pool that was broken off, as peer 0; with as many peers as before, by the same layout.
@@ -178,7 +127,7 @@ def resume(
     before = layout_from_json(folder.read_layout())
     checkpoint = Checkpoint.open(str(config.model))
     checkpoint.materialise()
-    examples = read_encoded(config, checkpoint)
+    data = read_data(config, checkpoint)
     saved = folder.latest_checkpoint()
     found = None if saved is None else load_progress(saved)
 
@@ -189,10 +138,12 @@ def resume(
 
     on_ready()
     observer.say(f"Going on from {saved or 'the beginning: there is no whole checkpoint yet'}.")
-    return _Lead(config, folder, checkpoint, examples, meeting, as_before, observer, found).run(count)
+    return _Lead(config, folder, checkpoint, data, meeting, as_before, observer, found).run(count)
 
 
-def follow(own: RunConfig, meeting: MeetingPlace, observer: Observer, *, wish: int | None, insists: bool) -> PoolResult:
+def follow(
+    own: RunConfig, meeting: MeetingPlace, observer: PoolObserver, *, wish: int | None, insists: bool
+) -> PoolResult:
     """Train in a pool, as another peer than 0.
 
     Args:
@@ -221,31 +172,37 @@ def follow(own: RunConfig, meeting: MeetingPlace, observer: Observer, *, wish: i
     mine = {name: getattr(own, name) for name in ("model", "threads", "memory_limit", "cache_key")}
     config = replace(config, **mine)
     seat: Seat | None = None
+    holdings = Holdings.of(config, Path(own.out) / "cache")
     while True:
         seat = meeting.arrive(wish=wish, insists=insists and seat is None, was=seat)
         remember_number(Path(own.out), seat.peer)
         try:
-            notes = _follow_round(config, checkpoint, meeting, seat, Path(own.out) / "cache", observer)
+            notes = _follow_round(config, checkpoint, meeting, seat, holdings, observer)
         except PeerError as error:
             observer.say(f"A peer is lost. {error} Asking peer 0 how it goes on.")
             notes = None
         if notes is not None:
-            return PoolResult(None, notes.steps, notes.loss, time.monotonic() - began)
+            return PoolResult(None, notes.steps, notes.loss, notes.eval_loss, time.monotonic() - began)
 
 
 def _follow_round(
-    config: RunConfig, checkpoint: Checkpoint, meeting: MeetingPlace, seat: Seat, cache: Path, observer: Observer
-) -> _Notes | None:
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    meeting: MeetingPlace,
+    seat: Seat,
+    holdings: Holdings,
+    observer: PoolObserver,
+) -> PoolNotes | None:
     """Take part in a round; return None when another one follows."""
     peers = meeting.open(seat)
     try:
-        examples = shared_examples(peers, None)
-        job = job_of(config, checkpoint, examples, cache, shared_begin(peers, config, checkpoint, None))
+        data = shared_data(peers, None)
+        job = job_of(config, checkpoint, data, holdings, shared_begin(peers, config, checkpoint, None))
         if peers.notices.ask(_MEASURES) == str(True):
             measured_profile(peers, job, config)
         layout = layout_from_json(peers.notices.ask(_LAYOUT))
         _introduce(peers, layout, observer)
-        notes = _Notes(None, observer, job)
+        notes = PoolNotes(None, observer, job)
         model = PoolTraining(peers, layout, job, notes).run()
         if model is not None:
             model.close()
@@ -264,7 +221,7 @@ class _Lead:
         config: The run.
         folder: Its folder.
         checkpoint: Its model's.
-        examples: To learn from.
+        data: Its examples.
         meeting: Where the others come.
         layout_of: Says who computes what.
         observer: Told how it gets on.
@@ -274,10 +231,10 @@ class _Lead:
     config: RunConfig
     folder: RunFolder
     checkpoint: Checkpoint
-    examples: Sequence[Example]
+    data: PoolData
     meeting: MeetingPlace
     layout_of: LayoutOf
-    observer: Observer
+    observer: PoolObserver
     progress: Progress | None
 
     def run(self, count: int) -> PoolResult:
@@ -286,9 +243,10 @@ class _Lead:
         self.meeting.notices.tell(_CONFIG, self.config.to_toml())
         self.meeting.notices.tell(_MODEL, str(self.checkpoint.fingerprint()))
         seat = self.meeting.seat_first(count)
+        holdings = Holdings.of(self.config, self.folder.cache)
         while True:
             try:
-                notes = self._round(seat)
+                notes = self._round(seat, holdings)
             except PeerError as error:
                 self.observer.say(f"A peer is lost. {error} Going on with those that are left.")
                 notes = None
@@ -296,23 +254,23 @@ class _Lead:
                 seconds = time.monotonic() - began
                 summary_row = {"step": notes.steps, "epoch": self.config.epochs, "train_runtime": seconds}
                 self.folder.append_metrics(summary_row)
-                return PoolResult(self.folder.adapter, notes.steps, notes.loss, seconds)
+                return PoolResult(self.folder.adapter, notes.steps, notes.loss, notes.eval_loss, seconds)
             seat = self.meeting.seat_again(seat)
             steps = 0 if self.progress is None else self.progress.steps
             self.observer.say(f"The pool has changed: going on after step {steps}, {seat.count} peers.")
 
-    def _round(self, seat: Seat) -> _Notes | None:
+    def _round(self, seat: Seat, holdings: Holdings) -> PoolNotes | None:
         """Train until the run is done; return None when the pool is to change before that."""
         peers = self.meeting.open(seat)
         try:
-            shared_examples(peers, self.examples)
+            shared_data(peers, self.data)
             begin = shared_begin(peers, self.config, self.checkpoint, self.progress)
-            job = job_of(self.config, self.checkpoint, self.examples, self.folder.cache, begin)
+            job = job_of(self.config, self.checkpoint, self.data, holdings, begin)
             self.folder.keep_until(begin.steps)
             self.folder.write_facts(facts_of_pool(job).model_dump_json(indent=2))
             layout = self._layout(peers, job)
             _introduce(peers, layout, self.observer)
-            notes = _Notes(self, self.observer, job)
+            notes = PoolNotes(Desk(self.folder, self.config.keep, self.meeting), self.observer, job)
             training = PoolTraining(peers, layout, job, notes)
             try:
                 model = training.run()
@@ -357,7 +315,7 @@ class _Lead:
         return layout
 
 
-def _introduce(peers: Peers, layout: PoolLayout, observer: Observer) -> None:
+def _introduce(peers: Peers, layout: PoolLayout, observer: PoolObserver) -> None:
     observer.say(f"Pool: peer {peers.peer} of {peers.count}; {described(layout)}.")
 
 

@@ -9,10 +9,10 @@ import json
 import os
 import platform
 import socket
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 import psutil
 import torch
@@ -20,16 +20,17 @@ import torch
 from tidelock.cache.folder import CacheFolder
 from tidelock.cache.identity import CacheIdentity
 from tidelock.data.encode import Encoder, encode_all
-from tidelock.data.source import read_examples
 from tidelock.model.ends import empty_model, read_config, tokenizer_sha256
 from tidelock.model.geometry import geometry_of
+from tidelock.pool.held_out import HeldOut
+from tidelock.pool.memory import MemoryLimit
 from tidelock.pool.pipeline import Example
 from tidelock.pool.profiler import DeviceFacts, measure_pool
 from tidelock.pool.recipe import Recipe
 from tidelock.pool.redistribute import Kept
 from tidelock.pool.train import PoolJob
 from tidelock.run.connect_side import model_hash
-from tidelock.run.examples import longest_example
+from tidelock.run.examples import longest_example, read_run_examples
 from tidelock.run.open_model import cache_config_of, load_tokenizer, side_config_of
 from tidelock.units import parse_bytes
 
@@ -43,35 +44,73 @@ if TYPE_CHECKING:
     from tidelock.pool.recipe import Progress
     from tidelock.run.config import RunConfig
 
+# How much of a limit is planned with: a profile does not count all (docs/pool.md, "How much quicker").
+_PLANNED_SHARE = 0.85
 
-def read_encoded(config: RunConfig, checkpoint: Checkpoint) -> list[Example]:
-    """Return a run's encoded examples; errors as those of the data."""
+
+@final
+@dataclass(frozen=True, slots=True)
+class PoolData:
+    """A run's encoded examples.
+
+    Attributes:
+        examples: To learn from.
+        held_out: To measure on; none where the run does not say any.
+    """
+
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What a peer has of its own through all rounds.
+
+    Attributes:
+        cache: Folder of its cache.
+        memory: What it may take.
+    """
+
+    cache: Path
+    memory: MemoryLimit
+
+    @classmethod
+    def of(cls, config: RunConfig, cache: Path) -> Holdings:
+        """Return a peer's, whose memory counts from now on."""
+        return cls(cache, MemoryLimit(None if config.memory_limit is None else parse_bytes(config.memory_limit)))
+
+
+def read_data(config: RunConfig, checkpoint: Checkpoint) -> PoolData:
+    """Return a run's examples; errors as those of the data."""
     limit = geometry_of(empty_model(read_config(checkpoint.folder))).max_positions
     max_length = longest_example(config, limit)
     encoder = Encoder(load_tokenizer(checkpoint.folder), max_length=max_length, truncate=config.truncate)
-    rows = encode_all(encoder, read_examples(config.data, split=config.split))
-    return [Example(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows]
+    examples, held_out = (
+        [Example(tuple(row["input_ids"]), tuple(row["labels"])) for row in encode_all(encoder, found)]
+        for found in read_run_examples(config)
+    )
+    return PoolData(examples, held_out)
 
 
-def shared_examples(peers: Peers, examples: Sequence[Example] | None) -> list[Example]:
+def shared_data(peers: Peers, data: PoolData | None) -> PoolData:
     """Return the examples that peer 0 gives, on every peer; the others give None.
 
     Raises:
         PeerError: A peer was lost.
     """
-    return _unpacked(peers.share(None if examples is None else _packed(examples)))
+    given = (None, None) if data is None else (data.examples, data.held_out)
+    return PoolData(*(_unpacked(peers.share(None if some is None else _packed(some))) for some in given))
 
 
-def job_of(
-    config: RunConfig, checkpoint: Checkpoint, examples: Sequence[Example], cache: Path, begin: Progress
-) -> PoolJob:
+def job_of(config: RunConfig, checkpoint: Checkpoint, data: PoolData, holdings: Holdings, begin: Progress) -> PoolJob:
     """Return what is trained, once this process is set up for it.
 
     Args:
         config: The run.
         checkpoint: The model's.
-        examples: All of them.
-        cache: Folder of this peer's cache.
+        data: All examples.
+        holdings: This peer's.
         begin: From where.
 
     Raises:
@@ -101,22 +140,36 @@ def job_of(
     )
 
     def open_cache(taps: tuple[int, ...]) -> ActivationCache:
-        return cache_config_of(config, cache).open(replace(identity, taps=taps))
+        return cache_config_of(config, holdings.cache).open(replace(identity, taps=taps))
 
-    kept = Kept(open_cache, _kept_blocks(cache, identity), geometry_of(empty_model(model_config)).num_blocks)
-    return PoolJob(identity.model, checkpoint, side_config_of(config), begin, examples, recipe, config.save_every, kept)
+    kept = Kept(open_cache, _kept_blocks(holdings.cache, identity), geometry_of(empty_model(model_config)).num_blocks)
+    every = config.eval_every or recipe.steps_per_epoch(len(data.examples))
+    return PoolJob(
+        model=identity.model,
+        source=checkpoint,
+        side_config=side_config_of(config),
+        begin=begin,
+        examples=data.examples,
+        recipe=recipe,
+        save_every=config.save_every,
+        kept=kept,
+        held_out=HeldOut(data.held_out, config.batch_size, every),
+        memory=holdings.memory,
+    )
 
 
 def measured_profile(peers: Peers, job: PoolJob, config: RunConfig) -> Profile:
     """Return the pool's profile, the same on every peer; errors as of `measure_pool`."""
-    free = psutil.virtual_memory().available
+    given = psutil.virtual_memory().available
+    if config.memory_limit is not None:
+        given = min(given, int(_PLANNED_SHARE * parse_bytes(config.memory_limit)))
     rows = sorted({1, max(1, job.recipe.batch_size // 4), job.recipe.batch_size})
     threads = torch.get_num_threads()
     hardware = [platform.machine(), platform.processor(), os.cpu_count(), threads]
     libraries = [f"{name} {version(name)}" for name in ("tidelock", "torch", "transformers")]
     device = DeviceFacts(
         name=f"{socket.gethostname()} ({threads} thread{'s' if threads > 1 else ''})",
-        memory_bytes=free if config.memory_limit is None else min(free, parse_bytes(config.memory_limit)),
+        memory_bytes=given,
         key=json.dumps([job.model, "fp32", hardware, libraries]),
     )
     return measure_pool(peers, job, rows, device)
