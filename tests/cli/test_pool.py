@@ -53,6 +53,27 @@ def test_a_pool_learns_what_one_process_learns(capsys: Capture, chat_model: Path
         assert capsys.readouterr().out == "in the box\n"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "adapter"])
+def test_modules_in_the_blocks_are_trained_too(
+    method: str, capsys: Capture, chat_model: Path, facts: Path, tmp_path: Path
+) -> None:
+    run_folder, log = tmp_path / "run", tmp_path / "run" / "peers" / "peer-1.log"
+    command = ("pool", "train", facts, "--split", "train", "--model", chat_model, "--method", method, "--local", 2)
+    assert tide(*command, "--stage", "0-1@1", "--stage", "2-2@0", *LEARN[:-2], "--out", run_folder) == 0
+    assert "without the frozen blocks" not in log.read_text()
+    assert not (run_folder / "cache").exists()
+    capsys.readouterr()
+    assert tide("generate", run_folder, "--prompt", "where is key 1?", "--max-new-tokens", 12) == 0
+    assert capsys.readouterr().out == "in the box\n"
+    assert tide("report", run_folder) == 0
+    assert tide("export", run_folder, tmp_path / "merged", "--to", "hf") == 0
+    one = ("pool", "train", facts, "--split", "train", "--model", chat_model, "--method", method, "--local", 1)
+    assert tide(*one, *LEARN[:-2], "--out", tmp_path / "one") == 0
+    assert losses(run_folder)[:4] == pytest.approx(losses(tmp_path / "one")[:4], rel=1e-3)
+    assert tide("plan", tmp_path / "one" / "profile.json", "--batch-rows", 4) == 0
+
+
 def test_an_unknown_pool_is_measured_and_planned(
     capsys: Capture, chat_model: Path, facts: Path, tmp_path: Path
 ) -> None:
@@ -138,6 +159,16 @@ def test_another_model_is_refused(chat_model: Path, facts: Path, tmp_path: Path)
             ("--local", 1, "--side-init", "fisher"),
             "expected --side-init magnitude or random",
             id="a start of the whole",
+        ),
+        pytest.param(("--local", 1, "--layer", 1), "every block to be read with --method side", id="some blocks"),
+        pytest.param(
+            ("--local", 1, "--method", "core"), "expected --method side or lora or adapter", id="another method"
+        ),
+        pytest.param(("--local", 1, "--rank", 4), "--rank: expected it with --method lora only", id="of LoRA"),
+        pytest.param(
+            ("--local", 1, "--method", "lora", "--reduction", 4),
+            "--reduction: expected it with --method side only",
+            id="of a side network",
         ),
         pytest.param(("--local", 0), "expected at least 1 peer, got 0", id="nobody"),
         pytest.param(("--local", 2, "--peers", 3), "got neither or both", id="two numbers of peers"),

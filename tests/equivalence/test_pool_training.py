@@ -17,6 +17,7 @@ from tests.support.tiny_models import BLOCKS
 from tidelock.cache.config import CacheConfig
 from tidelock.cache.folder import CacheFolder
 from tidelock.cache.identity import CacheIdentity
+from tidelock.device.side_model import SideModel
 from tidelock.errors import PeerError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.pool.layout import PoolLayout, Stage, one_forward_one_backward
@@ -120,14 +121,15 @@ def run_in_pool(
         notes = Notes(first.steps, dies_at, lead.get("changes_after") if peers.peer == 0 else None)
         kept = Kept(open_cache, there, BLOCKS)
         job = PoolJob("llama", Checkpoint.open(str(folder)), CONFIG, first, examples(COUNT), RECIPE, 2, kept)
-        training, model, error = PoolTraining(peers, layout, job, notes), None, None
+        training, trained, error = PoolTraining(peers, layout, job, notes), None, None
         try:
-            model = training.run()
+            trained = training.run()
         except PeerError as lost:
             error = lost.with_traceback(None)  # which would keep the round's connections open
         finally:
             peers.close()
-        return Outcome(notes, training.progress, None if model is None else model.network.state_dict(), error)
+        state = trained.network.state_dict() if isinstance(trained, SideModel) else None
+        return Outcome(notes, training.progress, state, error)
 
     outcomes = in_pool(layout.num_peers, work)
     died = [outcome for outcome in outcomes if isinstance(outcome, DiedError)]

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 ACTIONS = ("train", "join", "resume")
 _KNOBS = (
     *("model", "out", "split", "max_length", "truncate"),
+    *("rank", "alpha", "rslora", "target", "bottleneck", "place", "activation", "layer"),
     *("reduction", "side_init", "upsample", "side_output", "cache_codec", "cache_limit", "cache_key"),
     *("epochs", "batch_size", "learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "clip", "seed"),
     *("save_every", "keep", "threads", "memory_limit"),
@@ -44,18 +45,18 @@ _OWN_OF_PEER = frozenset({"model", "out", "threads", "memory_limit", "cache_key"
 _OF_LEAD = ("local", "listen", "peers", "stage", "micro_batches", "profile")
 
 
-def command(what: str, target: str, *, json: bool = False, **options: Any) -> None:
-    """Train a side network on several of your own devices: DATA on one of them (train, resume), the others join it."""
+def command(what: str, subject: str, *, json: bool = False, **options: Any) -> None:
+    """Train on several of your own devices: DATA on one of them (train, resume), the others join it."""
     # Of a lost peer torch would print its own stack; this is read when it is loaded.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     output = Output(json=json)
     if what not in ACTIONS:
         msg = f"Pool: expected train DATA, resume RUN or join HOST:PORT, got {what!r}. Write one of them."
         raise ConfigError(msg)
-    knobs = {name: options.pop(name) for name in _KNOBS}
+    knobs = {name: options.pop(name) for name in (*_KNOBS, "method")}
     with StepProgress(output) as progress:
         act = {"train": _train, "resume": _resume, "join": _join}[what]
-        result = act(target, knobs, options, progress, output)
+        result = act(subject, knobs, options, progress, output)
     adapter = None if result.adapter is None else str(result.adapter)
     values = {"event": "done", "steps": result.steps, "loss": result.loss, "seconds": round(result.seconds, 3)}
     lines = [
@@ -67,7 +68,7 @@ def command(what: str, target: str, *, json: bool = False, **options: Any) -> No
 def _train(
     data: str, knobs: dict[str, Any], options: dict[str, Any], progress: StepProgress, output: Output
 ) -> PoolResult:
-    config = RunConfig(data=data, method="side", **knobs)
+    config = RunConfig(data=data, **knobs)
     with _leading(options, config) as (meeting, count, start_others):
         run = import_module("tidelock.run.pool")
         output.quiet_libraries()
@@ -79,7 +80,7 @@ def _train(
 def _resume(
     folder: str, knobs: dict[str, Any], options: dict[str, Any], progress: StepProgress, output: Output
 ) -> PoolResult:
-    _refuse_changed(knobs, _KNOBS)
+    _refuse_changed(knobs, knobs)
     _refuse(options, ("stage", "micro_batches", "profile"), "pool train")
     config = replace(RunFolder.open(Path(folder)).config(), out=folder)  # which may have been moved
     with _leading(options, config) as (meeting, count, start_others):
@@ -209,13 +210,15 @@ def _address_towards(address: Address) -> str:
 def _signature() -> inspect.Signature:
     what = typer.Argument(help="train or resume, on the device with the data; join, on the others.", metavar="WHAT",
                           show_default=False)  # fmt: skip
-    target = typer.Argument(help="train: DATA; resume: the run's folder; join: HOST:PORT of peer 0.", metavar="TARGET",
+    subject = typer.Argument(help="train: DATA; resume: the run's folder; join: HOST:PORT of peer 0.", metavar="TARGET",
                             show_default=False)  # fmt: skip
     arguments = [
         inspect.Parameter("what", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, what]),
-        inspect.Parameter("target", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, target]),
+        inspect.Parameter("subject", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, subject]),
     ]
     own = [
+        option("method", str, "What is trained: side (the blocks are run in the first epoch only), lora, adapter.",
+               default="side"),
         option("local", int | None, "train: run all peers here, as so many processes.", default=None),
         option("listen", str | None, "train: HOST:PORT of this device, at which the others join.", default=None),
         option("peers", int | None, "train: how many devices there are, this one among them.", default=None),

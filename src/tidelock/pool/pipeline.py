@@ -1,8 +1,8 @@
 """One batch through a pipeline of stages, seen from one peer: forwards and backwards in 1F1B order, and their messages.
 
-PAC (arXiv 2408.10746, section 4.1): forward carries the frozen block's output and the side state; back comes the
-gradient of the side state alone, as nothing flows through the frozen blocks. What is trained is summed once a batch
-over the peers of a stage.
+PAC (arXiv 2408.10746, section 4.1): with a side network forward carries the frozen block's output and the side state;
+back comes the gradient of the side state alone, as nothing flows through the frozen blocks. With a method whose
+gradient goes through the blocks both carry as much. What is trained is summed once a batch over the peers of a stage.
 
 Shapes: N real tokens, D hidden width, S side width. May import `pool`, `model`, errors and libraries.
 """
@@ -19,10 +19,11 @@ from tidelock.pool.layout import one_forward_one_backward
 from tidelock.pool.timeline import Timeline
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
+    from tidelock.model.part import ModelPart
     from tidelock.pool.layout import PoolLayout
     from tidelock.pool.peers import Peers, Transfer
 
@@ -46,8 +47,15 @@ class Example:
 
 
 class StageCompute(Protocol):
-    """What a stage computes; a peer's own rows of a micro-batch at a time."""
+    """What a stage computes; a peer's own rows of a micro-batch at a time.
 
+    Attributes:
+        part: Its blocks.
+        forward_width: Numbers per token that it sends.
+        backward_width: Likewise of what is sent back to it; 0 when nothing learns here or before, and nothing is sent.
+    """
+
+    part: ModelPart
     forward_width: int
     backward_width: int
 
@@ -62,16 +70,24 @@ class StageCompute(Protocol):
         ...
 
     def backward(self, kept: Kept, received_NS: Tensor | None) -> Tensor | None:
-        """Return the gradient for the stage before, (N, its backward width); None in the first.
+        """Return the gradient for the stage before, (N, its backward width); None where none is sent.
 
         Args:
             kept: From the forward.
-            received_NS: From the next stage; None in the last.
+            received_NS: From the next stage; None in the last, and where nothing is sent.
         """
         ...
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Return the stage's parameters; each peer of a stage has the same ones."""
+        """Return the stage's parameters, by their names in the whole; each peer of a stage has the same ones."""
+        ...
+
+    def own_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what is the stage's of tensors that are shaped as all stages' parameters, by their names."""
+        ...
+
+    def weights(self) -> Iterator[Tensor]:
+        """Yield all weights that a pass reads, trained or not."""
         ...
 
 
@@ -81,8 +97,8 @@ class Kept:
     """What is kept of a micro-batch from its forward to its backward.
 
     Attributes:
-        state_in_NS: The side state that came in, a leaf of the graph; None in the first stage.
-        result: The side state that goes out, or the loss.
+        state_in_NS: The state that came in, a leaf of the graph; None in the first stage.
+        result: The state that goes out, or the loss.
     """
 
     state_in_NS: Tensor | None
@@ -202,7 +218,7 @@ class _Step:
             return
         width = self.compute.backward_width
         received = None
-        if not is_last:
+        if width and not is_last:
             with self.timeline.during("wait-backward", number):
                 received = self._receive(number, self.number + 1, _BACKWARD, width)
         with self.timeline.during("backward", number):
@@ -273,6 +289,8 @@ def sum_gradients(peers: Peers, parameters: Iterable[nn.Parameter], group: Seque
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
+    if not gradients:
+        return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     peers.sum(flat, group)
     for gradient, part in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):

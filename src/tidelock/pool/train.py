@@ -1,8 +1,9 @@
-"""One peer's run: an epoch through the pipeline, then epochs on what was kept, in data parallel.
+"""One peer's run: for a side network an epoch through the pipeline, then epochs on what was kept, in data parallel.
 
 PAC (arXiv 2408.10746, section 5): once each example has gone through the frozen blocks, every peer gets the whole side
-network and the blocks' outputs for its own share of the examples; the blocks are let go. When the pool changes, the
-peers that are there then go on from the state that peer 0 has; outputs that went with a lost peer are computed again.
+network and the blocks' outputs for its own share of the examples; the blocks are let go. What learns in the blocks
+needs them to the end: all epochs go through the pipeline. When the pool changes, the peers that are there then go on
+from the state that peer 0 has; outputs that went with a lost peer are computed again.
 
 May import `pool`, `device`, `cache`, `peft`, `model`, errors and libraries.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn, Protocol, final
+from typing import TYPE_CHECKING, NoReturn, Protocol, cast, final
 
 import psutil
 import torch
@@ -23,23 +24,27 @@ from tidelock.model.ends import Ends, empty_model, read_config
 from tidelock.model.geometry import geometry_of
 from tidelock.model.memory import give_back_memory
 from tidelock.model.part import ModelPart
+from tidelock.peft.side import SideConfig
 from tidelock.peft.side_part import GATES, SidePart
+from tidelock.pool.block_stage import BlockStage
 from tidelock.pool.pipeline import Pipeline, sum_gradients, sum_of_losses
 from tidelock.pool.recipe import Optimizer
 from tidelock.pool.redistribute import Widths, find_routes, gather, redistribute
 from tidelock.pool.side_stage import SideStage, padded
 from tidelock.pool.timeline import Timeline, from_json, to_json
+from tidelock.pool.trained_modules import TrainedModules
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
     from tidelock.model.checkpoint import TensorSource
-    from tidelock.peft.side import SideConfig
+    from tidelock.peft.methods import MethodConfig, ModuleConfig
     from tidelock.pool.layout import PoolLayout
     from tidelock.pool.peers import Peers
-    from tidelock.pool.pipeline import Example
+    from tidelock.pool.pipeline import Example, StageCompute
     from tidelock.pool.recipe import Progress, Recipe
     from tidelock.pool.redistribute import Kept
 
@@ -56,7 +61,7 @@ class Watcher(Protocol):
         ...
 
     def save(self, progress: Progress) -> None:
-        """The whole network as it is now, which a run can go on with; the same on every peer."""
+        """All that is trained as it is now, which a run can go on with; the same on every peer."""
         ...
 
     def timelines(self, step: int, of_peers: list[Timeline]) -> None:
@@ -76,6 +81,18 @@ class Watcher(Protocol):
         ...
 
 
+class Trained(Protocol):
+    """What a run has trained."""
+
+    def save_adapter(self, folder: Path, base_model: str | None = None) -> None:
+        """Write it as an adapter, as `DeviceModel.save_adapter`."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what is open."""
+        ...
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class PoolJob:
@@ -84,23 +101,23 @@ class PoolJob:
     Attributes:
         model: Says which model it is.
         source: The model's stored tensors.
-        side_config: What the side network is like.
+        config: The method, and what its modules or its side network are like.
         begin: What it begins or goes on with, the same on every peer; before the first step, with `init="magnitude"`,
             of what does not come from the model's weights.
         examples: All of them, on every peer.
         recipe: How it is trained.
         save_every: Steps between two calls of `Watcher.save`.
-        kept: What this peer has of the blocks' outputs.
+        kept: What this peer has of the blocks' outputs, for a side network; None for what learns in the blocks.
     """
 
     model: str
     source: TensorSource
-    side_config: SideConfig
+    config: MethodConfig
     begin: Progress
     examples: Sequence[Example]
     recipe: Recipe
     save_every: int
-    kept: Kept
+    kept: Kept | None
 
 
 @final
@@ -120,6 +137,7 @@ class PoolTraining:
         self._watcher = watcher
         self._per_epoch = job.recipe.steps_per_epoch(len(job.examples))
         self._steps = job.recipe.epochs * self._per_epoch
+        self._pipeline_steps = self._per_epoch if isinstance(job.config, SideConfig) else self._steps
         self._stages = _Stages(peers, layout, job)
         self._gathered = job.begin
         self._optimizer: Optimizer | None = None
@@ -129,8 +147,8 @@ class PoolTraining:
         """From where this peer knows that the run can go on, whatever has happened to the others."""
         return self._gathered if self._optimizer is None else self._optimizer.progress()
 
-    def run(self) -> SideModel | None:
-        """Train a side network; return the model, the same on every peer, or None when the pool is to change.
+    def run(self) -> Trained | None:
+        """Train; return what was trained, the same on every peer, or None when the pool is to change.
 
         Raises:
             CacheError: What this peer has kept is damaged.
@@ -138,12 +156,42 @@ class PoolTraining:
             PeerError: A peer was lost.
             StorageError: There is no room for what is kept.
         """
-        peers, job = self._peers, self._job
-        if self._gathered.steps < self._per_epoch and self._first_epoch():
+        job = self._job
+        if self._gathered.steps < self._pipeline_steps and self._through_pipeline():
             return None
-        self._share_outputs()
-        config = read_config(job.source.folder)
-        model = SideModel(Ends(config, job.source), TapSource(_no_blocks, job.kept.whole), job.side_config)
+        if not isinstance(job.config, SideConfig):
+            return TrainedModules(job.source.folder, job.config, self._gathered.parameters)
+        return self._on_outputs(job.config, cast("Kept", job.kept))
+
+    def _through_pipeline(self) -> bool:
+        """Go through the pipeline; return whether the pool is to change before what comes next."""
+        job, size = self._job, self._job.recipe.batch_size
+        optimizer = self._stages.begin(self._steps)
+        for step in range(self._gathered.steps, self._pipeline_steps):
+            epoch, place = divmod(step, self._per_epoch)
+            order = job.recipe.order(len(job.examples), epoch)
+            batch = order[place * size : (place + 1) * size]
+            loss = self._stages.run([job.examples[number] for number in batch])
+            optimizer.step()
+            self._watcher.step(optimizer.steps, loss)
+            if optimizer.steps == min(job.begin.steps + _SHOWN_STEP, self._pipeline_steps):
+                timelines = self._stages.timelines()
+                if self._peers.peer == 0:
+                    self._watcher.timelines(optimizer.steps, timelines)
+            changes = optimizer.steps < self._steps and self._changes()
+            if optimizer.steps % job.save_every == 0 or optimizer.steps == self._pipeline_steps or changes:
+                self._gathered = self._stages.gather(optimizer)
+                self._watcher.save(self._gathered)
+            if changes:
+                return True
+        return False
+
+    def _on_outputs(self, config: SideConfig, kept: Kept) -> SideModel | None:
+        """Learn from what the blocks gave; return the model, or None when the pool is to change."""
+        peers, job = self._peers, self._job
+        self._share_outputs(kept)
+        ends = Ends(read_config(job.source.folder), job.source)
+        model = SideModel(ends, TapSource(_no_blocks, kept.whole), config)
         model.load_state_dict({f"network.{name}": value for name, value in self._gathered.parameters.items()})
         optimizer = Optimizer(peers, dict(model.network.named_parameters()), peers.count, job.recipe, self._steps)
         optimizer.go_on(self._gathered.steps, self._gathered.moments)
@@ -156,34 +204,13 @@ class PoolTraining:
                     return None
         return model
 
-    def _first_epoch(self) -> bool:
-        """Go through the pipeline; return whether the pool is to change before what comes next."""
-        job, size = self._job, self._job.recipe.batch_size
-        optimizer = self._stages.begin(self._steps)
-        order = job.recipe.order(len(job.examples), 0)
-        for first in range(self._gathered.steps * size, len(order), size):
-            loss = self._stages.run([job.examples[number] for number in order[first : first + size]])
-            optimizer.step()
-            self._watcher.step(optimizer.steps, loss)
-            if optimizer.steps == min(job.begin.steps + _SHOWN_STEP, self._per_epoch):
-                timelines = self._stages.timelines()
-                if self._peers.peer == 0:
-                    self._watcher.timelines(optimizer.steps, timelines)
-            changes = self._changes()
-            if optimizer.steps % job.save_every == 0 or first + size >= len(order) or changes:
-                self._gathered = self._stages.gather(optimizer)
-                self._watcher.save(self._gathered)
-            if changes:
-                return True
-        return False
-
-    def _share_outputs(self) -> None:
+    def _share_outputs(self, kept: Kept) -> None:
         """Bring the outputs of all examples to the peers that learn from them, and let the blocks go."""
         peers, job = self._peers, self._job
         geometry = geometry_of(empty_model(read_config(job.source.folder)))
         widths = Widths(geometry.num_blocks, geometry.block_width, geometry.final_width)
         owners = job.recipe.owners(len(job.examples), peers.count)
-        find = partial(find_routes, peers, job.kept, job.examples, owners, widths.num_blocks)
+        find = partial(find_routes, peers, kept, job.examples, owners, widths.num_blocks)
         routes = find()
         missing = [number for number, route in enumerate(routes) if route is None]
         if missing:
@@ -191,7 +218,7 @@ class PoolTraining:
             self._stages.fill([job.examples[number] for number in missing])
             routes = find()
         self._stages.let_go()
-        self._watcher.redistributed(redistribute(peers, job.examples, routes, owners, job.kept, widths))
+        self._watcher.redistributed(redistribute(peers, job.examples, routes, owners, kept, widths))
 
     def _cached_step(self, model: SideModel, optimizer: Optimizer, numbers: Sequence[Sequence[int]]) -> None:
         """Learn from this peer's share of a batch, which says by peer whose examples are whose.
@@ -227,19 +254,19 @@ class _Stages:
         self._job = job
         self._number = layout.stage_of(peers.peer)
         self._stage = None if self._number is None else layout.stages[self._number]
-        self._compute: SideStage | None = None
+        self._compute: StageCompute | None = None
         self._pipeline: Pipeline | None = None
         self._is_loaded = False
 
     def begin(self, steps: int) -> Optimizer:
-        """Load the blocks; return the optimizer of what is trained beside them, of a run of so many steps."""
+        """Load the blocks; return the optimizer of what is trained here, of a run of so many steps."""
         peers, job, stage = self._peers, self._job, self._stage
         self._load()
         trained = {} if self._compute is None else self._compute.trained()
         optimizer = Optimizer(peers, trained, 1 if stage is None else len(stage.peers), job.recipe, steps)
         own: dict[str, dict[str, Tensor]] = {}
         if self._compute is not None:
-            own = {kind: self._compute.side.own_of(values) for kind, values in job.begin.moments.items()}
+            own = {kind: self._compute.own_of(values) for kind, values in job.begin.moments.items()}
         optimizer.go_on(job.begin.steps, own)
         return optimizer
 
@@ -263,7 +290,7 @@ class _Stages:
                 self._pipeline.fill(examples[first : first + self._job.recipe.batch_size])
 
     def gather(self, optimizer: Optimizer) -> Progress:
-        """Return the whole network; see `redistribute.gather`."""
+        """Return all that is trained; see `redistribute.gather`."""
         stage = self._stage
         shapes = {name: tensor.shape for name, tensor in self._job.begin.parameters.items()}
         slices = {} if stage is None else {GATES: slice(stage.blocks.start, stage.blocks.stop)}
@@ -284,21 +311,30 @@ class _Stages:
         if self._is_loaded:
             return
         self._is_loaded = True
-        self._compute = self._side_stage()
+        config = self._job.config
+        self._compute = self._side_stage(config) if isinstance(config, SideConfig) else self._block_stage(config)
         if self._compute is not None and self._number is not None:
             self._pipeline = Pipeline(self._peers, self._layout, self._number, self._compute)
 
-    def _side_stage(self) -> SideStage | None:
+    def _block_stage(self, method: ModuleConfig) -> BlockStage | None:
+        """Return what this peer computes, with the modules as the run has them."""
+        if self._stage is None:
+            return None
+        stage = BlockStage.load(self._job.source, method, self._stage.blocks)
+        stage.load_whole(self._job.begin.parameters)
+        return stage
+
+    def _side_stage(self, method: SideConfig) -> SideStage | None:
         """Return what this peer computes, begun as the configuration says."""
         peers, job = self._peers, self._job
         config = read_config(job.source.folder)
         geometry = geometry_of(empty_model(config))
-        by_magnitude = job.side_config.init == "magnitude" and job.begin.steps == 0
+        by_magnitude = method.init == "magnitude" and job.begin.steps == 0
         if self._stage is None:
             if by_magnitude:
                 peers.sum(torch.zeros(geometry.block_width), range(peers.count))
             return None
-        side = SidePart(job.side_config, config, geometry, self._stage.blocks)
+        side = SidePart(method, config, geometry, self._stage.blocks)
         side.load_whole(job.begin.parameters)
         frozen = ModelPart(job.source, self._stage.blocks)
         ends = Ends(config, job.source) if side.is_first or side.is_last else None
@@ -306,7 +342,7 @@ class _Stages:
             scores = side.residual_scores(frozen, None if ends is None else ends.embedding)
             peers.sum(scores if self._leads else scores.zero_(), range(peers.count))
             side.start_from(frozen, scores)
-        return SideStage(frozen, side, ends, partial(job.kept.keep, self._stage.blocks))
+        return SideStage(frozen, side, ends, partial(cast("Kept", job.kept).keep, self._stage.blocks))
 
 
 def _no_blocks() -> NoReturn:

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from tidelock.pool.train import PoolJob
     from tidelock.run.trainer import Observer
 
+# Those that a pool trains.
+METHODS = ("side", "lora", "adapter")
+
 _CONFIG, _LAYOUT, _MODEL, _MEASURES = "configuration", "layout", "model's fingerprint", "word whether to measure"
 
 # Given the numbers of blocks and of peers, and the pool's profile, says who computes what, and by which profile if by
@@ -52,7 +55,7 @@ class PoolResult:
     """What a run in a pool came to, as a peer sees it.
 
     Attributes:
-        adapter: Folder of the trained side network; None on other peers than 0.
+        adapter: Folder of the trained adapter; None on other peers than 0.
         steps: Optimizer steps.
         loss: Of the last batch, before its step.
         seconds: How long it took.
@@ -129,7 +132,7 @@ def lead(
     planned; the run goes on from the state that peer 0 has.
 
     Args:
-        config: The run; of method `side`, with its data.
+        config: The run, with its data.
         meeting: What this peer holds.
         count: How many peers there are at first.
         layout_of: Says who computes what.
@@ -368,7 +371,8 @@ def _num_blocks(checkpoint: Checkpoint) -> int:
 def _check(config: RunConfig) -> None:
     """Refuse what a pool does not do."""
     rules = (
-        ("--method side", config.method == "side", f"--method {config.method}"),
+        ("--method " + " or ".join(METHODS), config.method in METHODS, f"--method {config.method}"),
+        ("every block to be read with --method side", config.method != "side" or not config.layer, "--layer"),
         ("--task causal-lm", config.task == "causal-lm", f"--task {config.task}"),
         ("whole epochs", config.epochs == int(config.epochs) >= 1, f"--epochs {config.epochs}"),
         ("--side-init magnitude or random", config.side_init != "fisher", "--side-init fisher"),

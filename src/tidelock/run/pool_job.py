@@ -23,6 +23,7 @@ from tidelock.data.encode import Encoder, encode_all
 from tidelock.data.source import read_examples
 from tidelock.model.ends import empty_model, read_config, tokenizer_sha256
 from tidelock.model.geometry import geometry_of
+from tidelock.peft.side import SideConfig
 from tidelock.pool.pipeline import Example
 from tidelock.pool.profiler import DeviceFacts, measure_pool
 from tidelock.pool.recipe import Recipe
@@ -30,7 +31,7 @@ from tidelock.pool.redistribute import Kept
 from tidelock.pool.train import PoolJob
 from tidelock.run.connect_side import model_hash
 from tidelock.run.examples import longest_example
-from tidelock.run.open_model import cache_config_of, load_tokenizer, side_config_of
+from tidelock.run.open_model import cache_config_of, load_tokenizer, method_config_of
 from tidelock.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def job_of(
         config: The run.
         checkpoint: The model's.
         examples: All of them.
-        cache: Folder of this peer's cache.
+        cache: Folder of this peer's cache, for a side network.
         begin: From where.
 
     Raises:
@@ -91,8 +92,15 @@ def job_of(
         clip=config.clip,
         seed=config.seed,
     )
+    model, method = model_hash(str(checkpoint.fingerprint()), model_config), method_config_of(config)
+    kept = _kept_of(config, checkpoint, cache, model) if isinstance(method, SideConfig) else None
+    return PoolJob(model, checkpoint, method, begin, examples, recipe, config.save_every, kept)
+
+
+def _kept_of(config: RunConfig, checkpoint: Checkpoint, cache: Path, model: str) -> Kept:
+    """Return what this peer has of the outputs of a model's blocks."""
     identity = CacheIdentity(
-        model=model_hash(str(checkpoint.fingerprint()), model_config),
+        model=model,
         tokenizer=tokenizer_sha256(checkpoint.folder),
         dtype="fp32",
         taps=(0,),
@@ -103,8 +111,8 @@ def job_of(
     def open_cache(taps: tuple[int, ...]) -> ActivationCache:
         return cache_config_of(config, cache).open(replace(identity, taps=taps))
 
-    kept = Kept(open_cache, _kept_blocks(cache, identity), geometry_of(empty_model(model_config)).num_blocks)
-    return PoolJob(identity.model, checkpoint, side_config_of(config), begin, examples, recipe, config.save_every, kept)
+    num_blocks = geometry_of(empty_model(read_config(checkpoint.folder))).num_blocks
+    return Kept(open_cache, _kept_blocks(cache, identity), num_blocks)
 
 
 def measured_profile(peers: Peers, job: PoolJob, config: RunConfig) -> Profile:
