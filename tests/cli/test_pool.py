@@ -67,7 +67,7 @@ def test_modules_in_the_blocks_are_trained_too(
     assert tide("generate", run_folder, "--prompt", "where is key 1?", "--max-new-tokens", 12) == 0
     assert capsys.readouterr().out == "in the box\n"
     assert tide("report", run_folder) == 0
-    assert tide("export", run_folder, tmp_path / "merged", "--to", "hf") == 0
+    assert tide("export", run_folder, tmp_path / "out", "--to", "peft" if method == "lora" else "adapter") == 0
     one = ("pool", "train", facts, "--split", "train", "--model", chat_model, "--method", method, "--local", 1)
     assert tide(*one, *LEARN[:-2], "--out", tmp_path / "one") == 0
     assert losses(run_folder)[:4] == pytest.approx(losses(tmp_path / "one")[:4], rel=1e-3)

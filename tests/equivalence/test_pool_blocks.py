@@ -108,8 +108,13 @@ def assert_is_that_of_one_process(folder: Path, config: ModuleConfig, state: dic
         torch.testing.assert_close(state[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [
+        *(("lora", layout) for layout in LAYOUTS),
+        *(pytest.param("adapter", layout, marks=[] if layout == "hybrid" else pytest.mark.slow) for layout in LAYOUTS),
+    ],
+)
 def test_a_run_is_that_of_one_process(method: str, layout: str, tiny_models: Path) -> None:
     folder, config = tiny_models / "llama", CONFIGS[method]
     _, losses = one_process(folder, config)
