@@ -1,10 +1,11 @@
 """Pools of one and two peers on this machine, each process pinned to a core of its own: time, and the plan against it.
 
-A side network beside SmolLM2, and LoRA in it, learn MRPC's pairs as texts: PAC's way next to what its Table 2 compares
-it with (arXiv 2408.10746), Standalone on one device, Eco-FL as a straight pipeline and EDDL as data parallelism.
-Variants take turns, so that what else the machine does hits all of them; the figures are medians over all steps of all
-rounds. The first step of a run, which loads the blocks, and the first one of the later epochs count nowhere. Memory is
-that of a peer's process after a step of the first epoch, less what a process takes that has the libraries only.
+A side network beside SmolLM2, LoRA in it, or all of its weights learn MRPC's pairs as texts: PAC's way next to what its
+Table 2 compares it with (arXiv 2408.10746), Standalone on one device, Eco-FL as a straight pipeline and EDDL as data
+parallelism. Variants take turns, so that what else the machine does hits all of them; the figures are medians over all
+steps of all rounds. The first step of a run, which loads the blocks, and the first one of the later epochs count
+nowhere. Memory is that of a peer's process after a step of the first epoch, less what a process takes that has the
+libraries only.
 
     python benchmarks/pool.py --data ../shared/data
     python benchmarks/pool.py --show        # the tables of the last results, measuring nothing
@@ -38,6 +39,7 @@ RESULTS = Path(__file__).parent / "results" / "pool.json"
 _DATA_PARALLEL = ("--stage", "0-29@0,1")
 _STRAIGHT = ("--stage", "0-14@0", "--stage", "15-29@1", "--micro-batches", "4")
 _LORA = ("--method", "lora")
+_FULL = ("--method", "full")
 # What is compared, by the options that say what is trained and who computes what.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "one peer": (),
@@ -48,8 +50,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "LoRA, two peers, straight pipeline (Eco-FL)": (*_LORA, *_STRAIGHT),
     "LoRA, two peers, data parallel (EDDL)": (*_LORA, *_DATA_PARALLEL),
     "LoRA, two peers, as planned": _LORA,
+    "all weights, one peer (Standalone)": _FULL,
+    "all weights, two peers, straight pipeline (Eco-FL)": (*_FULL, *_STRAIGHT),
+    "all weights, two peers, data parallel (EDDL)": (*_FULL, *_DATA_PARALLEL),
 }
-# With LoRA nothing is cached: later epochs run the blocks as the first one does.
+# But for the side network nothing is cached: later epochs run the blocks as the first one does.
 PHASES = ("first_epoch", "cached")
 
 
@@ -98,7 +103,7 @@ def _run(name: str, model: str, data: Path, folder: Path, options: argparse.Name
         free.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{free.getsockname()[1]}"
     shared = ["--model", model, "--threads", "1", "--json"]
-    if "lora" not in VARIANTS[name]:
+    if _method(name) == "side":
         shared += ["--cache-key", str(folder / "key")]
     size = ["--batch-size", str(options.batch_size), "--epochs", str(options.epochs)]
     lead = ["pool", "train", str(data), "--listen", where, "--peers", str(count), *VARIANTS[name], *size]
@@ -178,7 +183,8 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _method(name: str) -> str:
-    return "lora" if "lora" in VARIANTS[name] else "side"
+    options = VARIANTS[name]
+    return options[options.index("--method") + 1] if "--method" in options else "side"
 
 
 def _run_seconds(result: dict[str, Any], row: dict[str, Any]) -> float:

@@ -21,6 +21,7 @@ from tidelock.model.load import ModelChoice, load_cut_model
 from tidelock.peft.adapter import AdapterConfig
 from tidelock.peft.methods import ModuleConfig
 from tidelock.pool.block_stage import BlockStage
+from tidelock.pool.full_part import FullConfig
 from tidelock.pool.layout import PoolLayout
 from tidelock.pool.peers import Peers
 from tidelock.pool.pipeline import Pipeline
@@ -47,17 +48,25 @@ def device_model(folder: Path, config: ModuleConfig) -> DeviceModel:
     return model
 
 
+def batches() -> list[list[int]]:
+    """Return which examples each step of a run learns from."""
+    orders = [RECIPE.order(COUNT, epoch) for epoch in range(RECIPE.epochs)]
+    size = RECIPE.batch_size
+    return [order[first : first + size] for order in orders for first in range(0, COUNT, size)]
+
+
+def share_of_peak(done: int) -> float:
+    """Return how much of the peak the learning rate is after so many steps."""
+    steps, warm = RECIPE.epochs * RECIPE.steps_per_epoch(COUNT), RECIPE.warmup_steps
+    return done / warm if done < warm else (steps - done) / (steps - warm)
+
+
 def one_process(folder: Path, config: ModuleConfig) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Train as a person would, on the batches that the pool has."""
     model, losses, rows = device_model(folder, config), [], examples(COUNT)
-    steps, warm = RECIPE.epochs * RECIPE.steps_per_epoch(COUNT), RECIPE.warmup_steps
     adam = torch.optim.AdamW(model.parameters(), lr=RECIPE.learning_rate, weight_decay=RECIPE.weight_decay)
-    orders = [RECIPE.order(COUNT, epoch) for epoch in range(RECIPE.epochs)]
-    size = RECIPE.batch_size
-    batches = [order[first : first + size] for order in orders for first in range(0, COUNT, size)]
-    for done, batch in enumerate(batches):
-        share = done / warm if done < warm else (steps - done) / (steps - warm)
-        adam.param_groups[0]["lr"] = RECIPE.learning_rate * share
+    for done, batch in enumerate(batches()):
+        adam.param_groups[0]["lr"] = RECIPE.learning_rate * share_of_peak(done)
         loss = model(**padded([rows[number] for number in batch])).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE.clip)
@@ -69,7 +78,7 @@ def one_process(folder: Path, config: ModuleConfig) -> tuple[dict[str, torch.Ten
 
 def run_in_pool(
     folder: Path,
-    config: ModuleConfig,
+    config: ModuleConfig | FullConfig,
     layout: PoolLayout,
     begin: Progress | None = None,
     *,
@@ -77,7 +86,8 @@ def run_in_pool(
     changes_after: int | None = None,
 ) -> list[Outcome]:
     """Return what each peer saw of a round; the last one dies where it is told to, and is left out."""
-    first = begin or Progress(0, device_model(folder, config).bank.state_dict(), {})
+    fresh = {} if isinstance(config, FullConfig) else device_model(folder, config).bank.state_dict()
+    first = begin or Progress(0, fresh, {})
 
     def work(peers: Peers) -> Outcome:
         leads, is_last = peers.peer == 0, peers.peer == peers.count - 1

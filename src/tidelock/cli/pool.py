@@ -62,7 +62,10 @@ def command(what: str, subject: str, *, json: bool = False, **options: Any) -> N
     lines = [
         f"Done: {result.steps} steps in {format_seconds(result.seconds)}, the last batch's loss {result.loss:.4f}."
     ]
-    output.result({**values, "adapter": adapter}, "\n".join([*lines, *([f"Adapter: {adapter}"] if adapter else [])]))
+    output.result(
+        {**values, "adapter": adapter},
+        "\n".join([*lines, *([f"{result.adapter.name.capitalize()}: {adapter}"] if result.adapter else [])]),
+    )
 
 
 def _train(
@@ -217,7 +220,7 @@ def _signature() -> inspect.Signature:
         inspect.Parameter("subject", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, subject]),
     ]
     own = [
-        option("method", str, "What is trained: side (the blocks are run in the first epoch only), lora, adapter.",
+        option("method", str, "What is trained: side (blocks run in the first epoch only), lora, adapter, full.",
                default="side"),
         option("local", int | None, "train: run all peers here, as so many processes.", default=None),
         option("listen", str | None, "train: HOST:PORT of this device, at which the others join.", default=None),

@@ -16,6 +16,7 @@ from tidelock.model.cut import CutModel, visiting
 from tidelock.model.ends import read_as, read_config, stored_name
 from tidelock.model.families import family_of
 from tidelock.model.reduced import part_config
+from tidelock.model.rows import Rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -59,7 +60,7 @@ class ModelPart:
         model = AutoModelForCausalLM.from_config(
             part_config(config, blocks), dtype=torch.float32, trust_remote_code=False
         )
-        _read_weights(model, source, blocks.start)
+        self._whole_names = _read_weights(model, source, blocks.start)
         self.blocks = blocks
         self.is_first = blocks.start == 0
         self.is_last = blocks.stop == config.num_hidden_layers
@@ -67,6 +68,20 @@ class ModelPart:
         model.set_input_embeddings(nn.Identity())  # that of a vocabulary which is not there
         self.decoder = model.get_submodule(self.cut.geometry.family.decoder)
         self.config: PretrainedConfig = model.config
+
+    def learn(self) -> dict[str, nn.Parameter]:
+        """Have all weights learn that the outcome of `through` depends on; return them by their names in the model."""
+        layout = Rows((0,), (2,), 2).layout(self.cut.device)
+        width = self.cut.geometry.embedding_width if self.is_first else self.cut.geometry.block_width
+        parameters = self._whole_names
+        for parameter in parameters.values():
+            parameter.requires_grad_()
+        with torch.enable_grad():
+            outcome_ND = self.through(torch.zeros(2, width), layout, None)
+            found = torch.autograd.grad(outcome_ND.sum(), list(parameters.values()), allow_unused=True)
+        for parameter, gradient in zip(parameters.values(), found, strict=True):
+            parameter.requires_grad_(gradient is not None)
+        return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
 
     @torch.no_grad()
     def forward(self, state_NW: Tensor, layout: Layout) -> tuple[list[Tensor], Tensor]:
@@ -123,8 +138,13 @@ class ModelPart:
         return layout.pack(final_BTD)
 
 
-def _read_weights(model: PreTrainedModel, source: TensorSource, first: int) -> None:
-    """Read all weights of a part's decoder but the word embedding, whose blocks are counted from `first`."""
+def _read_weights(model: PreTrainedModel, source: TensorSource, first: int) -> dict[str, nn.Parameter]:
+    """Read all weights of a part's decoder but the word embedding, whose blocks are counted from `first`.
+
+    Returns:
+        The weights by their names in the whole model.
+    """
+    found: dict[str, nn.Parameter] = {}
     family = family_of(model)
     blocks = f"{family.decoder}.{family.blocks}."
     ends = {id(parameter) for end in (model.get_input_embeddings(), model.get_output_embeddings())
@@ -137,3 +157,5 @@ def _read_weights(model: PreTrainedModel, source: TensorSource, first: int) -> N
             number, _, rest = path.removeprefix(blocks).partition(".")
             whole = f"{blocks}{first + int(number)}.{rest}"
         parameter.data.copy_(read_as(source, stored_name(whole, model.base_model_prefix, source), parameter.shape))
+        found[whole] = parameter
+    return found

@@ -1,4 +1,4 @@
-"""A stage whose gradient goes through the blocks, to LoRA and serial adapters at their sites.
+"""A stage whose gradient goes through the blocks: to LoRA and serial adapters at their sites, or to all weights.
 
 Forward sends a block's output, and back comes its gradient, as wide: what PAC's baselines do (arXiv 2408.10746, section
 6.1), and what a side network saves.
@@ -9,7 +9,7 @@ libraries.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast, final
+from typing import TYPE_CHECKING, Protocol, cast, final
 
 import torch
 
@@ -20,6 +20,7 @@ from tidelock.model.geometry import geometry_of
 from tidelock.model.part import ModelPart
 from tidelock.model.rows import Rows
 from tidelock.peft.site_part import SitePart
+from tidelock.pool.full_part import FullConfig, FullPart
 from tidelock.pool.pipeline import Kept
 from tidelock.pool.side_stage import padded
 
@@ -29,49 +30,73 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tidelock.model.checkpoint import TensorSource
+    from tidelock.model.cut import SiteVisitor
+    from tidelock.model.rows import Layout
     from tidelock.peft.methods import ModuleConfig
     from tidelock.pool.pipeline import Example
 
 
+class Learning(Protocol):
+    """What learns in a part of the blocks: a `SitePart`, or a `FullPart`."""
+
+    learns_before: bool
+    learns_until: bool
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the parameters, by their names in the whole."""
+        ...
+
+    def load_whole(self, state: Mapping[str, Tensor]) -> None:
+        """Take the part's parameters out of those of the whole."""
+        ...
+
+    def visitor(self, layout: Layout) -> SiteVisitor | None:
+        """Return who is told when a block reaches a site, if anybody is."""
+        ...
+
+
 @final
 class BlockStage:
-    """One peer's blocks, and the modules at their sites.
+    """One peer's blocks, and what learns in them.
 
     Args:
         part: The blocks.
-        sites: The modules.
+        learning: The modules at their sites, or all weights.
         ends: The embedding, for the first stage, and the head, for the last one; None between.
     """
 
-    def __init__(self, part: ModelPart, sites: SitePart, ends: Ends | None = None) -> None:
+    def __init__(self, part: ModelPart, learning: Learning, ends: Ends | None = None) -> None:
         self.part = part
-        self._sites = sites
+        self.tied: tuple[str, ...] = learning.tied if isinstance(learning, FullPart) else ()
+        self._learning = learning
         self._ends = ends
         self.forward_width = part.cut.geometry.block_width
-        self.backward_width = self.forward_width if sites.learns_until else 0
+        self.backward_width = self.forward_width if learning.learns_until else 0
 
     @classmethod
-    def load(cls, source: TensorSource, config: ModuleConfig, blocks: range) -> BlockStage:
-        """Return a stage of a stored model's blocks, with fresh modules.
+    def load(cls, source: TensorSource, config: ModuleConfig | FullConfig, blocks: range) -> BlockStage:
+        """Return a stage of a stored model's blocks; modules at their sites are fresh.
 
         Raises:
             ConfigError: The configuration targets nothing, or something that is not a site.
             ModelError: A tensor is missing or has the wrong shape.
         """
         part, model_config = ModelPart(source, blocks), read_config(source.folder)
-        sites = SitePart(config, geometry_of(empty_model(model_config)), blocks)
-        return cls(part, sites, Ends(model_config, source) if part.is_first or part.is_last else None)
+        ends = Ends(model_config, source) if part.is_first or part.is_last else None
+        if isinstance(config, FullConfig):
+            return cls(part, FullPart(part, ends), ends)
+        return cls(part, SitePart(config, geometry_of(empty_model(model_config)), blocks), ends)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Return the stage's parameters, by their names among all modules'."""
-        return self._sites.trained()
+        """Return the stage's parameters, by their names in the whole."""
+        return self._learning.trained()
 
     def load_whole(self, state: Mapping[str, Tensor]) -> None:
-        """Take this stage's parameters out of those of all modules."""
-        self._sites.load_whole(state)
+        """Take this stage's parameters out of those of the whole."""
+        self._learning.load_whole(state)
 
     def own_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what is this stage's of tensors that are shaped as all modules' parameters, by their names."""
+        """Return what is this stage's of tensors that are shaped as the whole's parameters, by their names."""
         return {name: whole[name] for name in self.trained()}
 
     def weights(self) -> Iterator[Tensor]:
@@ -90,8 +115,8 @@ class BlockStage:
         if received_NW is None:
             given_NW = cast("Ends", self._ends).embed(packed_ids(batch["input_ids"], rows))
         else:
-            given_NW = received_NW.requires_grad_(self._sites.learns_before)
-        state_ND = self.part.through(given_NW, layout, self._sites.visitor(layout))
+            given_NW = received_NW.requires_grad_(self._learning.learns_before)
+        state_ND = self.part.through(given_NW, layout, self._learning.visitor(layout))
         if not self.part.is_last:
             return Kept(received_NW, state_ND), state_ND.detach()
         select_M, targets_M = labelled_tokens(batch["labels"], rows)

@@ -53,11 +53,13 @@ class StageCompute(Protocol):
         part: Its blocks.
         forward_width: Numbers per token that it sends.
         backward_width: Likewise of what is sent back to it; 0 when nothing learns here or before, and nothing is sent.
+        tied: Names of parameters that the first and the last stage both have.
     """
 
     part: ModelPart
     forward_width: int
     backward_width: int
+    tied: tuple[str, ...]
 
     def forward(self, examples: Sequence[Example], received_NW: Tensor | None, num_labels: int) -> tuple[Kept, Tensor]:
         """Return what the backward needs, and what goes to the next stage: (N, forward width); the last one's loss.
@@ -131,6 +133,8 @@ class Pipeline:
         self._number = number
         self._stage = layout.stages[number]
         peers.join(self._stage.peers)
+        if compute.tied:
+            peers.join(layout.peers_of_ends)
 
     def run(self, batch: Sequence[Example]) -> float:
         """Compute the gradients of a batch, which are then the same on all peers of a stage; return the batch's loss.
@@ -151,7 +155,9 @@ class Pipeline:
                 step.backward(number, is_last=self._number == last)
         step.finish()
         with self.timeline.during("all-reduce"):
-            sum_gradients(self._peers, self._compute.trained().values(), self._stage.peers)
+            trained, tied = self._compute.trained(), self._compute.tied
+            sum_gradients(self._peers, [p for name, p in trained.items() if name not in tied], self._stage.peers)
+            sum_gradients(self._peers, [trained[name] for name in tied], self._layout.peers_of_ends)
         return sum_of_losses(self._peers, step.loss)
 
     def fill(self, batch: Sequence[Example]) -> None:

@@ -30,6 +30,7 @@ from tidelock.peft.methods import targets_of
 from tidelock.peft.side import SideConfig
 from tidelock.plan.inputs import Block, Device, Link, LinkBetween, Links, Profile
 from tidelock.pool.block_stage import BlockStage
+from tidelock.pool.full_part import FullConfig
 from tidelock.pool.side_stage import SideStage
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _alike(job: PoolJob) -> list[int]:
     """Return for each block the first one of its kind."""
     geometry = geometry_of(empty_model(read_config(job.source.folder)))
     learning = set(range(geometry.num_blocks))
-    if not isinstance(job.config, SideConfig):
+    if not isinstance(job.config, SideConfig | FullConfig):
         learning = {site.block for site in targets_of(job.config, geometry)}
     last = geometry.num_blocks - 1
     kinds = [(n == 0, n == last, n in learning, n > min(learning)) for n in range(geometry.num_blocks)]

@@ -56,6 +56,8 @@ class SideStage:
         self.backward_width = side.network.side.start.out_features
         self.forward_width = self._hidden_width + self.backward_width
 
+    tied: tuple[str, ...] = ()
+
     @classmethod
     def load(cls, source: TensorSource, config: SideConfig, blocks: range) -> SideStage:
         """Return a stage of a stored model's blocks, with a fresh part of a side network.

@@ -27,18 +27,19 @@ from tidelock.model.part import ModelPart
 from tidelock.peft.side import SideConfig
 from tidelock.peft.side_part import GATES, SidePart
 from tidelock.pool.block_stage import BlockStage
+from tidelock.pool.full_part import FullConfig
 from tidelock.pool.pipeline import Pipeline, sum_gradients, sum_of_losses
 from tidelock.pool.recipe import Optimizer
 from tidelock.pool.redistribute import Widths, find_routes, gather, redistribute
 from tidelock.pool.side_stage import SideStage, padded
 from tidelock.pool.timeline import Timeline, from_json, to_json
-from tidelock.pool.trained_modules import TrainedModules
+from tidelock.pool.trained import TrainedModel, TrainedModules
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from tidelock.model.checkpoint import TensorSource
     from tidelock.peft.methods import MethodConfig, ModuleConfig
@@ -85,7 +86,7 @@ class Trained(Protocol):
     """What a run has trained."""
 
     def save_adapter(self, folder: Path, base_model: str | None = None) -> None:
-        """Write it as an adapter, as `DeviceModel.save_adapter`."""
+        """Write it as an adapter, as `DeviceModel.save_adapter`, or as a whole model."""
         ...
 
     def close(self) -> None:
@@ -112,12 +113,19 @@ class PoolJob:
 
     model: str
     source: TensorSource
-    config: MethodConfig
+    config: MethodConfig | FullConfig
     begin: Progress
     examples: Sequence[Example]
     recipe: Recipe
     save_every: int
     kept: Kept | None
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes of all parameters that are trained, by name."""
+        if isinstance(self.config, FullConfig):
+            whole = empty_model(read_config(self.source.folder))
+            return {name: parameter.shape for name, parameter in whole.named_parameters()}
+        return {name: tensor.shape for name, tensor in self.begin.parameters.items()}
 
 
 @final
@@ -159,6 +167,8 @@ class PoolTraining:
         job = self._job
         if self._gathered.steps < self._pipeline_steps and self._through_pipeline():
             return None
+        if isinstance(job.config, FullConfig):
+            return TrainedModel(job.source.folder, self._gathered.parameters)
         if not isinstance(job.config, SideConfig):
             return TrainedModules(job.source.folder, job.config, self._gathered.parameters)
         return self._on_outputs(job.config, cast("Kept", job.kept))
@@ -193,7 +203,8 @@ class PoolTraining:
         ends = Ends(read_config(job.source.folder), job.source)
         model = SideModel(ends, TapSource(_no_blocks, kept.whole), config)
         model.load_state_dict({f"network.{name}": value for name, value in self._gathered.parameters.items()})
-        optimizer = Optimizer(peers, dict(model.network.named_parameters()), peers.count, job.recipe, self._steps)
+        parameters = dict(model.network.named_parameters())
+        optimizer = Optimizer(peers, parameters, dict.fromkeys(parameters, peers.count), job.recipe, self._steps)
         optimizer.go_on(self._gathered.steps, self._gathered.moments)
         self._optimizer = optimizer
         for epoch in range(optimizer.steps // self._per_epoch, job.recipe.epochs):
@@ -260,13 +271,17 @@ class _Stages:
 
     def begin(self, steps: int) -> Optimizer:
         """Load the blocks; return the optimizer of what is trained here, of a run of so many steps."""
-        peers, job, stage = self._peers, self._job, self._stage
+        job = self._job
         self._load()
-        trained = {} if self._compute is None else self._compute.trained()
-        optimizer = Optimizer(peers, trained, 1 if stage is None else len(stage.peers), job.recipe, steps)
+        trained: dict[str, nn.Parameter] = {}
+        replicas: dict[str, int] = {}
         own: dict[str, dict[str, Tensor]] = {}
-        if self._compute is not None:
+        if self._compute is not None and self._stage is not None:
+            trained = self._compute.trained()
+            replicas = dict.fromkeys(trained, len(self._stage.peers))
+            replicas |= dict.fromkeys(self._compute.tied, len(self._layout.peers_of_ends))
             own = {kind: self._compute.own_of(values) for kind, values in job.begin.moments.items()}
+        optimizer = Optimizer(self._peers, trained, replicas, job.recipe, steps)
         optimizer.go_on(job.begin.steps, own)
         return optimizer
 
@@ -292,9 +307,13 @@ class _Stages:
     def gather(self, optimizer: Optimizer) -> Progress:
         """Return all that is trained; see `redistribute.gather`."""
         stage = self._stage
-        shapes = {name: tensor.shape for name, tensor in self._job.begin.parameters.items()}
         slices = {} if stage is None else {GATES: slice(stage.blocks.start, stage.blocks.stop)}
-        return gather(self._peers, optimizer, shapes, slices, leads=self._leads)
+        speaks_for = {*optimizer.parameters} if self._leads else set()
+        if self._compute is not None and self._number:
+            speaks_for -= {*self._compute.tied}  # for these the first stage does
+        keeps = self._peers.peer == 0 or not isinstance(self._job.config, FullConfig)
+        shapes = self._job.shapes()
+        return gather(self._peers, optimizer, shapes, slices, speaks_for=speaks_for, keeps=keeps)
 
     def let_go(self) -> None:
         """Free the blocks."""
@@ -316,8 +335,8 @@ class _Stages:
         if self._compute is not None and self._number is not None:
             self._pipeline = Pipeline(self._peers, self._layout, self._number, self._compute)
 
-    def _block_stage(self, method: ModuleConfig) -> BlockStage | None:
-        """Return what this peer computes, with the modules as the run has them."""
+    def _block_stage(self, method: ModuleConfig | FullConfig) -> BlockStage | None:
+        """Return what this peer computes, with what learns as the run has it."""
         if self._stage is None:
             return None
         stage = BlockStage.load(self._job.source, method, self._stage.blocks)

@@ -16,8 +16,9 @@ from tidelock.device.beside_blocks import BesideBlocks
 from tidelock.device.model import DeviceModel
 from tidelock.model.ends import Ends, empty_model, read_config
 from tidelock.model.geometry import geometry_of
-from tidelock.peft.methods import at_sites, targets_of
+from tidelock.peft.methods import targets_of
 from tidelock.peft.side import SideConfig
+from tidelock.pool.full_part import FullConfig
 from tidelock.report.facts import DataFacts, ModelFacts, RunFacts, SiteFacts
 
 if TYPE_CHECKING:
@@ -66,13 +67,14 @@ def facts_of_pool(job: PoolJob) -> RunFacts:
     config = read_config(job.source.folder)
     geometry = geometry_of(empty_model(config))
     is_side = isinstance(job.config, SideConfig)
+    targets = {} if isinstance(job.config, SideConfig | FullConfig) else targets_of(job.config, geometry)
     shape = ModelFacts(
         family=config.model_type,
         num_blocks=geometry.num_blocks,
         embedding_width=geometry.embedding_width,
         final_width=geometry.final_width,
-        trained_parameters=sum(value.numel() for value in job.begin.parameters.values()),
-        sites=() if is_side else _sites(targets_of(at_sites(job.config), geometry), geometry, None),
+        trained_parameters=sum(shape.numel() for shape in job.shapes().values()),
+        sites=_sites(targets, geometry, None),
         tapped=tuple(range(geometry.num_blocks)) if is_side else (),
     )
     train = DataFacts(

@@ -102,7 +102,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def method_config_of(config: RunConfig) -> MethodConfig:
-    """Return what a run trains."""
+    """Return what a run trains, whose weights are frozen.
+
+    Raises:
+        ConfigError: It trains all weights.
+    """
+    if config.method == "full":
+        msg = (
+            "--method: expected one that leaves the model's weights as they are, got full, which is for pools, also "
+            "one of one device: tidelock pool train --method full --local 1. Choose another, or do that."
+        )
+        raise ConfigError(msg)
     if config.method == "side":
         return side_config_of(config)
     if config.method == "adapter":

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from tidelock.run.trainer import Observer
 
 # Those that a pool trains.
-METHODS = ("side", "lora", "adapter")
+METHODS = ("side", "lora", "adapter", "full")
 
 _CONFIG, _LAYOUT, _MODEL, _MEASURES = "configuration", "layout", "model's fingerprint", "word whether to measure"
 
@@ -55,7 +55,7 @@ class PoolResult:
     """What a run in a pool came to, as a peer sees it.
 
     Attributes:
-        adapter: Folder of the trained adapter; None on other peers than 0.
+        adapter: Folder of the trained adapter, or of the whole model; None on other peers than 0.
         steps: Optimizer steps.
         loss: Of the last batch, before its step.
         seconds: How long it took.
@@ -299,7 +299,7 @@ class _Lead:
                 seconds = time.monotonic() - began
                 summary_row = {"step": notes.steps, "epoch": self.config.epochs, "train_runtime": seconds}
                 self.folder.append_metrics(summary_row)
-                return PoolResult(self.folder.adapter, notes.steps, notes.loss, seconds)
+                return PoolResult(self._trained, notes.steps, notes.loss, seconds)
             seat = self.meeting.seat_again(seat)
             steps = 0 if self.progress is None else self.progress.steps
             self.observer.say(f"The pool has changed: going on after step {steps}, {seat.count} peers.")
@@ -324,13 +324,18 @@ class _Lead:
             if model is None:
                 return None
             try:
-                model.save_adapter(self.folder.adapter, self.config.model)
+                model.save_adapter(self._trained, self.config.model)
             finally:
                 model.close()
             return notes
         finally:
             self.observer.finish()
             peers.close()
+
+    @property
+    def _trained(self) -> Path:
+        """Where what is trained is written."""
+        return self.folder.model if self.config.method == "full" else self.folder.adapter
 
     def _keep(self, progress: Progress) -> None:
         """Keep from where the run goes on, here and on the disk."""
@@ -374,6 +379,7 @@ def _check(config: RunConfig) -> None:
         ("--method " + " or ".join(METHODS), config.method in METHODS, f"--method {config.method}"),
         ("every block to be read with --method side", config.method != "side" or not config.layer, "--layer"),
         ("--task causal-lm", config.task == "causal-lm", f"--task {config.task}"),
+        ("no weight decay with --method full", config.method != "full" or not config.weight_decay, "--weight-decay"),
         ("whole epochs", config.epochs == int(config.epochs) >= 1, f"--epochs {config.epochs}"),
         ("--side-init magnitude or random", config.side_init != "fisher", "--side-init fisher"),
     )

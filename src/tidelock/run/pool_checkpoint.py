@@ -20,9 +20,10 @@ from tidelock.errors import CheckpointError
 from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
 from tidelock.peft.side import SideConfig, SideNetwork
+from tidelock.pool.full_part import FullConfig
 from tidelock.pool.recipe import MOMENTS, Progress
 from tidelock.run.folder import storage_error
-from tidelock.run.open_model import method_config_of
+from tidelock.run.pool_job import pool_method_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -100,7 +101,7 @@ def shared_begin(peers: Peers, config: RunConfig, checkpoint: Checkpoint, saved:
     fresh = {name: parameter.detach() for name, parameter in _fresh(config, checkpoint).named_parameters()}
     steps = peers.share(torch.tensor([0 if saved is None else saved.steps]) if peers.peer == 0 else None)
     if not int(steps):
-        return Progress(0, fresh, {})
+        return Progress(0, {} if config.method == "full" else fresh, {})
     kinds: list[dict[str, torch.Tensor]] = []
     for kind in ("", *MOMENTS):
         flat = torch.zeros(sum(parameter.numel() for parameter in fresh.values()))
@@ -115,9 +116,11 @@ def shared_begin(peers: Peers, config: RunConfig, checkpoint: Checkpoint, saved:
 
 
 def _fresh(config: RunConfig, checkpoint: Checkpoint) -> nn.Module:
-    """Return all that a run trains, as it begins on one device."""
+    """Return all that a run trains, as it begins on one device; of a whole model, only what it is like."""
     set_seed(config.seed)
-    model_config, method = read_config(checkpoint.folder), method_config_of(config)
+    model_config, method = read_config(checkpoint.folder), pool_method_of(config)
+    if isinstance(method, FullConfig):
+        return empty_model(model_config)
     geometry = geometry_of(empty_model(model_config))
     if isinstance(method, SideConfig):
         return SideNetwork(method, model_config, geometry)

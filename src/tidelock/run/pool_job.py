@@ -24,6 +24,7 @@ from tidelock.data.source import read_examples
 from tidelock.model.ends import empty_model, read_config, tokenizer_sha256
 from tidelock.model.geometry import geometry_of
 from tidelock.peft.side import SideConfig
+from tidelock.pool.full_part import FullConfig
 from tidelock.pool.pipeline import Example
 from tidelock.pool.profiler import DeviceFacts, measure_pool
 from tidelock.pool.recipe import Recipe
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from tidelock.cache.store import ActivationCache
     from tidelock.model.checkpoint import Checkpoint
+    from tidelock.peft.methods import MethodConfig
     from tidelock.plan.inputs import Profile
     from tidelock.pool.peers import Peers
     from tidelock.pool.recipe import Progress
@@ -92,9 +94,14 @@ def job_of(
         clip=config.clip,
         seed=config.seed,
     )
-    model, method = model_hash(str(checkpoint.fingerprint()), model_config), method_config_of(config)
+    model, method = model_hash(str(checkpoint.fingerprint()), model_config), pool_method_of(config)
     kept = _kept_of(config, checkpoint, cache, model) if isinstance(method, SideConfig) else None
     return PoolJob(model, checkpoint, method, begin, examples, recipe, config.save_every, kept)
+
+
+def pool_method_of(config: RunConfig) -> MethodConfig | FullConfig:
+    """Return what a run in a pool trains."""
+    return FullConfig() if config.method == "full" else method_config_of(config)
 
 
 def _kept_of(config: RunConfig, checkpoint: Checkpoint, cache: Path, model: str) -> Kept:
