@@ -1,9 +1,11 @@
 """Pools of one and two peers on this machine, each process pinned to a core of its own: time, and the plan against it.
 
-A side network beside SmolLM2 learns MRPC's pairs as texts. Variants take turns, so that what else the machine does hits
-all of them; the figures are medians over all steps of all rounds. The first step of a run, which loads the blocks, and
-the first one on what was cached count nowhere. Memory is that of a peer's process after a step of the first epoch, less
-what a process takes that has the libraries only.
+A side network beside SmolLM2, LoRA in it, or all of its weights learn MRPC's pairs as texts: PAC's way next to what its
+Table 2 compares it with (arXiv 2408.10746), Standalone on one device, Eco-FL as a straight pipeline and EDDL as data
+parallelism. Variants take turns, so that what else the machine does hits all of them; the figures are medians over all
+steps of all rounds. The first step of a run, which loads the blocks, and the first one of the later epochs count
+nowhere. Memory is that of a peer's process after a step of the first epoch, less what a process takes that has the
+libraries only.
 
     python benchmarks/pool.py --data ../shared/data
     python benchmarks/pool.py --show        # the tables of the last results, measuring nothing
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -33,13 +36,25 @@ from tidelock.model.smollm2 import fetch_smollm2
 from tidelock.run.folder import read_rows
 
 RESULTS = Path(__file__).parent / "results" / "pool.json"
-# What is compared, by the options that say who computes what.
+_DATA_PARALLEL = ("--stage", "0-29@0,1")
+_STRAIGHT = ("--stage", "0-14@0", "--stage", "15-29@1", "--micro-batches", "4")
+_LORA = ("--method", "lora")
+_FULL = ("--method", "full")
+# What is compared, by the options that say what is trained and who computes what.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "one peer": (),
-    "two peers, data parallel": ("--stage", "0-29@0,1"),
-    "two peers, straight pipeline": ("--stage", "0-14@0", "--stage", "15-29@1", "--micro-batches", "4"),
+    "two peers, data parallel": _DATA_PARALLEL,
+    "two peers, straight pipeline": _STRAIGHT,
     "two peers, as planned": (),
+    "LoRA, one peer (Standalone)": _LORA,
+    "LoRA, two peers, straight pipeline (Eco-FL)": (*_LORA, *_STRAIGHT),
+    "LoRA, two peers, data parallel (EDDL)": (*_LORA, *_DATA_PARALLEL),
+    "LoRA, two peers, as planned": _LORA,
+    "all weights, one peer (Standalone)": _FULL,
+    "all weights, two peers, straight pipeline (Eco-FL)": (*_FULL, *_STRAIGHT),
+    "all weights, two peers, data parallel (EDDL)": (*_FULL, *_DATA_PARALLEL),
 }
+# But for the side network nothing is cached: later epochs run the blocks as the first one does.
 PHASES = ("first_epoch", "cached")
 
 
@@ -83,11 +98,13 @@ def _write_data(options: argparse.Namespace, folder: Path) -> Path:
 def _run(name: str, model: str, data: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Train once; return the seconds of steps by phase, and of a step as it was planned."""
     folder.mkdir(parents=True)
-    count = 1 if name == "one peer" else 2
+    count = 1 if "one peer" in name else 2
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{free.getsockname()[1]}"
-    shared = ["--model", model, "--threads", "1", "--cache-key", str(folder / "key"), "--json"]
+    shared = ["--model", model, "--threads", "1", "--json"]
+    if _method(name) == "side":
+        shared += ["--cache-key", str(folder / "key")]
     size = ["--batch-size", str(options.batch_size), "--epochs", str(options.epochs)]
     lead = ["pool", "train", str(data), "--listen", where, "--peers", str(count), *VARIANTS[name], *size]
     commands = [[*lead, *shared, "--out", str(folder / "run")]]
@@ -146,9 +163,12 @@ def _medians(run: dict[str, Any]) -> str:
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return for each variant the median seconds of a step by phase, and how many times quicker than one peer it is."""
+    """Return for each variant the median seconds of a step by phase, and how many times quicker than one peer it is.
+
+    That one peer trains the same.
+    """
     found: dict[str, Any] = {}
-    for name in VARIANTS:
+    for name in (name for name in VARIANTS if any(run["variant"] == name for run in runs)):
         mine = [run for run in runs if run["variant"] == name]
         seconds = {phase: statistics.median(s for run in mine for s in run[phase]) for phase in PHASES}
         planned = [run["planned"] for run in mine if run["planned"] is not None]
@@ -156,9 +176,22 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
         found[name]["memory"] = [statistics.median(each) for each in zip(*(run["memory"] for run in mine), strict=True)]
         memory = [run["planned_memory"] for run in mine if run["planned_memory"]]
         found[name]["planned_memory"] = [statistics.median(each) for each in zip(*memory, strict=True)]
+        alone = next(found[other] for other in found if _method(other) == _method(name))
         for phase in PHASES:
-            found[name][f"{phase}_speed_up"] = found["one peer"][phase] / seconds[phase]
+            found[name][f"{phase}_speed_up"] = alone[phase] / seconds[phase]
     return found
+
+
+def _method(name: str) -> str:
+    options = VARIANTS[name]
+    return options[options.index("--method") + 1] if "--method" in options else "side"
+
+
+def _run_seconds(result: dict[str, Any], row: dict[str, Any]) -> float:
+    """Return what all steps of a run take by the medians."""
+    steps = math.ceil(result["examples"]["count"] / result["batch_size"])
+    seconds: float = steps * (row["first_epoch"] + (result["epochs"] - 1) * row["cached"])
+    return seconds
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -167,13 +200,13 @@ def tables(result: dict[str, Any]) -> str:
     setting = (
         f"{result['model']}, {examples['count']} texts of {examples['mean_tokens']:.0f} tokens in the mean, batches of "
         f"{result['batch_size']}, {result['rounds']} rounds, one core a peer. Seconds of a step; those "
-        "planned are of the first epoch."
+        f"planned are of the first epoch. A run has {result['epochs']} epochs."
     )
     lines = [
         setting,
         "",
-        "| | first epoch | against one peer | cached epochs | against one peer | planned | MB of each peer | planned |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| | first epoch | against one peer | later epochs | against one peer | run | planned | MB a peer | planned |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in summary.items():
         planned = (
@@ -181,6 +214,7 @@ def tables(result: dict[str, Any]) -> str:
         )
         cells = [f"{row['first_epoch']:.2f}", f"{row['first_epoch_speed_up']:.2f}x"]
         cells += [f"{row['cached']:.2f}", f"{row['cached_speed_up']:.2f}x"]
+        cells += [f"{_run_seconds(result, row):.0f}"]
         less = [size - result["bytes_of_libraries"] for size in row["memory"]]
         off = [
             f"{size / 1e6:.0f} ({size / found - 1:+.0%})"

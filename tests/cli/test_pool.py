@@ -74,6 +74,29 @@ def test_it_is_measured_on_what_it_does_not_learn_from(
     assert found["metrics"]["loss"] == pytest.approx(done["eval_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "adapter", "full"])
+def test_what_is_in_the_blocks_is_trained_too(
+    method: str, capsys: Capture, chat_model: Path, facts: Path, tmp_path: Path
+) -> None:
+    run_folder, log = tmp_path / "run", tmp_path / "run" / "peers" / "peer-1.log"
+    command = ("pool", "train", facts, "--split", "train", "--model", chat_model, "--method", method, "--local", 2)
+    assert tide(*command, "--stage", "0-1@1", "--stage", "2-2@0", *LEARN[:-2], "--out", run_folder) == 0
+    trained = "model" if method == "full" else "adapter"
+    assert f"{trained.capitalize()}: {run_folder / trained}" in capsys.readouterr().out
+    assert "without the frozen blocks" not in log.read_text()
+    assert not (run_folder / "cache").exists()
+    assert tide("generate", run_folder, "--prompt", "where is key 1?", "--max-new-tokens", 12) == 0
+    assert capsys.readouterr().out == "in the box\n"
+    assert tide("report", run_folder) == 0
+    code = tide("export", run_folder, tmp_path / "out", "--to", "peft" if method == "lora" else "adapter")
+    assert code == (ConfigError.exit_code if method == "full" else 0)
+    one = ("pool", "train", facts, "--split", "train", "--model", chat_model, "--method", method, "--local", 1)
+    assert tide(*one, *LEARN[:-2], "--out", tmp_path / "one") == 0
+    assert losses(run_folder)[:4] == pytest.approx(losses(tmp_path / "one")[:4], rel=1e-3)
+    assert tide("plan", tmp_path / "one" / "profile.json", "--batch-rows", 4) == 0
+
+
 def test_an_unknown_pool_is_measured_and_planned(
     capsys: Capture, chat_model: Path, facts: Path, tmp_path: Path
 ) -> None:
@@ -165,6 +188,21 @@ def test_another_model_is_refused(chat_model: Path, facts: Path, tmp_path: Path)
             ("--local", 1, "--side-init", "fisher"),
             "expected --side-init magnitude or random",
             id="a start of the whole",
+        ),
+        pytest.param(("--local", 1, "--layer", 1), "every block to be read with --method side", id="some blocks"),
+        pytest.param(
+            ("--local", 1, "--method", "core"), "expected --method side or lora or adapter or full", id="another method"
+        ),
+        pytest.param(
+            ("--local", 1, "--method", "full", "--weight-decay", 0.1),
+            "expected no weight decay with --method full",
+            id="weight decay of all weights",
+        ),
+        pytest.param(("--local", 1, "--rank", 4), "--rank: expected it with --method lora only", id="of LoRA"),
+        pytest.param(
+            ("--local", 1, "--method", "lora", "--reduction", 4),
+            "--reduction: expected it with --method side only",
+            id="of a side network",
         ),
         pytest.param(("--local", 0), "expected at least 1 peer, got 0", id="nobody"),
         pytest.param(("--local", 2, "--peers", 3), "got neither or both", id="two numbers of peers"),

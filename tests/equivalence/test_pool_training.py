@@ -24,6 +24,7 @@ from tidelock.device.side_model import SideModel
 from tidelock.errors import MemoryExceeded, PeerError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.pool.held_out import HeldOut
+from tidelock.pool.job import PoolJob
 from tidelock.pool.layout import PoolLayout, Stage, one_forward_one_backward
 from tidelock.pool.memory import MemoryLimit
 from tidelock.pool.peers import Peers
@@ -31,7 +32,7 @@ from tidelock.pool.recipe import Progress, Recipe
 from tidelock.pool.redistribute import Kept
 from tidelock.pool.side_stage import padded
 from tidelock.pool.timeline import Activity, Timeline, summary
-from tidelock.pool.train import PoolJob, PoolTraining
+from tidelock.pool.train import PoolTraining
 
 RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=1e-2, warmup_steps=2, clip=0.5)
 COUNT = 10
@@ -150,14 +151,15 @@ def run_in_pool(
         save_every = 2 if recipe == RECIPE else COUNT
         source, measured = Checkpoint.open(str(folder)), held_out or HeldOut()
         job = PoolJob("llama", source, CONFIG, first, examples(COUNT), recipe, save_every, kept, measured, memory)
-        training, model, error = PoolTraining(peers, layout, job, notes), None, None
+        training, trained, error = PoolTraining(peers, layout, job, notes), None, None
         try:
-            model = training.run()
+            trained = training.run()
         except PeerError as lost:
             error = lost.with_traceback(None)  # which would keep the round's connections open
         finally:
             peers.close()
-        return Outcome(notes, training.progress, None if model is None else model.network.state_dict(), error)
+        state = trained.network.state_dict() if isinstance(trained, SideModel) else None
+        return Outcome(notes, training.progress, state, error)
 
     outcomes = in_pool(layout.num_peers, work)
     died = [outcome for outcome in outcomes if isinstance(outcome, DiedError | MemoryExceeded)]

@@ -29,6 +29,8 @@ def test_runs_are_summed_up_by_hand(benchmark):
         "two peers, straight pipeline": (2.5, 1.0),
     }
     seconds["two peers, as planned"] = (2.0, 1.25)
+    seconds["LoRA, one peer (Standalone)"] = (6.0, 6.0)
+    seconds["LoRA, two peers, data parallel (EDDL)"] = (4.0, 3.0)
     runs = [
         {
             "variant": name,
@@ -36,7 +38,7 @@ def test_runs_are_summed_up_by_hand(benchmark):
             "first_epoch": [first, first + round_],
             "cached": [cached],
             "planned": 3.0 + round_ if name.endswith("planned") else None,
-            "memory": [500e6 + round_ * 20e6] * (1 if name == "one peer" else 2),
+            "memory": [500e6 + round_ * 20e6] * (1 if "one peer" in name else 2),
             "planned_memory": [399e6, 451e6] if name.endswith("planned") else [],
         }
         for round_ in (0, 1)
@@ -55,20 +57,26 @@ def test_runs_are_summed_up_by_hand(benchmark):
     assert found["two peers, data parallel"]["first_epoch_speed_up"] == 2.0
     assert found["two peers, straight pipeline"]["cached_speed_up"] == 2.0
     assert found["two peers, as planned"]["planned"] == 3.5
+    assert found["LoRA, one peer (Standalone)"]["first_epoch_speed_up"] == 1.0
+    assert found["LoRA, two peers, data parallel (EDDL)"]["cached_speed_up"] == 2.0
     shown = benchmark.tables(
         {
             "model": "m",
             "examples": {"count": 3, "mean_tokens": 7.4},
             "batch_size": 2,
+            "epochs": 3,
             "rounds": 2,
             "bytes_of_libraries": 100e6,
             "summary": found,
         }
     )
     assert "m, 3 texts of 7 tokens in the mean" in shown
-    assert "| one peer | 4.00 | 1.00x | 2.00 | 1.00x | | 410 | |" in shown
-    planned = "| two peers, as planned | 2.00 | 2.00x | 1.25 | 1.60x | 3.50 (+75%) | 410, 410 | 399 (-3%), 451 (+10%) |"
+    assert "| one peer | 4.00 | 1.00x | 2.00 | 1.00x | 16 | | 410 | |" in shown
+    planned = (
+        "| two peers, as planned | 2.00 | 2.00x | 1.25 | 1.60x | 9 | 3.50 (+75%) | 410, 410 | 399 (-3%), 451 (+10%) |"
+    )
     assert planned in shown
+    assert "| LoRA, two peers, data parallel (EDDL) | 4.00 | 1.50x | 3.00 | 2.00x | 20 | | 410, 410 | |" in shown
 
 
 def test_the_page_shows_the_tables_of_the_results(benchmark):

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 ACTIONS = ("train", "join", "resume")
 _KNOBS = (
     *("model", "out", "split", "eval_data", "eval_split", "eval_every", "max_length", "truncate"),
+    *("rank", "alpha", "rslora", "target", "bottleneck", "place", "activation", "layer"),
     *("reduction", "side_init", "upsample", "side_output", "cache_codec", "cache_limit", "cache_key"),
     *("epochs", "batch_size", "learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "clip", "seed"),
     *("save_every", "keep", "threads", "memory_limit"),
@@ -45,23 +46,23 @@ _OWN_OF_PEER = frozenset({"model", "out", "threads", "memory_limit", "cache_key"
 _OF_LEAD = ("local", "listen", "peers", "stage", "micro_batches", "profile")
 
 
-def command(what: str, target: str, *, json: bool = False, **options: Any) -> None:
-    """Train a side network on several of your own devices: DATA on one of them (train, resume), the others join it."""
+def command(what: str, subject: str, *, json: bool = False, **options: Any) -> None:
+    """Train on several of your own devices: DATA on one of them (train, resume), the others join it."""
     # Of a lost peer torch would print its own stack; this is read when it is loaded.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     output = Output(json=json)
     if what not in ACTIONS:
         msg = f"Pool: expected train DATA, resume RUN or join HOST:PORT, got {what!r}. Write one of them."
         raise ConfigError(msg)
-    knobs = {name: options.pop(name) for name in _KNOBS}
+    knobs = {name: options.pop(name) for name in (*_KNOBS, "method")}
     with ExitStack() as stack:
         launch = _launch(what, options)
         if launch is not None and launch.peer > 0:
-            stack.enter_context(_into_log(what, target, knobs, launch))
-            what, target, knobs, options = _joining(what, target, knobs, options, launch)
+            stack.enter_context(_into_log(what, subject, knobs, launch))
+            what, subject, knobs, options = _joining(what, subject, knobs, options, launch)
         progress = stack.enter_context(StepProgress(output))
         act = {"train": _train, "resume": _resume, "join": _join}[what]
-        result = act(target, knobs, options, progress, output)
+        result = act(subject, knobs, options, progress, output)
         _print(result, output)
 
 
@@ -71,14 +72,14 @@ def _print(result: PoolResult, output: Output) -> None:
     losses = (("the last batch's loss", result.loss), ("on the evaluation data", result.eval_loss))
     said = "".join(f", {what} {loss:.4f}" for what, loss in losses if loss is not None)
     lines = [f"Done: {result.steps} steps in {format_seconds(result.seconds)}{said}."]
-    lines += [f"Adapter: {adapter}"] if adapter else []
+    lines += [f"{result.adapter.name.capitalize()}: {adapter}"] if result.adapter else []
     output.result({**values, "seconds": round(result.seconds, 3), "adapter": adapter}, "\n".join(lines))
 
 
 def _train(
     data: str, knobs: dict[str, Any], options: dict[str, Any], progress: StepProgress, output: Output
 ) -> PoolResult:
-    config = RunConfig(data=data, method="side", **knobs)
+    config = RunConfig(data=data, **knobs)
     with _leading(options, config) as (meeting, count, start_others):
         run = import_module("tidelock.run.pool")
         output.quiet_libraries()
@@ -90,7 +91,7 @@ def _train(
 def _resume(
     folder: str, knobs: dict[str, Any], options: dict[str, Any], progress: StepProgress, output: Output
 ) -> PoolResult:
-    _refuse_changed(knobs, [name for name in _KNOBS if name != "memory_limit"])
+    _refuse_changed(knobs, [name for name in knobs if name != "memory_limit"])
     _refuse(options, ("stage", "micro_batches", "profile"), "pool train")
     run_folder = RunFolder.open(Path(folder))
     config = replace(run_folder.config(), out=folder)  # which may have been moved
@@ -172,28 +173,28 @@ def _launch(what: str, options: dict[str, Any]) -> Launch | None:
     return found
 
 
-def _peers_folder(what: str, target: str, knobs: dict[str, Any]) -> Path:
+def _peers_folder(what: str, subject: str, knobs: dict[str, Any]) -> Path:
     """Return where peers have their folders that are started with peer 0's own command."""
-    return Path(knobs["out"] if what == "train" else target) / "peers"
+    return Path(knobs["out"] if what == "train" else subject) / "peers"
 
 
 @contextmanager
-def _into_log(what: str, target: str, knobs: dict[str, Any], launch: Launch) -> Iterator[None]:
+def _into_log(what: str, subject: str, knobs: dict[str, Any], launch: Launch) -> Iterator[None]:
     """Have another peer than 0 print into its log, as with --local; errors are printed by who catches them."""
-    folder = _peers_folder(what, target, knobs)
+    folder = _peers_folder(what, subject, knobs)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"peer-{launch.peer}.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
         yield
 
 
 def _joining(
-    what: str, target: str, knobs: dict[str, Any], options: dict[str, Any], launch: Launch
+    what: str, subject: str, knobs: dict[str, Any], options: dict[str, Any], launch: Launch
 ) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
     """Return peer 0's own command, as torchrun gives it to all, as one that joins peer 0."""
     own = {name: value if name in _OWN_OF_PEER else _default(name) for name, value in knobs.items()}
-    own["out"] = str(_peers_folder(what, target, knobs) / f"peer-{launch.peer}")
+    own["out"] = str(_peers_folder(what, subject, knobs) / f"peer-{launch.peer}")
     if what == "resume":
-        own["model"] = RunFolder.open(Path(target)).config().model
+        own["model"] = RunFolder.open(Path(subject)).config().model
     others = {name: None if name in _OF_LEAD else value for name, value in options.items()}
     _trusted_address(f"{launch.host}:0", options)
     where = f"{launch.host}:{launch.ask_port(options['timeout'])}"
@@ -272,13 +273,15 @@ def _address_towards(address: Address) -> str:
 def _signature() -> inspect.Signature:
     what = typer.Argument(help="train or resume, on the device with the data; join, on the others.", metavar="WHAT",
                           show_default=False)  # fmt: skip
-    target = typer.Argument(help="train: DATA; resume: the run's folder; join: HOST:PORT of peer 0.", metavar="TARGET",
+    subject = typer.Argument(help="train: DATA; resume: the run's folder; join: HOST:PORT of peer 0.", metavar="TARGET",
                             show_default=False)  # fmt: skip
     arguments = [
         inspect.Parameter("what", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, what]),
-        inspect.Parameter("target", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, target]),
+        inspect.Parameter("subject", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, subject]),
     ]
     own = [
+        option("method", str, "What is trained: side (blocks run in the first epoch only), lora, adapter, full.",
+               default="side"),
         option("local", int | None, "train: run all peers here, as so many processes.", default=None),
         option("listen", str | None, "train: HOST:PORT of this device, at which the others join.", default=None),
         option("peers", int | None, "train: how many devices there are, this one among them.", default=None),

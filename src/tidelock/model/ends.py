@@ -136,6 +136,7 @@ class Ends:
         geometry: The shape of the model.
         head: The head's linear layer, which TRL's fused loss reads.
         stored_names: The name under which the source stores each parameter of the ends.
+        is_tied: Whether the head's weight is the embedding's.
 
     Raises:
         ModelError: A tensor of the ends is missing or has the wrong shape, or the head needs more than the final state.
@@ -151,8 +152,10 @@ class Ends:
         self.head = cast("nn.Linear", model.get_output_embeddings())
         self._head_model = model
         self.stored_names = load_ends(model, source)
+        self._parameters = {name: model.get_parameter(name) for name in self.stored_names}
         parent, _, name = self.geometry.family.decoder.rpartition(".")
         setattr(model.get_submodule(parent), name, GivenState())
+        self.is_tied = self.head.weight is self._embedding.weight
         self._embedding.eval().requires_grad_(requires_grad=False)
         self._head_model.eval().requires_grad_(requires_grad=False)
         self._try_head()
@@ -172,7 +175,23 @@ class Ends:
         """The word embedding's weight, fp32 of shape (V, E)."""
         return self._embedding.get_parameter("weight")
 
-    @torch.no_grad()
+    def learn(self, *, embedding: bool, head: bool) -> dict[str, nn.Parameter]:
+        """Have an end learn, or both; return the parameters by their names in the model.
+
+        Args:
+            embedding: Whether the embedding does.
+            head: Whether the head does; where it is the embedding, it is so with either.
+        """
+        weight = self.embedding
+        found = {
+            name: parameter
+            for name, parameter in self._parameters.items()
+            if (parameter is weight and (embedding or self.is_tied)) or (parameter is not weight and head)
+        }
+        for parameter in found.values():
+            parameter.requires_grad_()
+        return found
+
     def embed(self, ids: Tensor) -> Tensor:
         """Return word embeddings, shape (*ids.shape, E), fp32."""
         return cast("Tensor", self._embedding(ids))
@@ -275,8 +294,13 @@ def write_device_folder(source: TensorSource, names: Mapping[str, str], folder: 
         names: As from `end_tensors`.
         folder: An existing, empty folder.
     """
-    for name in _SMALL_FILES:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
+    copy_small_files(source.folder, folder)
     tensors = {stored: source.read(stored).contiguous() for stored in names.values()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def copy_small_files(source: Path, folder: Path, *, with_config: bool = True) -> None:
+    """Copy what a model's folder has besides tensors: its tokenizer's files, and its configuration or not."""
+    for name in _SMALL_FILES:
+        if (source / name).is_file() and (with_config or name != "config.json"):
+            shutil.copyfile(source / name, folder / name)

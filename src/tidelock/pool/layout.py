@@ -82,6 +82,11 @@ class PoolLayout:
         """Return the number of a peer's stage; None when it is idle."""
         return next((number for number, stage in enumerate(self.stages) if peer in stage.peers), None)
 
+    @property
+    def peers_of_ends(self) -> tuple[int, ...]:
+        """The peers with the first block or the last one, in order."""
+        return tuple(sorted({*self.stages[0].peers, *self.stages[-1].peers}))
+
     def rows_of(self, batch_rows: int) -> list[list[dict[int, range]]]:
         """Return which rows of a batch each peer computes: by micro-batch and stage, then by peer.
 

@@ -1,8 +1,8 @@
 """One batch through a pipeline of stages, seen from one peer: forwards and backwards in 1F1B order, and their messages.
 
-PAC (arXiv 2408.10746, section 4.1): forward carries the frozen block's output and the side state; back comes the
-gradient of the side state alone, as nothing flows through the frozen blocks. What is trained is summed once a batch
-over the peers of a stage.
+PAC (arXiv 2408.10746, section 4.1): with a side network forward carries the frozen block's output and the side state;
+back comes the gradient of the side state alone, as nothing flows through the frozen blocks. With a method whose
+gradient goes through the blocks both carry as much. What is trained is summed once a batch over the peers of a stage.
 
 Shapes: N real tokens, D hidden width, S side width. May import `pool`, `model`, errors and libraries.
 """
@@ -20,10 +20,11 @@ from tidelock.pool.memory import MemoryLimit
 from tidelock.pool.timeline import Timeline
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
+    from tidelock.model.part import ModelPart
     from tidelock.pool.layout import PoolLayout
     from tidelock.pool.peers import Peers, Transfer
 
@@ -47,10 +48,19 @@ class Example:
 
 
 class StageCompute(Protocol):
-    """What a stage computes; a peer's own rows of a micro-batch at a time."""
+    """What a stage computes; a peer's own rows of a micro-batch at a time.
 
+    Attributes:
+        part: Its blocks.
+        forward_width: Numbers per token that it sends.
+        backward_width: Likewise of what is sent back to it; 0 when nothing learns here or before, and nothing is sent.
+        tied: Names of parameters that the first and the last stage both have.
+    """
+
+    part: ModelPart
     forward_width: int
     backward_width: int
+    tied: tuple[str, ...]
 
     def forward(self, examples: Sequence[Example], received_NW: Tensor | None, num_labels: int) -> tuple[Kept, Tensor]:
         """Return what the backward needs, and what goes to the next stage: (N, forward width); the last one's loss.
@@ -63,16 +73,24 @@ class StageCompute(Protocol):
         ...
 
     def backward(self, kept: Kept, received_NS: Tensor | None) -> Tensor | None:
-        """Return the gradient for the stage before, (N, its backward width); None in the first.
+        """Return the gradient for the stage before, (N, its backward width); None where none is sent.
 
         Args:
             kept: From the forward.
-            received_NS: From the next stage; None in the last.
+            received_NS: From the next stage; None in the last, and where nothing is sent.
         """
         ...
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Return the stage's parameters; each peer of a stage has the same ones."""
+        """Return the stage's parameters, by their names in the whole; each peer of a stage has the same ones."""
+        ...
+
+    def own_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what is the stage's of tensors that are shaped as all stages' parameters, by their names."""
+        ...
+
+    def weights(self) -> Iterator[Tensor]:
+        """Yield all weights that a pass reads, trained or not."""
         ...
 
 
@@ -82,8 +100,8 @@ class Kept:
     """What is kept of a micro-batch from its forward to its backward.
 
     Attributes:
-        state_in_NS: The side state that came in, a leaf of the graph; None in the first stage.
-        result: The side state that goes out, or the loss.
+        state_in_NS: The state that came in, a leaf of the graph; None in the first stage.
+        result: The state that goes out, or the loss.
     """
 
     state_in_NS: Tensor | None
@@ -125,6 +143,8 @@ class Pipeline:
         self._number = number
         self._stage = layout.stages[number]
         peers.join(self._stage.peers)
+        if compute.tied:
+            peers.join(layout.peers_of_ends)
 
     def run(self, batch: Sequence[Example]) -> float:
         """Compute the gradients of a batch, which are then the same on all peers of a stage; return the batch's loss.
@@ -145,7 +165,9 @@ class Pipeline:
                 step.backward(number, is_last=self._number == last)
         step.finish()
         with self.timeline.during("all-reduce"):
-            sum_gradients(self._peers, self._compute.trained().values(), self._stage.peers)
+            trained, tied = self._compute.trained(), self._compute.tied
+            sum_gradients(self._peers, [p for name, p in trained.items() if name not in tied], self._stage.peers)
+            sum_gradients(self._peers, [trained[name] for name in tied], self._layout.peers_of_ends)
         return sum_of_losses(self._peers, step.loss)
 
     @torch.no_grad()
@@ -215,7 +237,7 @@ class _Step:
             return
         width = self.compute.backward_width
         received = None
-        if not is_last:
+        if width and not is_last:
             with self.timeline.during("wait-backward", number):
                 received = self._receive(number, self.number + 1, _BACKWARD, width)
         with self.timeline.during("backward", number):
@@ -287,6 +309,8 @@ def sum_gradients(peers: Peers, parameters: Iterable[nn.Parameter], group: Seque
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
+    if not gradients:
+        return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     peers.sum(flat, group)
     for gradient, part in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):

@@ -2,7 +2,7 @@
 
 PAC's calibration run (arXiv 2408.10746, section 4): seconds of each block forward and backward by rows of a
 micro-batch, bytes of what is kept and sent, bandwidth. Blocks of a decoder are alike but for what the first and the
-last one have around them, so these two and one between are measured.
+last one have around them, and for whether they, or blocks before them, have a module: one of each kind is measured.
 
 May import `pool`, `plan`, `model`, `peft`, errors and libraries.
 """
@@ -23,22 +23,25 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tidelock.errors import StorageError
 from tidelock.model.cache_folder import cache_folder, write_atomically
-from tidelock.model.ends import Ends, empty_model, read_config
+from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
 from tidelock.model.memory import give_back_memory
-from tidelock.model.part import ModelPart
-from tidelock.peft.side_part import SidePart
+from tidelock.peft.methods import targets_of
+from tidelock.peft.side import SideConfig
 from tidelock.plan.inputs import Block, Device, Link, LinkBetween, Links, Profile
+from tidelock.pool.block_stage import BlockStage
+from tidelock.pool.full_part import FullConfig
 from tidelock.pool.side_stage import SideStage
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
+    from tidelock.model.part import ModelPart
+    from tidelock.pool.job import PoolJob
     from tidelock.pool.peers import Peers
-    from tidelock.pool.pipeline import Example
-    from tidelock.pool.train import PoolJob
+    from tidelock.pool.pipeline import Example, StageCompute
 
 _REPEATS = 5
 _PROBE_FLOATS = 1 << 20
@@ -128,8 +131,9 @@ class MeasuredDevice(BaseModel):
 def _known_or_measured(job: PoolJob, rows: Sequence[int], device: DeviceFacts) -> MeasuredDevice:
     """Return what is known of a device, or measure it; two processes of one device never measure at once."""
     lengths = [len(example.input_ids) for example in _middling(job.examples, max(rows))]
-    asked = [device.key, asdict(job.side_config), list(rows), lengths]
-    path = cache_folder() / "profiles" / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()}.json"
+    asked = [device.key, type(job.config).__name__, asdict(job.config), list(rows), lengths]
+    text = json.dumps(asked, default=sorted)  # a LoraConfig's names are sets
+    path = cache_folder() / "profiles" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
@@ -149,10 +153,9 @@ def _known_or_measured(job: PoolJob, rows: Sequence[int], device: DeviceFacts) -
 
 def measure_device(job: PoolJob, rows: Sequence[int]) -> MeasuredDevice:
     """Return all blocks of a model, and this device without a name; arguments as of `measure_pool`."""
-    config = read_config(job.source.folder)
-    count = geometry_of(empty_model(config)).num_blocks
-    kinds = {number: _measure_block(job, number, rows) for number in sorted({0, min(1, count - 1), count - 1})}
-    all_blocks = [kinds.get(number, kinds[min(1, count - 1)]) for number in range(count)]
+    alike = _alike(job)
+    kinds = {number: _measure_block(job, number, rows) for number in sorted(set(alike))}
+    all_blocks = [kinds[number] for number in alike]
     blocks = [each.block.model_copy(update={"name": str(number)}) for number, each in enumerate(all_blocks)]
     device = Device(
         name="this device",
@@ -165,17 +168,25 @@ def measure_device(job: PoolJob, rows: Sequence[int]) -> MeasuredDevice:
     return MeasuredDevice(blocks=tuple(blocks), device=device)
 
 
+def _alike(job: PoolJob) -> list[int]:
+    """Return for each block the first one of its kind."""
+    geometry = geometry_of(empty_model(read_config(job.source.folder)))
+    learning = set(range(geometry.num_blocks))
+    if not isinstance(job.config, SideConfig | FullConfig):
+        learning = {site.block for site in targets_of(job.config, geometry)}
+    last = geometry.num_blocks - 1
+    kinds = [(n == 0, n == last, n in learning, n > min(learning)) for n in range(geometry.num_blocks)]
+    return [kinds.index(kind) for kind in kinds]
+
+
 def _measure_block(job: PoolJob, number: int, rows: Sequence[int]) -> _Measured:
-    config = read_config(job.source.folder)
-    geometry = geometry_of(empty_model(config))
-    side = SidePart(job.side_config, config, geometry, range(number, number + 1))
-    frozen = ModelPart(job.source, side.blocks)
-    ends = Ends(config, job.source) if side.is_first or side.is_last else None
-    stage = SideStage(frozen, side, ends)
-    trained = sum(p.numel() * p.element_size() for p in stage.trained().values())
-    held = sum(p.numel() * p.element_size() for p in frozen.cut.parameters()) + trained
-    if ends is not None:
-        held += ends.embedding.numel() * ends.embedding.element_size()
+    blocks = range(number, number + 1)
+    stage: StageCompute
+    if isinstance(job.config, SideConfig):
+        stage = SideStage.load(job.source, job.config, blocks)
+    else:
+        stage = BlockStage.load(job.source, job.config, blocks)
+    trained = _bytes_of(stage.trained().values())
     forward_seconds: list[float] = []
     backward_seconds: list[float] = []
     spreads: list[float] = []
@@ -189,11 +200,11 @@ def _measure_block(job: PoolJob, number: int, rows: Sequence[int]) -> _Measured:
     tokens = sum(len(example.input_ids) for example in examples) / len(examples)
     block = Block(
         name=str(number),
-        parameter_bytes=held,
+        parameter_bytes=_bytes_of(stage.weights()),
         gradient_bytes=trained,
         optimizer_bytes=_MOMENTS * trained,
         kept_bytes_per_row=_kept_bytes(stage, examples) // len(examples),
-        working_bytes_per_row=int(4 * tokens * _widest(frozen)),
+        working_bytes_per_row=int(4 * tokens * _widest(stage.part)),
         forward_bytes_per_row=int(4 * tokens * stage.forward_width),
         backward_bytes_per_row=int(4 * tokens * stage.backward_width),
     )
@@ -209,14 +220,21 @@ def _middling(examples: Sequence[Example], count: int) -> list[Example]:
     return [some[number % len(some)] for number in range(count)]
 
 
-def _inputs(stage: SideStage, examples: Sequence[Example]) -> tuple[Tensor | None, Tensor | None]:
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Return what tensors take, those that share their memory once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def _inputs(stage: StageCompute, examples: Sequence[Example]) -> tuple[Tensor | None, Tensor | None]:
     """Return what another stage would have sent: forward, and back."""
     tokens = sum(len(example.input_ids) for example in examples)
-    received = None if stage.side.is_first else torch.randn(tokens, stage.forward_width)
-    return received, None if stage.side.is_last else torch.randn(tokens, stage.backward_width)
+    received = None if stage.part.is_first else torch.randn(tokens, stage.forward_width)
+    is_sent_back = stage.backward_width and not stage.part.is_last
+    return received, torch.randn(tokens, stage.backward_width) if is_sent_back else None
 
 
-def _time(stage: SideStage, examples: Sequence[Example]) -> tuple[float, float]:
+def _time(stage: StageCompute, examples: Sequence[Example]) -> tuple[float, float]:
     received, gradient = _inputs(stage, examples)
     began = time.perf_counter()
     kept, _ = stage.forward(examples, received, 1)
@@ -225,7 +243,7 @@ def _time(stage: SideStage, examples: Sequence[Example]) -> tuple[float, float]:
     return half - began, time.perf_counter() - half
 
 
-def _kept_bytes(stage: SideStage, examples: Sequence[Example]) -> int:
+def _kept_bytes(stage: StageCompute, examples: Sequence[Example]) -> int:
     """Return the bytes of what autograd keeps for the backward, weights left out."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in stage.weights()}
     kept: dict[int, int] = {}
@@ -243,9 +261,9 @@ def _kept_bytes(stage: SideStage, examples: Sequence[Example]) -> int:
     return sum(kept.values())
 
 
-def _widest(frozen: ModelPart) -> int:
+def _widest(part: ModelPart) -> int:
     """Return how many numbers a token takes while a block is computed: what its linears give, all at once."""
-    return sum(p.shape[0] for p in frozen.cut.parameters() if p.ndim == 2)
+    return sum(p.shape[0] for p in part.cut.parameters() if p.ndim == 2)
 
 
 def _measure_links(peers: Peers) -> dict[tuple[int, int], Link]:

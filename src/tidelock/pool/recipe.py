@@ -98,11 +98,11 @@ class Recipe:
 @final
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A whole side network on its way; what a run begins or goes on with.
+    """All that is trained, on its way; what a run begins or goes on with.
 
     Attributes:
         steps: Optimizer steps done.
-        parameters: By name.
+        parameters: By name; none where all weights are trained and none has moved, or on another peer than 0.
         moments: Adam's, by kind (`MOMENTS`) and by the parameters' names; empty before the first step.
     """
 
@@ -118,7 +118,7 @@ class Optimizer:
     Args:
         peers: All peers.
         parameters: This peer's; none of an idle one.
-        replicas: How many peers have the same.
+        replicas: How many peers have the same, by name.
         recipe: The run's.
         steps: Optimizer steps of the whole run.
 
@@ -128,7 +128,12 @@ class Optimizer:
     """
 
     def __init__(
-        self, peers: Peers, parameters: dict[str, nn.Parameter], replicas: int, recipe: Recipe, steps: int
+        self,
+        peers: Peers,
+        parameters: dict[str, nn.Parameter],
+        replicas: Mapping[str, int],
+        recipe: Recipe,
+        steps: int,
     ) -> None:
         self.parameters = parameters
         self._peers = peers
@@ -152,10 +157,10 @@ class Optimizer:
             NonFiniteError: A gradient is infinite or not a number.
             PeerError: A peer was lost.
         """
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         squares = torch.zeros((), dtype=torch.float64)
-        for gradient in gradients:
-            squares += gradient.double().square().sum() / self._replicas
+        for name, gradient in gradients.items():
+            squares += gradient.double().square().sum() / self._replicas[name]
         self._peers.sum(squares, range(self._peers.count))
         norm = float(squares.sqrt())
         if not math.isfinite(norm):
@@ -166,7 +171,7 @@ class Optimizer:
             raise NonFiniteError(msg)
         # As `torch.nn.utils.clip_grad_norm_`.
         factor = min(1.0, self._clip / (norm + 1e-6)) if self._clip else 1.0
-        for gradient in gradients:
+        for gradient in gradients.values():
             gradient.mul_(factor)
         self._adam.step()
         self._adam.zero_grad()

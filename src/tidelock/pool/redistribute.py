@@ -20,7 +20,7 @@ from tidelock.pool.pipeline import IGNORED
 from tidelock.pool.recipe import MOMENTS, Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -262,16 +262,23 @@ def _send_wave(peers: Peers, moves: Sequence[_Move], kept: Kept, widths: Widths)
 
 
 def gather(
-    peers: Peers, optimizer: Optimizer, shapes: Mapping[str, torch.Size], slices: Mapping[str, slice], *, leads: bool
+    peers: Peers,
+    optimizer: Optimizer,
+    shapes: Mapping[str, torch.Size],
+    slices: Mapping[str, slice],
+    *,
+    speaks_for: Collection[str],
+    keeps: bool,
 ) -> Progress:
-    """Return the whole network as it is after the last step, the same on every peer.
+    """Return all that is trained as it is after the last step, the same on every peer that keeps it.
 
     Args:
         peers: All peers.
         optimizer: Of this peer's part.
-        shapes: Of the whole network's parameters.
+        shapes: Of all parameters.
         slices: Where in a parameter of the whole this peer's is, if it is not all of it.
-        leads: Whether this peer speaks for its stage.
+        speaks_for: Names of the parameters of which this peer gives its part; of each part one peer does.
+        keeps: Whether this peer wants what is gathered; else it is empty.
 
     Raises:
         PeerError: A peer was lost.
@@ -279,12 +286,13 @@ def gather(
     own = optimizer.progress()
     found: list[dict[str, Tensor]] = []
     for values in (own.parameters, *(own.moments[kind] for kind in MOMENTS)):
-        whole = {name: torch.zeros(shape) for name, shape in shapes.items()}
-        if leads:
-            for name, value in values.items():
-                whole[name][slices.get(name, ...)] = value
-        flat = torch.cat([tensor.flatten() for tensor in whole.values()])
-        peers.sum(flat, range(peers.count))  # with zeros: no bit changes
-        parts = flat.split([tensor.numel() for tensor in whole.values()])
-        found.append({name: part.view(shapes[name]) for name, part in zip(whole, parts, strict=True)})
+        whole: dict[str, Tensor] = {}
+        for name, shape in shapes.items():
+            tensor = torch.zeros(shape)
+            if name in speaks_for:
+                tensor[slices.get(name, ...)] = values[name]
+            peers.sum(tensor, range(peers.count))  # with zeros: no bit changes
+            if keeps:
+                whole[name] = tensor
+        found.append(whole)
     return Progress(own.steps, found[0], dict(zip(MOMENTS, found[1:], strict=True)))

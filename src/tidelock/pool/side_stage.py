@@ -14,17 +14,20 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tidelock.device.causal_lm import packed_ids
 from tidelock.device.loss import causal_loss, labelled_tokens
+from tidelock.model.ends import Ends, empty_model, read_config
+from tidelock.model.geometry import geometry_of
+from tidelock.model.part import ModelPart
 from tidelock.model.rows import Rows
+from tidelock.peft.side_part import SidePart
 from tidelock.pool.pipeline import IGNORED, Example, Kept
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
-    from tidelock.model.ends import Ends
-    from tidelock.model.part import ModelPart
-    from tidelock.peft.side_part import SidePart
+    from tidelock.model.checkpoint import TensorSource
+    from tidelock.peft.side import SideConfig
 
 
 @final
@@ -32,7 +35,7 @@ class SideStage:
     """One peer's blocks, and its part of the side network.
 
     Args:
-        frozen: The blocks.
+        part: The blocks.
         side: What is beside them.
         ends: The embedding, for the first stage, and the head, for the last one; None between.
         on_outputs: Told of the rows' blocks' outputs, and of the final states at labelled tokens in the last stage.
@@ -40,27 +43,46 @@ class SideStage:
 
     def __init__(
         self,
-        frozen: ModelPart,
+        part: ModelPart,
         side: SidePart,
         ends: Ends | None = None,
         on_outputs: Callable[[Sequence[Example], list[Tensor], Tensor | None], None] | None = None,
     ) -> None:
-        self.frozen = frozen
+        self.part = part
         self.side = side
         self._ends = ends
         self._on_outputs = on_outputs
-        self._hidden_width = frozen.cut.geometry.block_width
+        self._hidden_width = part.cut.geometry.block_width
         self.backward_width = side.network.side.start.out_features
         self.forward_width = self._hidden_width + self.backward_width
+
+    tied: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, source: TensorSource, config: SideConfig, blocks: range) -> SideStage:
+        """Return a stage of a stored model's blocks, with a fresh part of a side network.
+
+        Raises:
+            ConfigError: The configuration chooses or narrows taps.
+            ModelError: A tensor is missing or has the wrong shape, or the family does not take the reduced widths.
+        """
+        model_config = read_config(source.folder)
+        side = SidePart(config, model_config, geometry_of(empty_model(model_config)), blocks)
+        ends = Ends(model_config, source) if side.is_first or side.is_last else None
+        return cls(ModelPart(source, blocks), side, ends)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the stage's parameters, by their names in the whole network."""
         return self.side.trained()
 
+    def own_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what is this stage's of tensors that are shaped as the whole network's parameters, by their names."""
+        return self.side.own_of(whole)
+
     def weights(self) -> Iterator[Tensor]:
         """Yield all weights that a pass reads, trained or not."""
-        yield from self.side.parameters()
-        yield from self.frozen.cut.parameters()
+        yield from self.trained().values()
+        yield from self.part.cut.parameters()
         if self._ends is not None:
             yield self._ends.embedding
             yield from self._ends.head.parameters()
@@ -69,7 +91,7 @@ class SideStage:
         """Return what the backward needs, and what goes to the next stage, or the loss; see `StageCompute`."""
         batch = padded(examples)
         rows = Rows.from_mask(batch["attention_mask"])
-        layout = rows.layout(self.frozen.cut.device)
+        layout = rows.layout(self.part.cut.device)
         if received_NW is None:
             embeddings_NE = cast("Ends", self._ends).embed(packed_ids(batch["input_ids"], rows))
             hidden_NW, state_in_NS = embeddings_NE, None
@@ -77,7 +99,7 @@ class SideStage:
         else:
             hidden_NW, state_in_NS = received_NW[:, : self._hidden_width], received_NW[:, self._hidden_width :]
             state_NS = state_in_NS = state_in_NS.clone().requires_grad_()
-        outputs_ND, final_ND = self.frozen.forward(hidden_NW, layout)
+        outputs_ND, final_ND = self.part.forward(hidden_NW, layout)
         state_NS, side_final_NS = self.side(state_NS, outputs_ND, layout)
         if not self.side.is_last:
             self._tell(examples, outputs_ND, None)

@@ -1,17 +1,17 @@
-"""One peer's run: an epoch through the pipeline, then epochs on what was kept, in data parallel.
+"""One peer's run: for a side network an epoch through the pipeline, then epochs on what was kept, in data parallel.
 
 PAC (arXiv 2408.10746, section 5): once each example has gone through the frozen blocks, every peer gets the whole side
-network and the blocks' outputs for its own share of the examples; the blocks are let go. When the pool changes, the
-peers that are there then go on from the state that peer 0 has; outputs that went with a lost peer are computed again.
+network and the blocks' outputs for its own share of the examples; the blocks are let go. What learns in the blocks
+needs them to the end: all epochs go through the pipeline. When the pool changes, the peers that are there then go on
+from the state that peer 0 has; outputs that went with a lost peer are computed again.
 
 May import `pool`, `device`, `cache`, `peft`, `model`, errors and libraries.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn, Protocol, final
+from typing import TYPE_CHECKING, NoReturn, cast, final
 
 import psutil
 import torch
@@ -23,107 +23,36 @@ from tidelock.model.ends import Ends, empty_model, read_config
 from tidelock.model.geometry import geometry_of
 from tidelock.model.memory import give_back_memory
 from tidelock.model.part import ModelPart
+from tidelock.peft.side import SideConfig
 from tidelock.peft.side_part import GATES, SidePart
-from tidelock.pool.held_out import HeldOut
-from tidelock.pool.memory import MemoryLimit
+from tidelock.pool.block_stage import BlockStage
+from tidelock.pool.full_part import FullConfig
 from tidelock.pool.pipeline import Pipeline, sum_gradients, sum_of_losses
 from tidelock.pool.recipe import Optimizer
 from tidelock.pool.redistribute import Widths, find_routes, gather, redistribute
 from tidelock.pool.side_stage import SideStage, padded
 from tidelock.pool.timeline import Timeline, activities, from_json, to_json
+from tidelock.pool.trained import TrainedModel, TrainedModules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from tidelock.model.checkpoint import TensorSource
-    from tidelock.peft.side import SideConfig
+    from tidelock.peft.methods import ModuleConfig
+    from tidelock.pool.job import PoolJob, Trained, Watcher
     from tidelock.pool.layout import PoolLayout
     from tidelock.pool.peers import Peers
-    from tidelock.pool.pipeline import Example
-    from tidelock.pool.recipe import Progress, Recipe
+    from tidelock.pool.pipeline import Example, StageCompute
+    from tidelock.pool.recipe import Progress
     from tidelock.pool.redistribute import Kept
-    from tidelock.pool.timeline import Activity
-
 
 # Of the steps of a round, the one whose timelines are kept: what the first one does once is no part of it.
 _SHOWN_STEP = 2
 # Besides, every so many steps peers tell each other in short what they do.
 _TOLD_EVERY = 5
-# In the first epoch, as often every peer gets the whole network, so that a lost one costs fewer steps than that.
+# While blocks are run, as often every peer gets all that is trained, so that a lost one costs fewer steps than that.
 _MIRRORED_EVERY = 5
-
-
-class Watcher(Protocol):
-    """Is told how a run gets on."""
-
-    def step(self, step: int, loss: float) -> None:
-        """An optimizer step is done, with the batch's loss before it."""
-        ...
-
-    def save(self, progress: Progress) -> None:
-        """The whole network as it is now, which a run can go on with; the same on every peer."""
-        ...
-
-    def evaluated(self, step: int, loss: float) -> None:
-        """After a step, the loss on the examples that are held out."""
-        ...
-
-    def owes_evaluation(self, step: int) -> bool:
-        """Whether that was due after a step, the last one of the round before, and was not done."""
-        ...
-
-    def activity(self, step: int, of_peers: list[Activity]) -> None:
-        """What each peer did in a step, every few steps."""
-        ...
-
-    def timelines(self, step: int, of_peers: list[Timeline]) -> None:
-        """What each peer did when in a step of the pipeline; told to peer 0 once in a round."""
-        ...
-
-    def fill(self, examples: int) -> None:
-        """Of so many examples there is not every block's output, or not any more; the blocks are run for them."""
-        ...
-
-    def redistributed(self, sent_bytes: int) -> None:
-        """The first epoch's outputs are where later epochs need them; this peer has sent so many bytes."""
-        ...
-
-    def wants_change(self) -> bool:
-        """Whether the pool is to change after this step, since somebody wants to join it."""
-        ...
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class PoolJob:
-    """What is trained.
-
-    Attributes:
-        model: Says which model it is.
-        source: The model's stored tensors.
-        side_config: What the side network is like.
-        begin: What it begins or goes on with, the same on every peer; before the first step, with `init="magnitude"`,
-            of what does not come from the model's weights.
-        examples: All of them, on every peer.
-        recipe: How it is trained.
-        save_every: Steps between two calls of `Watcher.save`.
-        kept: What this peer has of the blocks' outputs.
-        held_out: What it is measured on.
-        memory: What this peer may take; one that takes more leaves after the step.
-    """
-
-    model: str
-    source: TensorSource
-    side_config: SideConfig
-    begin: Progress
-    examples: Sequence[Example]
-    recipe: Recipe
-    save_every: int
-    kept: Kept
-    held_out: HeldOut = field(default_factory=HeldOut)
-    memory: MemoryLimit = field(default_factory=lambda: MemoryLimit(None))
 
 
 @final
@@ -143,7 +72,10 @@ class PoolTraining:
         self._watcher = watcher
         self._per_epoch = job.recipe.steps_per_epoch(len(job.examples))
         self._steps = job.recipe.epochs * self._per_epoch
+        self._pipeline_steps = self._per_epoch if isinstance(job.config, SideConfig) else self._steps
         self._stages = _Stages(peers, layout, job)
+        # All weights of a model are too much to be sent to peer 0 so often.
+        self._mirrors = not isinstance(job.config, FullConfig)
         self._gathered = job.begin
         self._optimizer: Optimizer | None = None
 
@@ -152,8 +84,8 @@ class PoolTraining:
         """From where this peer knows that the run can go on, whatever has happened to the others."""
         return self._gathered if self._optimizer is None else self._optimizer.progress()
 
-    def run(self) -> SideModel | None:
-        """Train a side network; return the model, the same on every peer, or None when the pool is to change.
+    def run(self) -> Trained | None:
+        """Train; return what was trained, the same on every peer, or None when the pool is to change.
 
         Raises:
             CacheError: What this peer has kept is damaged.
@@ -162,15 +94,53 @@ class PoolTraining:
             PeerError: A peer was lost.
             StorageError: There is no room for what is kept.
         """
-        peers, job = self._peers, self._job
-        if self._gathered.steps < self._per_epoch and self._first_epoch():
+        job = self._job
+        if self._gathered.steps < self._pipeline_steps and self._through_pipeline():
             job.memory.hold()
             return None
-        self._share_outputs()
-        config = read_config(job.source.folder)
-        model = SideModel(Ends(config, job.source), TapSource(_no_blocks, job.kept.whole), job.side_config)
+        if isinstance(job.config, FullConfig):
+            return TrainedModel(job.source.folder, self._gathered.parameters)
+        if not isinstance(job.config, SideConfig):
+            return TrainedModules(job.source.folder, job.config, self._gathered.parameters)
+        return self._on_outputs(job.config, cast("Kept", job.kept))
+
+    def _through_pipeline(self) -> bool:
+        """Go through the pipeline; return whether the pool is to change before what comes next."""
+        job, size = self._job, self._job.recipe.batch_size
+        optimizer = self._stages.begin(self._steps)
+        self._evaluate_if_owed(self._stages.measure)
+        for step in range(self._gathered.steps, self._pipeline_steps):
+            epoch, place = divmod(step, self._per_epoch)
+            order = job.recipe.order(len(job.examples), epoch)
+            batch = order[place * size : (place + 1) * size]
+            loss = self._stages.run([job.examples[number] for number in batch])
+            optimizer.step()
+            self._watcher.step(optimizer.steps, loss)
+            if optimizer.steps == min(job.begin.steps + _SHOWN_STEP, self._pipeline_steps):
+                timelines = self._stages.timelines()
+                if self._peers.peer == 0:
+                    self._watcher.timelines(optimizer.steps, timelines)
+            self._tell_activity(optimizer.steps, self._stages.timeline)
+            changes = optimizer.steps < self._steps and self._changes()
+            saves = optimizer.steps % job.save_every == 0 or optimizer.steps == self._pipeline_steps or changes
+            if saves or (self._mirrors and optimizer.steps % _MIRRORED_EVERY == 0):
+                self._gathered = self._stages.gather(optimizer)
+            if saves:
+                self._watcher.save(self._gathered)
+            self._evaluate_if_due(optimizer.steps, self._stages.measure)
+            if changes:
+                return True
+        return False
+
+    def _on_outputs(self, config: SideConfig, kept: Kept) -> SideModel | None:
+        """Learn from what the blocks gave; return the model, or None when the pool is to change."""
+        peers, job = self._peers, self._job
+        self._share_outputs(kept)
+        ends = Ends(read_config(job.source.folder), job.source)
+        model = SideModel(ends, TapSource(_no_blocks, kept.whole), config)
         model.load_state_dict({f"network.{name}": value for name, value in self._gathered.parameters.items()})
-        optimizer = Optimizer(peers, dict(model.network.named_parameters()), peers.count, job.recipe, self._steps)
+        parameters = dict(model.network.named_parameters())
+        optimizer = Optimizer(peers, parameters, dict.fromkeys(parameters, peers.count), job.recipe, self._steps)
         optimizer.go_on(self._gathered.steps, self._gathered.moments)
         self._optimizer = optimizer
         measure = partial(self._cached_loss, model)
@@ -186,40 +156,14 @@ class PoolTraining:
                     return None
         return model
 
-    def _first_epoch(self) -> bool:
-        """Go through the pipeline; return whether the pool is to change before what comes next."""
-        job, size = self._job, self._job.recipe.batch_size
-        optimizer = self._stages.begin(self._steps)
-        order = job.recipe.order(len(job.examples), 0)
-        self._evaluate_if_owed(self._stages.measure)
-        for first in range(self._gathered.steps * size, len(order), size):
-            loss = self._stages.run([job.examples[number] for number in order[first : first + size]])
-            optimizer.step()
-            self._watcher.step(optimizer.steps, loss)
-            if optimizer.steps == min(job.begin.steps + _SHOWN_STEP, self._per_epoch):
-                timelines = self._stages.timelines()
-                if self._peers.peer == 0:
-                    self._watcher.timelines(optimizer.steps, timelines)
-            self._tell_activity(optimizer.steps, self._stages.timeline)
-            changes = self._changes()
-            saves = optimizer.steps % job.save_every == 0 or first + size >= len(order) or changes
-            if saves or optimizer.steps % _MIRRORED_EVERY == 0:
-                self._gathered = self._stages.gather(optimizer)
-            if saves:
-                self._watcher.save(self._gathered)
-            self._evaluate_if_due(optimizer.steps, self._stages.measure)
-            if changes:
-                return True
-        return False
-
-    def _share_outputs(self) -> None:
+    def _share_outputs(self, kept: Kept) -> None:
         """Bring the outputs of all examples to the peers that learn from them, and let the blocks go."""
         peers, job = self._peers, self._job
         geometry = geometry_of(empty_model(read_config(job.source.folder)))
         widths = Widths(geometry.num_blocks, geometry.block_width, geometry.final_width)
         examples = [*job.examples, *job.held_out.examples]
         owners = job.recipe.owners(len(job.examples), peers.count) + job.held_out.owners(peers.count)
-        find = partial(find_routes, peers, job.kept, examples, owners, widths.num_blocks)
+        find = partial(find_routes, peers, kept, examples, owners, widths.num_blocks)
         routes = find()
         missing = [number for number, route in enumerate(routes) if route is None]
         if missing:
@@ -227,7 +171,7 @@ class PoolTraining:
             self._stages.fill([examples[number] for number in missing])
             routes = find()
         self._stages.let_go()
-        self._watcher.redistributed(redistribute(peers, examples, routes, owners, job.kept, widths))
+        self._watcher.redistributed(redistribute(peers, examples, routes, owners, kept, widths))
 
     def _cached_step(self, model: SideModel, optimizer: Optimizer, numbers: Sequence[Sequence[int]]) -> None:
         """Learn from this peer's share of a batch, which says by peer whose examples are whose.
@@ -297,19 +241,23 @@ class _Stages:
         self._job = job
         self._number = layout.stage_of(peers.peer)
         self._stage = None if self._number is None else layout.stages[self._number]
-        self._compute: SideStage | None = None
+        self._compute: StageCompute | None = None
         self._pipeline: Pipeline | None = None
         self._is_loaded = False
 
     def begin(self, steps: int) -> Optimizer:
-        """Load the blocks; return the optimizer of what is trained beside them, of a run of so many steps."""
-        peers, job, stage = self._peers, self._job, self._stage
+        """Load the blocks; return the optimizer of what is trained here, of a run of so many steps."""
+        job = self._job
         self._load()
-        trained = {} if self._compute is None else self._compute.trained()
-        optimizer = Optimizer(peers, trained, 1 if stage is None else len(stage.peers), job.recipe, steps)
+        trained: dict[str, nn.Parameter] = {}
+        replicas: dict[str, int] = {}
         own: dict[str, dict[str, Tensor]] = {}
-        if self._compute is not None:
-            own = {kind: self._compute.side.own_of(values) for kind, values in job.begin.moments.items()}
+        if self._compute is not None and self._stage is not None:
+            trained = self._compute.trained()
+            replicas = dict.fromkeys(trained, len(self._stage.peers))
+            replicas |= dict.fromkeys(self._compute.tied, len(self._layout.peers_of_ends))
+            own = {kind: self._compute.own_of(values) for kind, values in job.begin.moments.items()}
+        optimizer = Optimizer(self._peers, trained, replicas, job.recipe, steps)
         optimizer.go_on(job.begin.steps, own)
         return optimizer
 
@@ -341,11 +289,15 @@ class _Stages:
             self.measure(examples[first : first + self._job.recipe.batch_size])
 
     def gather(self, optimizer: Optimizer) -> Progress:
-        """Return the whole network; see `redistribute.gather`."""
+        """Return all that is trained; see `redistribute.gather`."""
         stage = self._stage
-        shapes = {name: tensor.shape for name, tensor in self._job.begin.parameters.items()}
         slices = {} if stage is None else {GATES: slice(stage.blocks.start, stage.blocks.stop)}
-        return gather(self._peers, optimizer, shapes, slices, leads=self._leads)
+        speaks_for = {*optimizer.parameters} if self._leads else set()
+        if self._compute is not None and self._number:
+            speaks_for -= {*self._compute.tied}  # for these the first stage does
+        keeps = self._peers.peer == 0 or not isinstance(self._job.config, FullConfig)
+        shapes = self._job.shapes()
+        return gather(self._peers, optimizer, shapes, slices, speaks_for=speaks_for, keeps=keeps)
 
     def let_go(self) -> None:
         """Free the blocks."""
@@ -362,24 +314,33 @@ class _Stages:
         if self._is_loaded:
             return
         self._is_loaded = True
-        self._compute = self._side_stage()
+        config = self._job.config
+        self._compute = self._side_stage(config) if isinstance(config, SideConfig) else self._block_stage(config)
         if self._compute is not None and self._number is not None:
             memory = self._job.memory
             self._pipeline = Pipeline(self._peers, self._layout, self._number, self._compute, memory)
             memory.look()
             memory.hold()  # before anything is done
 
-    def _side_stage(self) -> SideStage | None:
+    def _block_stage(self, method: ModuleConfig | FullConfig) -> BlockStage | None:
+        """Return what this peer computes, with what learns as the run has it."""
+        if self._stage is None:
+            return None
+        stage = BlockStage.load(self._job.source, method, self._stage.blocks)
+        stage.load_whole(self._job.begin.parameters)
+        return stage
+
+    def _side_stage(self, method: SideConfig) -> SideStage | None:
         """Return what this peer computes, begun as the configuration says."""
         peers, job = self._peers, self._job
         config = read_config(job.source.folder)
         geometry = geometry_of(empty_model(config))
-        by_magnitude = job.side_config.init == "magnitude" and job.begin.steps == 0
+        by_magnitude = method.init == "magnitude" and job.begin.steps == 0
         if self._stage is None:
             if by_magnitude:
                 peers.sum(torch.zeros(geometry.block_width), range(peers.count))
             return None
-        side = SidePart(job.side_config, config, geometry, self._stage.blocks)
+        side = SidePart(method, config, geometry, self._stage.blocks)
         side.load_whole(job.begin.parameters)
         frozen = ModelPart(job.source, self._stage.blocks)
         ends = Ends(config, job.source) if side.is_first or side.is_last else None
@@ -387,7 +348,7 @@ class _Stages:
             scores = side.residual_scores(frozen, None if ends is None else ends.embedding)
             peers.sum(scores if self._leads else scores.zero_(), range(peers.count))
             side.start_from(frozen, scores)
-        return SideStage(frozen, side, ends, partial(job.kept.keep, self._stage.blocks))
+        return SideStage(frozen, side, ends, partial(cast("Kept", job.kept).keep, self._stage.blocks))
 
 
 def _no_blocks() -> NoReturn:

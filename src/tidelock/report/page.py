@@ -50,10 +50,13 @@ def _summary(record: RunRecord) -> str:
     where = "in a cloud" if options["backbone"] == "cloud" else "in this device's process"
     if record.pool is not None:
         where = f"in a pool ({record.pool.layout})"
-    schedule = "" if options["method"] == "side" else f"schedule {options['schedule']}; "
+    is_full = options["method"] == "full"
+    blocks, frozen = (model.num_blocks, "") if is_full else (len(model.blocks), "frozen ")
+    schedule = "" if is_full or options["method"] == "side" else f"schedule {options['schedule']}; "
     return (
-        f"{options['method']} on {len(model.blocks)} of {model.num_blocks} blocks of a {model.family} model, "
-        f"{model.trained_parameters:,} trained parameters; frozen blocks {where}; {schedule}"
+        f"{options['method']} on {blocks} of {model.num_blocks} blocks of a "
+        f"{model.family} model, {model.trained_parameters:,} trained parameters; {frozen}blocks "
+        f"{where}; {schedule}"
         f"{record.facts.train.examples:,} examples."
     )
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 BACKBONES = ("local", "cloud")
 TASKS = ("causal-lm", "text-to-text", "classification", "regression")
-METHODS = ("lora", "adapter", "core", "side")
+METHODS = ("lora", "adapter", "core", "side", "full")
 PLACES = ("mlp", "attn-out")
 CORE_FRAMES = ("seeded", "svd")
 CODECS = ("fp32", "bf16", "int8", "int4")
@@ -59,6 +59,7 @@ _METHODS_OF = {
     **dict.fromkeys(_OF_SIDE, ("side",)),
     "target": ("lora", "core"),
     "dropout": ("lora", "adapter"),
+    "layer": (*_AT_SITES, "side"),
 }
 
 
@@ -126,7 +127,9 @@ class RunConfig:
     )
     patience: float = _knob(120.0, "Seconds to wait for a cloud that went away.", _AT_LEAST_0)
     method: str = _knob(
-        "lora", "What is trained: lora, adapter (serial), core (few bytes), side (no backward pass).", _one_of(METHODS)
+        "lora",
+        "What is trained: lora, adapter (serial), core (few bytes), side (no backward pass); in a pool, full.",
+        _one_of(METHODS),
     )
     rank: int = _knob(8, "LoRA rank r.", _AT_LEAST_1)
     alpha: float = _knob(16.0, "LoRA alpha; the branch is scaled by alpha / r.", _POSITIVE)

@@ -98,6 +98,11 @@ def export(order: ExportOrder, on_progress: Callable[[str], None]) -> list[Path]
         raise ConfigError(msg)
     _require_free(order)
     folder = RunFolder.open(order.run)
+    if folder.config().method == "full":
+        msg = (
+            f"Exporting: expected an adapter, got a whole model ({folder.model}). It is a plain one: copy that folder."
+        )
+        raise ConfigError(msg)
     if order.all_modules and not folder.adapter_all.is_dir():
         msg = (
             f"--all-modules: expected a run with a schedule that kills modules, got one without or an unfinished one "

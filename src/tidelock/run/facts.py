@@ -16,11 +16,18 @@ from tidelock.device.beside_blocks import BesideBlocks
 from tidelock.device.model import DeviceModel
 from tidelock.model.ends import Ends, empty_model, read_config
 from tidelock.model.geometry import geometry_of
+from tidelock.peft.methods import targets_of
+from tidelock.peft.side import SideConfig
+from tidelock.pool.full_part import FullConfig
 from tidelock.report.facts import DataFacts, ModelFacts, RunFacts, SiteFacts
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tidelock.device.device_lm import DeviceLM
-    from tidelock.pool.train import PoolJob
+    from tidelock.model.frames import FrameChoice
+    from tidelock.model.geometry import Geometry, SiteId
+    from tidelock.pool.job import PoolJob
     from tidelock.run.examples import EncodedRows
 
 _LIBRARIES = ("tidelock", "torch", "transformers", "peft", "grpcio", "protobuf", "safetensors")
@@ -41,13 +48,16 @@ def facts_of(model: DeviceLM, rows: EncodedRows, eval_rows: EncodedRows) -> RunF
         num_blocks, widths = geometry.num_blocks, (geometry.embedding_width, geometry.final_width)
     else:
         num_blocks, widths = sum(ends.num_blocks), (ends.width, ends.width)
+    sites: tuple[SiteFacts, ...] = ()
+    if isinstance(model, DeviceModel):
+        sites = _sites(model.bank.targets, model.ends.geometry, model.bank.frames)
     shape = ModelFacts(
         family=model.config.model_type,
         num_blocks=num_blocks,
         embedding_width=widths[0],
         final_width=widths[1],
         trained_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        sites=_sites_of(model) if isinstance(model, DeviceModel) else (),
+        sites=sites,
         tapped=model.tapped if isinstance(model, BesideBlocks) else (),
     )
     return _facts(shape, _size_of(model, rows), _size_of(model, eval_rows))
@@ -57,13 +67,16 @@ def facts_of_pool(job: PoolJob) -> RunFacts:
     """Return the facts of a run in a pool; the machine is that of peer 0."""
     config = read_config(job.source.folder)
     geometry = geometry_of(empty_model(config))
+    is_side = isinstance(job.config, SideConfig)
+    targets = {} if isinstance(job.config, SideConfig | FullConfig) else targets_of(job.config, geometry)
     shape = ModelFacts(
         family=config.model_type,
         num_blocks=geometry.num_blocks,
         embedding_width=geometry.embedding_width,
         final_width=geometry.final_width,
-        trained_parameters=sum(value.numel() for value in job.begin.parameters.values()),
-        tapped=tuple(range(geometry.num_blocks)),
+        trained_parameters=sum(shape.numel() for shape in job.shapes().values()),
+        sites=_sites(targets, geometry, None),
+        tapped=tuple(range(geometry.num_blocks)) if is_side else (),
     )
     train, evaluation = (
         DataFacts(
@@ -86,10 +99,12 @@ def _facts(model: ModelFacts, train: DataFacts, evaluation: DataFacts) -> RunFac
     )
 
 
-def _sites_of(model: DeviceModel) -> tuple[SiteFacts, ...]:
+def _sites(
+    targets: Mapping[SiteId, tuple[str, ...]], geometry: Geometry, frames: FrameChoice | None
+) -> tuple[SiteFacts, ...]:
     sites = []
-    for site, names in model.bank.targets.items():
-        read, given = model.ends.geometry.sites[site].widths(names, model.bank.frames)
+    for site, names in targets.items():
+        read, given = geometry.sites[site].widths(names, frames)
         sites.append(SiteFacts(name=site.name, block=site.block, input_width=read, output_width=given))
     return tuple(sites)
 

@@ -3,6 +3,7 @@
     run.toml        the full configuration
     facts.json      versions, the model's shape, sizes of the data
     adapter/        the trained adapter
+    model/          instead, the whole model, where all weights were trained
     adapter-all/    the same with the modules that a schedule has killed
     cache/          what a side network reads of the frozen blocks, encrypted
     checkpoints/    what --resume goes on from
@@ -56,6 +57,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.adapter = path / "adapter"
+        self.model = path / "model"
         self.adapter_all = path / "adapter-all"
         self.cache = path / "cache"
         self.checkpoints = path / "checkpoints"

@@ -28,7 +28,7 @@ from tidelock.run.folder import RunFolder
 
 
 def open_trained(folder: RunFolder, config: RunConfig, ledger: Ledger | None = None) -> DeviceLM:
-    """Return a run's model with the adapter that it trained.
+    """Return a run's model with the adapter that it trained, or the whole model that it trained.
 
     Args:
         folder: The run.
@@ -36,15 +36,18 @@ def open_trained(folder: RunFolder, config: RunConfig, ledger: Ledger | None = N
         ledger: Counts what crosses; None counts for nobody.
 
     Raises:
-        CheckpointError: The run has no adapter yet.
+        CheckpointError: The run has not trained one yet.
         TidelockError: As `connect`.
     """
-    if not holds_adapter(folder.adapter):
-        msg = (
-            f"Run: expected a trained adapter in it, got none ({folder.adapter}). Finish the run first: "
-            "tidelock train --resume."
-        )
+    is_whole = config.method == "full"
+    trained = folder.model if is_whole else folder.adapter
+    if not ((trained / "config.json").is_file() if is_whole else holds_adapter(trained)):
+        what, how = ("model", "pool resume") if is_whole else ("adapter", "train --resume")
+        msg = f"Run: expected a trained {what} in it, got none ({trained}). Finish the run first: tidelock {how}."
         raise CheckpointError(msg)
+    if is_whole:
+        # A fresh LoRA adds zero, exactly.
+        return open_model(replace(config, method="lora", model=str(trained)), ledger or Ledger())
     return open_model(replace(config, adapter=str(folder.adapter)), ledger or Ledger())
 
 

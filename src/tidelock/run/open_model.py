@@ -65,7 +65,7 @@ def open_model(config: RunConfig, ledger: Ledger, cache: Path | None = None) -> 
         "ledger": ledger,
     }
     model: DeviceLM
-    peft_config = _method_config(config) if adapter is None else adapter.config
+    peft_config = method_config_of(config) if adapter is None else adapter.config
     if isinstance(peft_config, SideConfig):
         kept = None if cache is None else cache_config_of(config, cache)
         model = connect_side(where, side_config=peft_config, start=False, cache=kept, **shared)
@@ -102,8 +102,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _method_config(config: RunConfig) -> MethodConfig | SideConfig:
-    """Return what a run trains."""
+def method_config_of(config: RunConfig) -> MethodConfig:
+    """Return what a run trains, whose weights are frozen.
+
+    Raises:
+        ConfigError: It trains all weights.
+    """
+    if config.method == "full":
+        msg = (
+            "--method: expected one that leaves the model's weights as they are, got full, which is for pools, also "
+            "one of one device: tidelock pool train --method full --local 1. Choose another, or do that."
+        )
+        raise ConfigError(msg)
     if config.method == "side":
         return side_config_of(config)
     if config.method == "adapter":

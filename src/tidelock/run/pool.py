@@ -28,13 +28,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tidelock.plan.inputs import Profile
+    from tidelock.pool.job import PoolJob
     from tidelock.pool.layout import PoolLayout
     from tidelock.pool.meeting import MeetingPlace, Seat
     from tidelock.pool.peers import Peers
     from tidelock.pool.recipe import Progress
-    from tidelock.pool.train import PoolJob
     from tidelock.run.pool_job import PoolData
     from tidelock.run.pool_notes import PoolObserver
+
+# Those that a pool trains.
+METHODS = ("side", "lora", "adapter", "full")
 
 _CONFIG, _LAYOUT, _MODEL, _MEASURES = "configuration", "layout", "model's fingerprint", "word whether to measure"
 
@@ -50,7 +53,7 @@ class PoolResult:
     """What a run in a pool came to, as a peer sees it.
 
     Attributes:
-        adapter: Folder of the trained side network; None on other peers than 0.
+        adapter: Folder of the trained adapter, or of the whole model; None on other peers than 0.
         steps: Optimizer steps.
         loss: Of the last batch, before its step; None of a peer that did no step, as all were done.
         eval_loss: On what is held out, after the last step; None without any.
@@ -78,7 +81,7 @@ def lead(
     planned; the run goes on from the state that peer 0 has.
 
     Args:
-        config: The run; of method `side`, with its data.
+        config: The run, with its data.
         meeting: What this peer holds.
         count: How many peers there are at first.
         layout_of: Says who computes what.
@@ -254,7 +257,7 @@ class _Lead:
                 seconds = time.monotonic() - began
                 summary_row = {"step": notes.steps, "epoch": self.config.epochs, "train_runtime": seconds}
                 self.folder.append_metrics(summary_row)
-                return PoolResult(self.folder.adapter, notes.steps, notes.loss, notes.eval_loss, seconds)
+                return PoolResult(self._trained, notes.steps, notes.loss, notes.eval_loss, seconds)
             seat = self.meeting.seat_again(seat)
             steps = 0 if self.progress is None else self.progress.steps
             self.observer.say(f"The pool has changed: going on after step {steps}, {seat.count} peers.")
@@ -279,13 +282,18 @@ class _Lead:
             if model is None:
                 return None
             try:
-                model.save_adapter(self.folder.adapter, self.config.model)
+                model.save_adapter(self._trained, self.config.model)
             finally:
                 model.close()
             return notes
         finally:
             self.observer.finish()
             peers.close()
+
+    @property
+    def _trained(self) -> Path:
+        """Where what is trained is written."""
+        return self.folder.model if self.config.method == "full" else self.folder.adapter
 
     def _keep(self, progress: Progress) -> None:
         """Keep from where the run goes on, here and on the disk."""
@@ -326,8 +334,10 @@ def _num_blocks(checkpoint: Checkpoint) -> int:
 def _check(config: RunConfig) -> None:
     """Refuse what a pool does not do."""
     rules = (
-        ("--method side", config.method == "side", f"--method {config.method}"),
+        ("--method " + " or ".join(METHODS), config.method in METHODS, f"--method {config.method}"),
+        ("every block to be read with --method side", config.method != "side" or not config.layer, "--layer"),
         ("--task causal-lm", config.task == "causal-lm", f"--task {config.task}"),
+        ("no weight decay with --method full", config.method != "full" or not config.weight_decay, "--weight-decay"),
         ("whole epochs", config.epochs == int(config.epochs) >= 1, f"--epochs {config.epochs}"),
         ("--side-init magnitude or random", config.side_init != "fisher", "--side-init fisher"),
     )

@@ -1,4 +1,4 @@
-"""A pool's run as a checkpoint: the whole side network with its moments, kept by peer 0 and shared by it.
+"""A pool's run as a checkpoint: all that is trained with its moments, kept by peer 0 and shared by it.
 
     checkpoint-N/pool.safetensors    after N steps: `KIND/NAME`, of kinds `parameters`, `exp_avg` and `exp_avg_sq`
 
@@ -15,17 +15,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
+from tidelock.device.bank import Bank
 from tidelock.errors import CheckpointError
 from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
-from tidelock.peft.side import SideNetwork
+from tidelock.peft.side import SideConfig, SideNetwork
+from tidelock.pool.full_part import FullConfig
 from tidelock.pool.recipe import MOMENTS, Progress
 from tidelock.run.folder import storage_error
-from tidelock.run.open_model import side_config_of
+from tidelock.run.pool_job import pool_method_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from torch import nn
 
     from tidelock.model.checkpoint import Checkpoint
     from tidelock.pool.peers import Peers
@@ -82,7 +86,7 @@ def load_progress(saved: Path) -> Progress:
 
 
 def shared_begin(peers: Peers, config: RunConfig, checkpoint: Checkpoint, saved: Progress | None) -> Progress:
-    """Return what a run begins with, the same on every peer: a new network, or what peer 0 has saved of it.
+    """Return what a run begins with, the same on every peer: new modules or a new network, or what peer 0 has saved.
 
     Args:
         peers: All peers; all of them call this.
@@ -91,16 +95,13 @@ def shared_begin(peers: Peers, config: RunConfig, checkpoint: Checkpoint, saved:
         saved: On peer 0, what it goes on with; None begins.
 
     Raises:
-        CheckpointError: What was saved is of another network.
+        CheckpointError: What was saved is of something else.
         PeerError: A peer was lost.
     """
-    set_seed(config.seed)
-    model_config = read_config(checkpoint.folder)
-    network = SideNetwork(side_config_of(config), model_config, geometry_of(empty_model(model_config)))
-    fresh = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    fresh = {name: parameter.detach() for name, parameter in _fresh(config, checkpoint).named_parameters()}
     steps = peers.share(torch.tensor([0 if saved is None else saved.steps]) if peers.peer == 0 else None)
     if not int(steps):
-        return Progress(0, fresh, {})
+        return Progress(0, {} if config.method == "full" else fresh, {})
     kinds: list[dict[str, torch.Tensor]] = []
     for kind in ("", *MOMENTS):
         flat = torch.zeros(sum(parameter.numel() for parameter in fresh.values()))
@@ -114,8 +115,20 @@ def shared_begin(peers: Peers, config: RunConfig, checkpoint: Checkpoint, saved:
     return Progress(int(steps), kinds[0], dict(zip(MOMENTS, kinds[1:], strict=True)))
 
 
+def _fresh(config: RunConfig, checkpoint: Checkpoint) -> nn.Module:
+    """Return all that a run trains, as it begins on one device; of a whole model, only what it is like."""
+    set_seed(config.seed)
+    model_config, method = read_config(checkpoint.folder), pool_method_of(config)
+    if isinstance(method, FullConfig):
+        return empty_model(model_config)
+    geometry = geometry_of(empty_model(model_config))
+    if isinstance(method, SideConfig):
+        return SideNetwork(method, model_config, geometry)
+    return Bank(method, geometry)
+
+
 def _check_shapes(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
     shapes = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (found, expected))
     if len({json.dumps(each, sort_keys=True) for each in shapes}) > 1:
-        msg = "Pool's checkpoint: expected the parameters of this run's side network, got others. Begin another run."
+        msg = "Pool's checkpoint: expected what this run trains, got other names or shapes. Begin another run."
         raise CheckpointError(msg)

@@ -22,16 +22,18 @@ from tidelock.cache.identity import CacheIdentity
 from tidelock.data.encode import Encoder, encode_all
 from tidelock.model.ends import empty_model, read_config, tokenizer_sha256
 from tidelock.model.geometry import geometry_of
+from tidelock.peft.side import SideConfig
+from tidelock.pool.full_part import FullConfig
 from tidelock.pool.held_out import HeldOut
+from tidelock.pool.job import PoolJob
 from tidelock.pool.memory import MemoryLimit
 from tidelock.pool.pipeline import Example
 from tidelock.pool.profiler import DeviceFacts, measure_pool
 from tidelock.pool.recipe import Recipe
 from tidelock.pool.redistribute import Kept
-from tidelock.pool.train import PoolJob
 from tidelock.run.connect_side import model_hash
 from tidelock.run.examples import longest_example, read_run_examples
-from tidelock.run.open_model import cache_config_of, load_tokenizer, side_config_of
+from tidelock.run.open_model import cache_config_of, load_tokenizer, method_config_of
 from tidelock.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
     from tidelock.cache.store import ActivationCache
     from tidelock.model.checkpoint import Checkpoint
+    from tidelock.peft.methods import MethodConfig
     from tidelock.plan.inputs import Profile
     from tidelock.pool.peers import Peers
     from tidelock.pool.recipe import Progress
@@ -130,8 +133,31 @@ def job_of(config: RunConfig, checkpoint: Checkpoint, data: PoolData, holdings: 
         clip=config.clip,
         seed=config.seed,
     )
+    model, method = model_hash(str(checkpoint.fingerprint()), model_config), pool_method_of(config)
+    every = config.eval_every or recipe.steps_per_epoch(len(data.examples))
+    return PoolJob(
+        model=model,
+        source=checkpoint,
+        config=method,
+        begin=begin,
+        examples=data.examples,
+        recipe=recipe,
+        save_every=config.save_every,
+        kept=_kept_of(config, checkpoint, holdings.cache, model) if isinstance(method, SideConfig) else None,
+        held_out=HeldOut(data.held_out, config.batch_size, every),
+        memory=holdings.memory,
+    )
+
+
+def pool_method_of(config: RunConfig) -> MethodConfig | FullConfig:
+    """Return what a run in a pool trains."""
+    return FullConfig() if config.method == "full" else method_config_of(config)
+
+
+def _kept_of(config: RunConfig, checkpoint: Checkpoint, cache: Path, model: str) -> Kept:
+    """Return what this peer has of the outputs of a model's blocks."""
     identity = CacheIdentity(
-        model=model_hash(str(checkpoint.fingerprint()), model_config),
+        model=model,
         tokenizer=tokenizer_sha256(checkpoint.folder),
         dtype="fp32",
         taps=(0,),
@@ -140,22 +166,10 @@ def job_of(config: RunConfig, checkpoint: Checkpoint, data: PoolData, holdings: 
     )
 
     def open_cache(taps: tuple[int, ...]) -> ActivationCache:
-        return cache_config_of(config, holdings.cache).open(replace(identity, taps=taps))
+        return cache_config_of(config, cache).open(replace(identity, taps=taps))
 
-    kept = Kept(open_cache, _kept_blocks(holdings.cache, identity), geometry_of(empty_model(model_config)).num_blocks)
-    every = config.eval_every or recipe.steps_per_epoch(len(data.examples))
-    return PoolJob(
-        model=identity.model,
-        source=checkpoint,
-        side_config=side_config_of(config),
-        begin=begin,
-        examples=data.examples,
-        recipe=recipe,
-        save_every=config.save_every,
-        kept=kept,
-        held_out=HeldOut(data.held_out, config.batch_size, every),
-        memory=holdings.memory,
-    )
+    num_blocks = geometry_of(empty_model(read_config(checkpoint.folder))).num_blocks
+    return Kept(open_cache, _kept_blocks(cache, identity), num_blocks)
 
 
 def measured_profile(peers: Peers, job: PoolJob, config: RunConfig) -> Profile:

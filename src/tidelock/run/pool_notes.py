@@ -17,10 +17,10 @@ from tidelock.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tidelock.pool.job import PoolJob
     from tidelock.pool.meeting import MeetingPlace
     from tidelock.pool.recipe import Progress
     from tidelock.pool.timeline import Activity, Timeline
-    from tidelock.pool.train import PoolJob
     from tidelock.run.folder import RunFolder
 
 _EVAL_LOSS = "eval_loss"

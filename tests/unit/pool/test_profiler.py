@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from tests.equivalence.test_pool import examples
 from tests.support.pool import all_of, in_pool
@@ -13,12 +14,13 @@ from tests.support.tiny_models import BLOCKS, save_tiny_model
 from tidelock.errors import PeerError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import Ends, read_config
+from tidelock.model.geometry import Place, SiteId
 from tidelock.model.part import ModelPart
 from tidelock.peft.side import SideConfig
 from tidelock.pool import profiler
+from tidelock.pool.job import PoolJob
 from tidelock.pool.profiler import DeviceFacts, measure_device, measure_pool
 from tidelock.pool.recipe import Progress, Recipe
-from tidelock.pool.train import PoolJob
 
 ROWS = (1, 3)
 DEVICE = DeviceFacts("box", 1000, "this machine")
@@ -48,7 +50,8 @@ def test_bytes_by_hand(job):
     assert first.gradient_bytes == per_block + 4 * (32 * side + side)  # the side network's own start
     frozen = sum(p.numel() for p in ModelPart(job.source, range(1, 2)).cut.parameters())
     assert middle.parameter_bytes == 4 * frozen + per_block
-    assert first.parameter_bytes == 4 * (frozen + ends.embedding.numel()) + first.gradient_bytes
+    held = ends.embedding.numel() + ends.head.weight.numel()  # not tied
+    assert first.parameter_bytes == 4 * (frozen + held) + first.gradient_bytes
     lengths = sorted(len(example.input_ids) for example in job.examples)[1:4]
     assert middle.forward_bytes_per_row == int(4 * sum(lengths) / 3 * (32 + side))
     assert middle.backward_bytes_per_row == int(4 * sum(lengths) / 3 * side)
@@ -60,6 +63,26 @@ def test_bytes_by_hand(job):
     for table in (found.device.forward_seconds, found.device.backward_seconds):
         assert [len(seconds) for seconds in table] == [BLOCKS, BLOCKS]
         assert all(second > 0 for seconds in table for second in seconds)
+
+
+@pytest.mark.parametrize("layers", [None, [2]])
+def test_where_gradients_go_through_the_blocks(job, layers):
+    job = replace(job, config=LoraConfig(r=2, target_modules=["*"], layers_to_transform=layers), kept=None)
+    found = measure_device(job, ROWS)
+    config = read_config(job.source.folder)
+    ends = Ends(config, job.source)
+    lengths = sorted(len(example.input_ids) for example in job.examples)[1:4]
+    wide = int(4 * sum(lengths) / 3 * 32)
+    learning = range(BLOCKS) if layers is None else layers
+    for number, block in enumerate(found.blocks):
+        sites = ends.geometry.sites[SiteId(number, Place.ATTN)]
+        weights = sum(4 * 2 * (sites.width + projection.width) for projection in sites.projections)
+        assert block.gradient_bytes == (weights if number in learning else 0)
+        assert block.optimizer_bytes == 2 * block.gradient_bytes
+        assert block.forward_bytes_per_row == wide
+        assert block.backward_bytes_per_row == (wide if number >= min(learning) else 0)
+        # Where no gradient comes nothing is kept; where one does, that is more than what came in.
+        assert block.kept_bytes_per_row == 0 if number < min(learning) else block.kept_bytes_per_row > 2 * wide
 
 
 def test_a_device_is_measured_once(job, tmp_path, monkeypatch):
@@ -85,12 +108,16 @@ def test_a_device_is_measured_once(job, tmp_path, monkeypatch):
     assert again[0].devices[0].forward_seconds == first[0].devices[0].forward_seconds
     assert again[0].devices[0].memory_bytes == 5
     profile(job, replace(DEVICE, key="another machine"))
-    profile(replace(job, side_config=SideConfig(init="random", reduction=4)), DEVICE)
+    profile(replace(job, config=SideConfig(init="random", reduction=4)), DEVICE)
     assert len(calls) == 3
+    lora = replace(job, config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    profile(lora, DEVICE)
+    profile(lora, DEVICE)
+    assert len(calls) == 4
     for kept in (tmp_path / "cache" / "profiles").glob("*.json"):
         kept.write_text("{")
     profile(job, DEVICE)
-    assert len(calls) == 4
+    assert len(calls) == 5
 
 
 def test_what_is_not_kept_is_said(job, tmp_path):

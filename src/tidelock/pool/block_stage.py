@@ -1,0 +1,130 @@
+"""A stage whose gradient goes through the blocks: to LoRA and serial adapters at their sites, or to all weights.
+
+Forward sends a block's output, and back comes its gradient, as wide: what PAC's baselines do (arXiv 2408.10746, section
+6.1), and what a side network saves.
+
+Shapes: N real tokens, M tokens with a label, D hidden width. May import `pool`, `device`, `peft`, `model`, errors and
+libraries.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, cast, final
+
+import torch
+
+from tidelock.device.causal_lm import packed_ids
+from tidelock.device.loss import causal_loss, labelled_tokens
+from tidelock.model.ends import Ends, empty_model, read_config
+from tidelock.model.geometry import geometry_of
+from tidelock.model.part import ModelPart
+from tidelock.model.rows import Rows
+from tidelock.peft.site_part import SitePart
+from tidelock.pool.full_part import FullConfig, FullPart
+from tidelock.pool.pipeline import Kept
+from tidelock.pool.side_stage import padded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from tidelock.model.checkpoint import TensorSource
+    from tidelock.model.cut import SiteVisitor
+    from tidelock.model.rows import Layout
+    from tidelock.peft.methods import ModuleConfig
+    from tidelock.pool.pipeline import Example
+
+
+class Learning(Protocol):
+    """What learns in a part of the blocks: a `SitePart`, or a `FullPart`."""
+
+    learns_before: bool
+    learns_until: bool
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the parameters, by their names in the whole."""
+        ...
+
+    def load_whole(self, state: Mapping[str, Tensor]) -> None:
+        """Take the part's parameters out of those of the whole."""
+        ...
+
+    def visitor(self, layout: Layout) -> SiteVisitor | None:
+        """Return who is told when a block reaches a site, if anybody is."""
+        ...
+
+
+@final
+class BlockStage:
+    """One peer's blocks, and what learns in them.
+
+    Args:
+        part: The blocks.
+        learning: The modules at their sites, or all weights.
+        ends: The embedding, for the first stage, and the head, for the last one; None between.
+    """
+
+    def __init__(self, part: ModelPart, learning: Learning, ends: Ends | None = None) -> None:
+        self.part = part
+        self.tied: tuple[str, ...] = learning.tied if isinstance(learning, FullPart) else ()
+        self._learning = learning
+        self._ends = ends
+        self.forward_width = part.cut.geometry.block_width
+        self.backward_width = self.forward_width if learning.learns_until else 0
+
+    @classmethod
+    def load(cls, source: TensorSource, config: ModuleConfig | FullConfig, blocks: range) -> BlockStage:
+        """Return a stage of a stored model's blocks; modules at their sites are fresh.
+
+        Raises:
+            ConfigError: The configuration targets nothing, or something that is not a site.
+            ModelError: A tensor is missing or has the wrong shape.
+        """
+        part, model_config = ModelPart(source, blocks), read_config(source.folder)
+        ends = Ends(model_config, source) if part.is_first or part.is_last else None
+        if isinstance(config, FullConfig):
+            return cls(part, FullPart(part, ends), ends)
+        return cls(part, SitePart(config, geometry_of(empty_model(model_config)), blocks), ends)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the stage's parameters, by their names in the whole."""
+        return self._learning.trained()
+
+    def load_whole(self, state: Mapping[str, Tensor]) -> None:
+        """Take this stage's parameters out of those of the whole."""
+        self._learning.load_whole(state)
+
+    def own_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what is this stage's of tensors that are shaped as the whole's parameters, by their names."""
+        return {name: whole[name] for name in self.trained()}
+
+    def weights(self) -> Iterator[Tensor]:
+        """Yield all weights that a pass reads, trained or not."""
+        yield from self.trained().values()
+        yield from self.part.cut.parameters()
+        if self._ends is not None:
+            yield self._ends.embedding
+            yield from self._ends.head.parameters()
+
+    def forward(self, examples: Sequence[Example], received_NW: Tensor | None, num_labels: int) -> tuple[Kept, Tensor]:
+        """Return what the backward needs, and what goes to the next stage, or the loss; see `StageCompute`."""
+        batch = padded(examples)
+        rows = Rows.from_mask(batch["attention_mask"])
+        layout = rows.layout(self.part.cut.device)
+        if received_NW is None:
+            given_NW = cast("Ends", self._ends).embed(packed_ids(batch["input_ids"], rows))
+        else:
+            given_NW = received_NW.requires_grad_(self._learning.learns_before)
+        state_ND = self.part.through(given_NW, layout, self._learning.visitor(layout))
+        if not self.part.is_last:
+            return Kept(received_NW, state_ND), state_ND.detach()
+        select_M, targets_M = labelled_tokens(batch["labels"], rows)
+        loss = causal_loss(cast("Ends", self._ends).logits(state_ND[select_M]), targets_M, num_labels)
+        return Kept(received_NW, loss), loss.detach()
+
+    def backward(self, kept: Kept, received_NS: Tensor | None) -> Tensor | None:
+        """Return the gradient for the stage before; see `StageCompute`."""
+        if kept.result.requires_grad:
+            torch.autograd.backward(kept.result, received_NS)
+        return None if kept.state_in_NS is None else kept.state_in_NS.grad

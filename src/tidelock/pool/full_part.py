@@ -1,0 +1,71 @@
+"""Full fine-tuning of the consecutive blocks that one device of a pool holds, and of the ends beside them.
+
+All weights learn, as in `transformers`: blocks, embedding, positions, norms and head. Where the head is the embedding
+(tied ends), the first and the last stage hold one and the same weight; its gradient is summed over both.
+
+May import `model` and libraries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+    from tidelock.model.ends import Ends
+    from tidelock.model.part import ModelPart
+    from tidelock.model.rows import Layout
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class FullConfig:
+    """All weights are trained; there is nothing to choose."""
+
+
+@final
+class FullPart:
+    """The weights of a part and of its ends, which learn from then on.
+
+    Args:
+        part: The blocks.
+        ends: The model's, where the part is the first one or the last.
+
+    Attributes:
+        learns_before: Whether a gradient must go to a part before this one.
+        learns_until: Whether something learns in this part or before.
+        tied: Name of the weight that is embedding and head at once, where another part has it too.
+    """
+
+    learns_until = True
+
+    def __init__(self, part: ModelPart, ends: Ends | None) -> None:
+        self.learns_before = not part.is_first
+        self._parameters = part.learn()
+        self.tied: tuple[str, ...] = ()
+        if ends is not None:
+            learning = ends.learn(embedding=part.is_first, head=part.is_last)
+            self._parameters |= learning
+            if ends.is_tied and part.is_first != part.is_last:
+                self.tied = tuple(name for name, parameter in learning.items() if parameter is ends.embedding)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the parameters, by their names in the whole model."""
+        return self._parameters
+
+    @torch.no_grad()
+    def load_whole(self, state: Mapping[str, Tensor]) -> None:
+        """Take this part's parameters out of those of the whole model; of none, they stay as they are stored."""
+        if state:
+            for name, parameter in self._parameters.items():
+                parameter.copy_(state[name])
+
+    def visitor(self, layout: Layout) -> None:  # noqa: ARG002  (as `SitePart` has it)
+        """There is no module at any site."""
+        return

@@ -1,0 +1,94 @@
+"""What a pool has trained in the blocks, and how it is written.
+
+May import errors, `device`, `peft`, `model` and libraries.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+from safetensors import SafetensorError
+from torch import nn
+
+from tidelock.device.bank import Bank
+from tidelock.errors import StorageError
+from tidelock.model.ends import copy_small_files, empty_model, read_config
+from tidelock.model.geometry import geometry_of
+from tidelock.peft.export import save_adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from tidelock.peft.methods import ModuleConfig
+
+
+@final
+class TrainedModules:
+    """The modules of all blocks.
+
+    Args:
+        model: The model's folder.
+        config: What the modules are like.
+        parameters: Theirs, by the names that they have in a `Bank`.
+    """
+
+    def __init__(self, model: Path, config: ModuleConfig, parameters: Mapping[str, Tensor]) -> None:
+        self._model = model
+        self._config = config
+        self._geometry = geometry_of(empty_model(read_config(model)))
+        self.bank = Bank(config, self._geometry)
+        self.bank.load_state_dict(parameters)
+
+    def save_adapter(self, folder: Path, base_model: str | None = None) -> None:
+        """Write them as an adapter, as `DeviceModel.save_adapter` does.
+
+        Raises:
+            StorageError: The file system refused.
+        """
+        modules = {site: self.bank.at(site) for site in self.bank.targets}
+        save_adapter(modules, self._config, self._geometry, folder, base_model=base_model or str(self._model))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@final
+class TrainedModel:
+    """All weights of a model.
+
+    Args:
+        model: Folder of the model that they began as.
+        parameters: By their names in the model.
+    """
+
+    def __init__(self, model: Path, parameters: Mapping[str, Tensor]) -> None:
+        self._model = model
+        self._parameters = parameters
+
+    def save_adapter(self, folder: Path, base_model: str | None = None) -> None:  # noqa: ARG002  (there is none)
+        """Write the model as `transformers` reads it: weights in safetensors, configuration, tokenizer.
+
+        Raises:
+            StorageError: The file system refused.
+        """
+        model = empty_model(read_config(self._model))
+        for name, value in self._parameters.items():
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
+        model.tie_weights()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            model.save_pretrained(folder)
+            copy_small_files(self._model, folder, with_config=False)
+        except (OSError, SafetensorError) as error:
+            msg = (
+                f"Writing the trained model: expected the disk to take it, got {error} ({folder}). Make room and go on "
+                "with `tidelock pool resume`."
+            )
+            raise StorageError(msg) from error
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -1,0 +1,142 @@
+"""Full fine-tuning through any layout of a pool is that of `transformers`' own model in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tests.equivalence.test_pool import LAYOUTS, examples
+from tests.equivalence.test_pool_blocks import RECIPE, batches, run_in_pool, share_of_peak
+from tests.equivalence.test_pool_training import AFTERWARDS, COUNT, PER_EPOCH
+from tests.support.pool import all_of, in_pool
+from tests.support.tiny_models import ALL_MODELS
+from tidelock.model.checkpoint import Checkpoint
+from tidelock.pool.block_stage import BlockStage
+from tidelock.pool.full_part import FullConfig
+from tidelock.pool.layout import PoolLayout
+from tidelock.pool.peers import Peers
+from tidelock.pool.pipeline import Pipeline
+from tidelock.pool.side_stage import padded
+from tidelock.pool.trained import TrainedModel
+
+CONFIG = FullConfig()
+TIED = "smollm3"  # without key biases, whose gradients are rounding alone: nothing depends on them
+
+
+def plain_model(folder: Path) -> PreTrainedModel:
+    loader: Any = AutoModelForCausalLM
+    model: PreTrainedModel = loader.from_pretrained(folder, dtype=torch.float32).eval()
+    return model
+
+
+def one_process(folder: Path) -> tuple[PreTrainedModel, list[float]]:
+    model, losses, rows = plain_model(folder), [], examples(COUNT)
+    adam = torch.optim.AdamW(model.parameters(), lr=RECIPE.learning_rate, weight_decay=0.0)
+    for done, batch in enumerate(batches()):
+        adam.param_groups[0]["lr"] = RECIPE.learning_rate * share_of_peak(done)
+        loss = model(**padded([rows[number] for number in batch])).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE.clip)
+        adam.step()
+        adam.zero_grad()
+        losses.append(float(loss.detach()))
+    return model, losses
+
+
+def assert_gradients_equal(folder: Path, layout: PoolLayout) -> None:
+    batch, model = examples(4), plain_model(folder)
+    loss = model(**padded(batch)).loss
+    loss.backward()
+
+    def work(peers: Peers) -> tuple[float, dict[str, torch.Tensor]]:
+        number = layout.stage_of(peers.peer)
+        assert number is not None
+        stage = BlockStage.load(Checkpoint.open(str(folder)), CONFIG, layout.stages[number].blocks)
+        found = Pipeline(peers, layout, number, stage).run(batch)
+        return found, {name: p.grad for name, p in stage.trained().items() if p.grad is not None}
+
+    results = all_of(in_pool(layout.num_peers, work))
+    assert [found for found, _ in results] == pytest.approx([float(loss.detach())] * layout.num_peers, rel=1e-5)
+    gradients = {name: value for _, by_name in results for name, value in by_name.items()}
+    expected = dict(model.named_parameters())
+    assert gradients.keys() == expected.keys()
+    for _, by_name in results:  # a tied weight has the same gradient on all who have it
+        assert all(torch.equal(value, gradients[name]) for name, value in by_name.items())
+    for name, parameter in expected.items():
+        assert parameter.grad is not None
+        # As far off as one process is that computes the tiny Gemma's rows one by one.
+        atol = 2e-3 * float(parameter.grad.abs().max()) + 1e-7
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("name", ALL_MODELS)
+def test_every_family_gives_the_gradients_of_one_process(name: str, tiny_models: Path) -> None:
+    assert_gradients_equal(tiny_models / name, LAYOUTS["hybrid"])
+
+
+def test_the_tied_one_is_tied(tiny_models: Path) -> None:
+    tied, other = plain_model(tiny_models / TIED), plain_model(tiny_models / "llama")
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+    assert other.get_output_embeddings().weight is not other.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        *((TIED, layout) for layout in ("alone", "data parallel", "straight pipeline", "hybrid")),
+        *(
+            pytest.param(name, layout, marks=pytest.mark.slow)
+            for name in (TIED, "llama")
+            for layout in LAYOUTS
+            if name == "llama" or layout in {"uneven shares", "one without blocks", "hybrid, uneven groups"}
+        ),
+    ],
+)
+def test_a_run_is_that_of_one_process(name: str, layout: str, tiny_models: Path, tmp_path: Path) -> None:
+    folder = tiny_models / name
+    model, losses = one_process(folder)
+    lead, *others = run_in_pool(folder, CONFIG, LAYOUTS[layout])
+    for outcome in (lead, *others):
+        assert outcome.notes.losses == pytest.approx(losses, rel=1e-4)
+    assert all(not other.progress.parameters for other in others)  # only peer 0 needs it
+    assert_is_that_of_one_process(folder, model, lead.state, tmp_path)
+
+
+def assert_is_that_of_one_process(
+    folder: Path, expected: PreTrainedModel, state: dict[str, torch.Tensor] | None, tmp_path: Path
+) -> None:
+    """Compare what was trained, once it has been written and read as any model."""
+    assert state is not None
+    TrainedModel(folder, state).save_adapter(tmp_path / "model")
+    start, found = (
+        dict(plain_model(folder).named_parameters()),
+        dict(plain_model(tmp_path / "model").named_parameters()),
+    )
+    moved = 0
+    for name, parameter in expected.named_parameters():
+        moved += not torch.equal(found[name], start[name])
+        torch.testing.assert_close(found[name], parameter, rtol=1e-2, atol=2e-4, msg=name)
+    assert moved == len(found)
+
+
+def test_a_run_goes_on_bit_for_bit(tiny_models: Path) -> None:
+    folder, layout = tiny_models / TIED, LAYOUTS["hybrid"]
+    whole, *_ = run_in_pool(folder, CONFIG, layout)
+    assert whole.state is not None
+    lead, *_ = run_in_pool(folder, CONFIG, layout, whole.notes.saved[4])
+    assert lead.state is not None
+    assert lead.notes.losses == whole.notes.losses[4:]
+    assert all(torch.equal(lead.state[name], value) for name, value in whole.state.items())
+
+
+def test_the_others_go_on_without_a_lost_peer(tiny_models: Path, tmp_path: Path) -> None:
+    folder = tiny_models / TIED
+    left = run_in_pool(folder, CONFIG, LAYOUTS["hybrid"], dies_at="step 3")
+    assert left[0].progress.steps == 2
+    lead, *_ = run_in_pool(folder, CONFIG, AFTERWARDS[len(left)], left[0].progress)
+    assert lead.notes.first + len(lead.notes.losses) == RECIPE.epochs * PER_EPOCH
+    assert_is_that_of_one_process(folder, one_process(folder)[0], lead.state, tmp_path)
