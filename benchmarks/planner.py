@@ -160,9 +160,9 @@ def timings(rounds: int) -> list[dict[str, Any]]:
     return found
 
 
-def random_profile(draw: random.Random, blocks: int, devices: int, *, equal: bool) -> Profile:
-    """Return T5-Large's first blocks on devices of unlike speed, memory and links, or on equal ones."""
-    values = nano_profile("T5-Large", devices)
+def random_profile(draw: random.Random, blocks: int, devices: int, *, equal: bool, model: str = "T5-Large") -> Profile:
+    """Return a model's first blocks on devices of unlike speed, memory and links, or on equal ones."""
+    values = nano_profile(model, devices)
     values["blocks"] = values["blocks"][:blocks]
     for device in values["devices"]:
         speed = 1.0 if equal else draw.uniform(0.3, 3)

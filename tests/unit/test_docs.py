@@ -42,7 +42,7 @@ PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").g
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PACKAGE = SRC / "tidelock"
 # Options of other programs that the pages show.
-FOREIGN_OPTIONS = {"--index-url", "--logdir"}
+FOREIGN_OPTIONS = {"--index-url", "--logdir", "--nnodes", "--nproc-per-node"}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
