@@ -9,6 +9,8 @@ BIN := .venv/bin
 STAMP := .venv/.setup-done
 PROTO := tidelock/wire/tidelock.proto
 TYPED := src tests $(wildcard benchmarks/*.py examples/*.py)
+# A process for each core, each test file in one of them; models this small are slower with more threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 help: ## list these targets
@@ -43,10 +45,10 @@ format: setup ## sort imports, fix what can be fixed, and format
 	$(BIN)/ruff format .
 
 test: setup ## every test that is not marked slow
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: setup ## every test
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 coverage: setup ## every test that is not marked slow, with the branches it missed
 	$(BIN)/python -m pytest -q -m 'not slow' --cov --cov-report=term-missing:skip-covered

@@ -332,7 +332,10 @@ def test_run_folders_that_do_not_fit(capsys: Capture, tmp_path: Path, chat_model
         (("--model", "m", "--backbone", "cloud"), "got no --cloud"),
         (("--model", "m", "--cloud", "grpcs://x:1"), "got --cloud grpcs://x:1 with --backbone local"),
         (("--model", "m", "--backbone", "moon"), "--backbone: expected one of local, cloud, got 'moon'"),
-        (("--model", "m", "--method", "prompt"), "--method: expected one of lora, adapter, core, side, got 'prompt'"),
+        (
+            ("--model", "m", "--method", "prompt"),
+            "--method: expected one of lora, adapter, core, side, full, got 'prompt'",
+        ),
         (("--model", "m", "--codec", "int3"), "--codec: expected one of fp32, bf16, int8, int4, got 'int3'"),
         (("--model", "m", "--gradient-codec", ""), "--gradient-codec: expected one of fp32, bf16, int8, int4, got ''"),
         (

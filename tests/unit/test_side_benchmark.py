@@ -70,6 +70,7 @@ def test_aims_are_met_or_missed_by_hand(benchmark) -> None:
     assert "| side, cached | 7 | 0.500 | 0.100 | 0.233 | 0 MB | 0 MB | 0.871 |" in shown
 
 
+@pytest.mark.slow
 def test_it_runs_every_variant_in_a_process_of_its_own(tmp_path: Path) -> None:
     out = tmp_path / "side.json"
     options = ["--models", "tiny-t5", "--pairs", "4", "--epochs", "2", "--threads", "1", "--out", str(out)]

@@ -122,8 +122,9 @@ def test_another_protocol_is_refused_and_the_connection_closed(liar, connect, mo
         return channels[-1]
 
     monkeypatch.setattr(connection_module, "open_channel", open_and_note)
-    liar.description.protocol = 7
-    with pytest.raises(WireError, match=rf"expected protocol {PROTOCOL_VERSION}, got 7 \(its tidelock is 9.9\)"):
+    liar.description.protocol = PROTOCOL_VERSION + 1
+    expected = rf"expected protocol {PROTOCOL_VERSION}, got {PROTOCOL_VERSION + 1} \(its tidelock is 9.9\)"
+    with pytest.raises(WireError, match=expected):
         connect(liar)
     with pytest.raises(ValueError, match="closed channel"):
         pb_grpc.BackboneStub(channels[0]).Describe(pb.DescribeRequest())
