@@ -334,7 +334,7 @@ def test_run_folders_that_do_not_fit(capsys: Capture, tmp_path: Path, chat_model
         (("--model", "m", "--backbone", "moon"), "--backbone: expected one of local, cloud, got 'moon'"),
         (
             ("--model", "m", "--method", "prompt"),
-            "--method: expected one of lora, adapter, core, side, full, got 'prompt'",
+            "one of lora, adapter, core, side, full, got 'prompt'",
         ),
         (("--model", "m", "--codec", "int3"), "--codec: expected one of fp32, bf16, int8, int4, got 'int3'"),
         (("--model", "m", "--gradient-codec", ""), "--gradient-codec: expected one of fp32, bf16, int8, int4, got ''"),

@@ -65,6 +65,8 @@ def run(args: Sequence[str]) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what gRPC would log is in our errors
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # likewise of torch.distributed
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR if as_json else logging.WARNING)
+    # peft imports bitsandbytes where it is installed, which says that it lacks a kernel for answering; none is missed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         group = typer.main.get_command(_app(next((arg for arg in args if not arg.startswith("-")), None)))
         code = group.main(args=list(args) or ["--help"], prog_name="tidelock", standalone_mode=False)

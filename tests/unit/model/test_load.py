@@ -48,9 +48,7 @@ def test_the_weights_are_those_that_are_stored(tiny_folder, name):
 
 
 def test_an_unknown_dtype_is_refused(tiny_folder):
-    with pytest.raises(
-        ConfigError, match=r"Backbone dtype: expected one of \['bf16', 'fp32', 'int8', 'nf4'\], got 'fp8'"
-    ):
+    with pytest.raises(ConfigError, match=r"expected one of \['bf16', 'fp32', 'int8', 'nf4'\], got 'fp8'"):
         load(tiny_folder, dtype="fp8")
 
 
