@@ -114,8 +114,8 @@ def _shown(loss: float | None) -> str:
 
 
 def _signature() -> inspect.Signature:
-    """Return the command's signature: an option for every knob of `RunConfig`."""
-    data, *names = (knob.name for knob in fields(RunConfig))
+    """Return the command's signature: an option for every knob of `RunConfig` but those of pools."""
+    data, *names = (knob.name for knob in fields(RunConfig) if knob.name != "memory_limit")
     others = [
         option("resume", bool, "Go on with the run in --out, with the options that it has.", default=False),
         option("json", bool, "Print JSON objects only.", default=False),

@@ -48,7 +48,7 @@ _SCHEDULED = (
 )
 _OF_SIDE = (
     *("reduction", "side_init", "upsample", "side_output", "tap_width", "fisher_examples"),
-    *("cache", "no_cache", "cache_codec", "cache_limit", "cache_key", "memory_limit"),
+    *("cache", "no_cache", "cache_codec", "cache_limit", "cache_key"),
 )
 # The knobs that not every method reads.
 _METHODS_OF = {
@@ -168,7 +168,7 @@ class RunConfig:
     cache_codec: str = _knob("fp32", "Side: how they are kept; fewer bytes with bf16, int8.", _one_of(CACHE_CODECS))
     cache_limit: str | None = _knob(None, "Side: the most that the cache may take, such as 20GB.")
     cache_key: str | None = _knob(None, "Side: file with the cache's secret; the user's own by default.")
-    memory_limit: str | None = _knob(None, "Pool: what this device can give, such as 2GB; by default what is free.")
+    memory_limit: str | None = _knob(None, "What this device can give, such as 2GB; by default what is free.")
     adapter: str | None = _knob(None, "Continue the adapter in this folder; it is kept as it was configured.")
     # The rules of these are Schedule's own.
     schedule: str = _knob("full", f"Which modules are active when: {', '.join(SCHEDULES)}.")

@@ -136,6 +136,11 @@ def test_knobs_that_contradict_each_other_are_refused(changes: dict[str, Any], g
         replace(PLAIN, **changes)
 
 
+@pytest.mark.parametrize("method", ["side", "lora", "adapter", "full"])
+def test_a_pool_s_memory_is_limited_whatever_it_trains(method: str) -> None:
+    assert replace(PLAIN, method=method, memory_limit="2GB").memory_limit == "2GB"
+
+
 def test_a_cloud_may_bring_the_model() -> None:
     assert replace(PLAIN, backbone="cloud", cloud="grpcs://c:1", model=None).model is None
 
