@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check format test test-all coverage bench proto
+.PHONY: help setup demo lint check format test test-all coverage bench proto
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -34,10 +34,12 @@ $(STAMP): pyproject.toml
 demo: setup ## the whole story on this machine: a cloud, a device, real sockets
 	$(BIN)/tidelock demo
 
-check: setup ## lint, format, types, import rules, generated code is current
+lint: setup ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(TYPED)
+
+check: lint ## that, import rules, and that generated code is current
 	$(BIN)/python -m pytest -q tests/architecture
 
 format: setup ## sort imports, fix what can be fixed, and format
