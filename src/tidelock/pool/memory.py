@@ -35,6 +35,8 @@ class MemoryLimit:
     def __init__(self, most_bytes: int | None, taken: Callable[[], int] = own_bytes) -> None:
         self._most = most_bytes
         self._taken = taken
+        if most_bytes is not None:
+            give_back_memory()  # else what is given back later would hide what is taken
         self._before = taken()
         self._found = 0
 
