@@ -115,12 +115,13 @@ def test_it_measures_and_draws(tmp_path: Path) -> None:
     assert out.with_suffix(".png").stat().st_size > 5000
 
 
-def test_the_page_shows_the_tables_of_the_results(benchmark) -> None:
-    result = json.loads(benchmark.RESULTS.read_text())
+@pytest.mark.parametrize("name", ["wire", "wire_quiet"])
+def test_the_page_shows_the_tables_of_the_results(benchmark, name: str) -> None:
+    result = json.loads(benchmark.RESULTS.with_stem(name).read_text())
     assert benchmark.summarise(result) == {name: result[name] for name in ("summary", "aims")}
     page = (ROOT / "docs" / "wire.md").read_text(encoding="utf-8")
-    _, begin, rest = page.partition("<!-- wire: begin -->\n")
-    shown, end, _ = rest.partition("\n<!-- wire: end -->")
+    _, begin, rest = page.partition(f"<!-- {name}: begin -->\n")
+    shown, end, _ = rest.partition(f"\n<!-- {name}: end -->")
     assert begin
     assert end
     assert shown == benchmark.tables(result)
