@@ -54,7 +54,7 @@ def command(
     ] = False,
     torch_device: Annotated[str, typer.Option(help="Where the blocks run: cpu, cuda, cuda:1 or mps.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="What their weights are kept in: fp32, bf16, int8 or nf4.")] = "fp32",
-    max_sessions: Annotated[int, typer.Option(min=1, help="Passes open at once; more wait.")] = 8,
+    max_sessions: Annotated[int, typer.Option(min=1, help="Passes open at once, of a device up to 4; more wait.")] = 16,
     max_memory: Annotated[
         str | None, typer.Option(help="What open passes may keep together, such as 8GiB; more wait.")
     ] = None,

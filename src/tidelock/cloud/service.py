@@ -59,7 +59,7 @@ class Limits:
         recompute: Whether training passes run each block again on the way back, and so keep less.
     """
 
-    max_sessions: int = 8
+    max_sessions: int = 16
     max_tokens: int = 1 << 16
     max_memory_bytes: int | None = None
     at_once: int = 1

@@ -86,12 +86,12 @@ def _quantised(choice: ModelChoice) -> BitsAndBytesConfig | None:
             "'tidelock[quantised]'."
         )
         raise ConfigError(msg)
-    dtype = BACKBONE_DTYPES[choice.dtype]
     if choice.dtype == "int8":
         # It says at every linear, in every pass, that it computes in fp16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    computes_in = BACKBONE_DTYPES[choice.dtype]
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computes_in)
 
 
 def _keep_backward(model: PreTrainedModel) -> None:

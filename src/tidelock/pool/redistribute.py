@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Examples whose outputs are on their way at the same time.
 _AT_ONCE = 8
+# Numbers that are summed at once when what is trained is gathered: 16 MiB in fp32.
+_SUMMED_NUMBERS = 1 << 22
 
 # As `SideModel.examples_of` has it, so that a side model finds the entries.
 Key: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]]"
@@ -287,12 +289,28 @@ def gather(
     found: list[dict[str, Tensor]] = []
     for values in (own.parameters, *(own.moments[kind] for kind in MOMENTS)):
         whole: dict[str, Tensor] = {}
-        for name, shape in shapes.items():
-            tensor = torch.zeros(shape)
-            if name in speaks_for:
-                tensor[slices.get(name, ...)] = values[name]
-            peers.sum(tensor, range(peers.count))  # with zeros: no bit changes
+        for names in _summed_at_once(shapes):
+            tensors = [torch.zeros(shapes[name]) for name in names]
+            for name, tensor in zip(names, tensors, strict=True):
+                if name in speaks_for:
+                    tensor[slices.get(name, ...)] = values[name]
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
+            peers.sum(flat, range(peers.count))  # with zeros: no bit changes
             if keeps:
-                whole[name] = tensor
+                parts = flat.split([tensor.numel() for tensor in tensors])
+                whole |= {name: part.view(shapes[name]).clone() for name, part in zip(names, parts, strict=True)}
         found.append(whole)
     return Progress(own.steps, found[0], dict(zip(MOMENTS, found[1:], strict=True)))
+
+
+def _summed_at_once(shapes: Mapping[str, torch.Size]) -> list[list[str]]:
+    """Return the names in groups: each sum takes a round trip, but a whole model need not be there twice."""
+    groups: list[list[str]] = []
+    count = 0
+    for name, shape in shapes.items():
+        count += shape.numel()
+        if not groups or count > _SUMMED_NUMBERS:
+            groups.append([])
+            count = shape.numel()
+        groups[-1].append(name)
+    return groups

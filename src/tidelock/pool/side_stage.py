@@ -41,6 +41,8 @@ class SideStage:
         on_outputs: Told of the rows' blocks' outputs, and of the final states at labelled tokens in the last stage.
     """
 
+    tied: tuple[str, ...] = ()
+
     def __init__(
         self,
         part: ModelPart,
@@ -56,11 +58,21 @@ class SideStage:
         self.backward_width = side.network.side.start.out_features
         self.forward_width = self._hidden_width + self.backward_width
 
-    tied: tuple[str, ...] = ()
-
     @classmethod
-    def load(cls, source: TensorSource, config: SideConfig, blocks: range) -> SideStage:
+    def load(
+        cls,
+        source: TensorSource,
+        config: SideConfig,
+        blocks: range,
+        on_outputs: Callable[[Sequence[Example], list[Tensor], Tensor | None], None] | None = None,
+    ) -> SideStage:
         """Return a stage of a stored model's blocks, with a fresh part of a side network.
+
+        Args:
+            source: The model's stored tensors.
+            config: What the side network is like.
+            blocks: Numbers of the blocks, consecutive.
+            on_outputs: As for the class.
 
         Raises:
             ConfigError: The configuration chooses or narrows taps.
@@ -69,7 +81,11 @@ class SideStage:
         model_config = read_config(source.folder)
         side = SidePart(config, model_config, geometry_of(empty_model(model_config)), blocks)
         ends = Ends(model_config, source) if side.is_first or side.is_last else None
-        return cls(ModelPart(source, blocks), side, ends)
+        return cls(ModelPart(source, blocks), side, ends, on_outputs)
+
+    def residual_scores(self) -> Tensor:
+        """Return the scores of the residual channels in this part; see `SidePart.residual_scores`."""
+        return self.side.residual_scores(self.part, None if self._ends is None else self._ends.embedding)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the stage's parameters, by their names in the whole network."""

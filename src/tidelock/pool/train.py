@@ -22,9 +22,8 @@ from tidelock.errors import CacheError
 from tidelock.model.ends import Ends, empty_model, read_config
 from tidelock.model.geometry import geometry_of
 from tidelock.model.memory import give_back_memory
-from tidelock.model.part import ModelPart
 from tidelock.peft.side import SideConfig
-from tidelock.peft.side_part import GATES, SidePart
+from tidelock.peft.side_part import GATES
 from tidelock.pool.block_stage import BlockStage
 from tidelock.pool.full_part import FullConfig
 from tidelock.pool.pipeline import Pipeline, sum_gradients, sum_of_losses
@@ -333,22 +332,20 @@ class _Stages:
     def _side_stage(self, method: SideConfig) -> SideStage | None:
         """Return what this peer computes, begun as the configuration says."""
         peers, job = self._peers, self._job
-        config = read_config(job.source.folder)
-        geometry = geometry_of(empty_model(config))
         by_magnitude = method.init == "magnitude" and job.begin.steps == 0
         if self._stage is None:
             if by_magnitude:
+                geometry = geometry_of(empty_model(read_config(job.source.folder)))
                 peers.sum(torch.zeros(geometry.block_width), range(peers.count))
             return None
-        side = SidePart(method, config, geometry, self._stage.blocks)
-        side.load_whole(job.begin.parameters)
-        frozen = ModelPart(job.source, self._stage.blocks)
-        ends = Ends(config, job.source) if side.is_first or side.is_last else None
+        keep = partial(cast("Kept", job.kept).keep, self._stage.blocks)
+        stage = SideStage.load(job.source, method, self._stage.blocks, keep)
+        stage.side.load_whole(job.begin.parameters)
         if by_magnitude:
-            scores = side.residual_scores(frozen, None if ends is None else ends.embedding)
+            scores = stage.residual_scores()
             peers.sum(scores if self._leads else scores.zero_(), range(peers.count))
-            side.start_from(frozen, scores)
-        return SideStage(frozen, side, ends, partial(cast("Kept", job.kept).keep, self._stage.blocks))
+            stage.side.start_from(stage.part, scores)
+        return stage
 
 
 def _no_blocks() -> NoReturn:
