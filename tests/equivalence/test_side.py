@@ -120,7 +120,7 @@ def assert_same_pass(model: SideModel, plain: PlainSide, batch: TokenBatch) -> N
         expected = theirs_by_name[name].grad
         assert expected is not None, name
         assert parameter.grad is not None, name
-        if float(expected.norm()) < 1e-7:  # a key's bias moves no softmax; what is left is rounding
+        if float(expected.norm()) < 5e-7:  # a key's bias moves no softmax; what is left is rounding
             assert name.endswith(("k_proj.bias", "query_key_value.bias", "c_attn.bias")), name
             assert float(parameter.grad.norm()) < 1e-6, name
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -112,7 +113,7 @@ def test_loss_and_gradients_are_those_of_the_whole_model_in_one_graph(name: str,
                 assert key.endswith("k_proj.bias"), key
             else:
                 # Those of queries and keys are what is left of larger sums.
-                size = max(float(expected.norm()), 1e-3)
+                size = max(float(expected.norm()), 3e-3)
                 assert float((parameter.grad - expected).norm()) <= GRADIENT_TOLERANCE * size, key
 
 
@@ -184,8 +185,8 @@ def test_every_side_weight_is_a_part_of_the_backbones_and_t5s_positions_are_thos
 
 def test_the_frozen_model_gets_no_gradient_does_not_change_and_drops_nothing_out():
     whole = tiny_seq2seq("bart", dropout=0.5)
-    frozen = FrozenSeq2Seq(whole)
-    model = SideSeq2SeqModel(Seq2SeqEnds(whole, Path("here")), TapSource(lambda: LocalSeq2Seq(frozen)), ALONE).train()
+    frozen, config = FrozenSeq2Seq(whole), replace(ALONE, dropout=0.5)
+    model = SideSeq2SeqModel(Seq2SeqEnds(whole, Path("here")), TapSource(lambda: LocalSeq2Seq(frozen)), config).train()
     before = {key: value.clone() for key, value in whole.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     for _ in range(2):

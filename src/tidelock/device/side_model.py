@@ -71,7 +71,8 @@ class SideModel(BesideBlocks, DeviceCausalLM):
         ids_N = packed_ids(ids_BT, rows)
         batch = self._open_batch(ids_N, rows, select_M)
         taps = self._read(ids_N, batch)
-        final_MF: Tensor = self.network(batch.embeddings_NE, taps, rows.layout(self.device), select_M)
+        layout = rows.layout(self.device, joined=self.network.joins_rows)
+        final_MF: Tensor = self.network(batch.embeddings_NE, taps, layout, select_M)
         return final_MF
 
     def open_generation(self, ids_BT: Tensor, rows: Rows, select_B: Tensor) -> Generation:

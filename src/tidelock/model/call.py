@@ -1,6 +1,6 @@
 """Calls a decoder or an encoder with word embeddings, whatever its version of `transformers` calls the arguments.
 
-May import libraries.
+May import `model` and libraries.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import Cache
 
+    from tidelock.model.rows import Layout
+
 
 def call_decoder(
     decoder: nn.Module,
     embeddings_BTE: Tensor,
-    mask_BT: Tensor,
+    layout: Layout,
     *,
-    positions_BT: Tensor | None = None,
     cache: Cache | None = None,
     more: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
@@ -29,8 +30,7 @@ def call_decoder(
     Args:
         decoder: The module whose `forward` loops over the blocks.
         embeddings_BTE: Word embeddings, as the model's own embedding module gives them.
-        mask_BT: Attention mask, int64, over the cached positions too when there is a cache.
-        positions_BT: Position of each token, int64; None leaves it to the decoder, as do families that take none.
+        layout: How they are laid out, over the cached positions too when there is a cache.
         cache: Keys and values of earlier tokens, extended in place.
         more: What else this decoder takes, such as an encoder's states.
     """
@@ -39,10 +39,12 @@ def call_decoder(
     offered: dict[str, Any] = {
         "cache": cache,
         "use_cache": cache is not None,
-        "position_ids": positions_BT,
+        "position_ids": layout.positions_BT,
     }
     if "cache" not in names:
         offered["past_key_values"] = offered.pop("cache")
     kwargs = {name: value for name, value in offered.items() if name in names and value is not None}
-    output = decoder(inputs_embeds=embeddings_BTE, attention_mask=mask_BT, return_dict=True, **kwargs, **(more or {}))
+    output = decoder(
+        inputs_embeds=embeddings_BTE, attention_mask=layout.mask, return_dict=True, **kwargs, **(more or {})
+    )
     return cast("Tensor", output.last_hidden_state)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tidelock.errors import ConfigError, ModelError
+from tidelock.model.attention import join_rows
 from tidelock.model.call import call_decoder
 from tidelock.model.frames import Frames
 from tidelock.model.geometry import Place, SiteId, geometry_of
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from transformers import Cache, PreTrainedModel
+
+    from tidelock.model.rows import Layout
 
 
 class SiteVisitor(Protocol):
@@ -118,6 +121,12 @@ class CutModel:
         model: The whole causal model. It is put in eval mode and frozen: dropout inside the frozen blocks is always
             off, so that a pass can be repeated and cached.
 
+    Attributes:
+        geometry: Its widths, and where its sites are.
+        config: Its configuration.
+        frames: Between which modules may be.
+        joins_rows: Whether it takes rows that are joined end to end.
+
     Raises:
         ModelError: The architecture cannot be cut.
     """
@@ -130,6 +139,7 @@ class CutModel:
         self._decoder = model.get_submodule(family.decoder)
         self._blocks = list(cast("nn.ModuleList", self._decoder.get_submodule(family.blocks)))
         self.frames = Frames(self.geometry, self.device, self.dtype, self.weight)
+        self.joins_rows = join_rows(model, family)
         self._hook_sites()
         self._skeleton = self._make_skeleton(returns_tuple=self._blocks_return_tuples())
 
@@ -167,25 +177,22 @@ class CutModel:
     def run(
         self,
         embeddings_BTE: Tensor,
-        mask_BT: Tensor,
+        layout: Layout,
         run_blocks: Callable[[Sequence[BlockCall], Tensor], Tensor],
-        *,
-        positions_BT: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """Return the decoder's final state, shape (B, T, D), with the blocks run by `run_blocks`.
 
         Args:
             embeddings_BTE: Word embeddings, as the model's own embedding module gives them.
-            mask_BT: Attention mask, int64, over the cached positions too when there is a cache.
+            layout: How they are laid out, over the cached positions too when there is a cache.
             run_blocks: Gets the calls of all blocks, in order, and the first block's input; returns the last one's
                 output.
-            positions_BT: Position of each token, int64; None leaves it to the decoder.
             cache: Keys and values of earlier tokens, extended in place.
         """
         token = _TRACE.set(_Trace(run_blocks, []))
         try:
-            return call_decoder(self._skeleton, embeddings_BTE, mask_BT, positions_BT=positions_BT, cache=cache)
+            return call_decoder(self._skeleton, embeddings_BTE, layout, cache=cache)
         finally:
             _TRACE.reset(token)
 

@@ -49,6 +49,7 @@ class Family:
         outputs: From a block to the last linear of its attention (`attn-out`) and of its MLP (`mlp`), whose outputs the
             block adds up; empty where they are not known.
         verified: Whether tests compare this family with `peft`, gradient by gradient.
+        joins_rows: Whether its decoder hands masks and positions on, and leaves attention to what is registered for it.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Family:
     projections: tuple[str, ...]
     outputs: Mapping[str, str] = field(default_factory=dict)
     verified: bool = True
+    joins_rows: bool = True
 
 
 def _outputs(attention: str, mlp: str) -> dict[str, str]:
@@ -89,6 +91,7 @@ FAMILIES: dict[str, Family] = {
             "self_attention",
             ("query_key_value",),
             _outputs("self_attention.dense", "mlp.dense_4h_to_h"),
+            joins_rows=False,  # what is far off weighs less by its place in the row, which it counts by the mask
         ),
         Family("gpt2", "transformer", "h", "attn", ("c_attn",), _outputs("attn.c_proj", "mlp.c_proj")),
         Family(
@@ -142,7 +145,7 @@ def _by_structure(model: PreTrainedModel) -> Family:
             continue
         decoder, _, blocks = path.rpartition(".")
         found += [
-            Family(model.config.model_type, decoder, blocks, child, names, verified=False)
+            Family(model.config.model_type, decoder, blocks, child, names, verified=False, joins_rows=False)
             for child, names in _attentions(module[0])
         ]
     if len(found) != 1:

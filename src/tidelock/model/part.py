@@ -134,7 +134,7 @@ class ModelPart:
 
         width = self.cut.geometry.embedding_width
         embeddings_BTE = given_BTW if self.is_first else given_BTW.new_zeros(*layout.shape_BT, width)
-        final_BTD = self.cut.run(embeddings_BTE, layout.mask_BT, run_blocks, positions_BT=layout.positions_BT)
+        final_BTD = self.cut.run(embeddings_BTE, layout, run_blocks)
         return layout.pack(final_BTD)
 
 

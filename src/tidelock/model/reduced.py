@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tidelock.errors import ModelError
 from tidelock.model.call import call_decoder
+from tidelock.model.rows import Rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +44,12 @@ _ROPE_FACTORS = ("short_factor", "long_factor")  # LongRoPE: one for each pair o
 
 
 def reduced_config(
-    config: PretrainedConfig, reduction: int, blocks: Sequence[int], decoder_blocks: Sequence[int] = ()
+    config: PretrainedConfig,
+    reduction: int,
+    blocks: Sequence[int],
+    decoder_blocks: Sequence[int] = (),
+    *,
+    dropout: float = 0.0,
 ) -> PretrainedConfig:
     """Return a copy of a model's configuration with every width divided by `reduction`.
 
@@ -54,6 +60,7 @@ def reduced_config(
         reduction: k of the papers.
         blocks: The blocks that the copy has; what a family states for each block follows them.
         decoder_blocks: Those of the decoder, where `blocks` are the encoder's.
+        dropout: Wherever the family has any.
 
     Raises:
         ModelError: The family's configuration does not take the widths.
@@ -72,11 +79,16 @@ def reduced_config(
         **dict.fromkeys(_DECODER_BLOCKS, lambda _: len(decoder_blocks)),
         "rope_parameters": lambda rope: _reduced_rope(rope, small_head),
     }
-    changes = {"hidden_size": hidden, **_apply(rules, facts), **_of_blocks(facts, blocks)}
+    dropouts = {name: dropout for name, value in facts.items() if _is_dropout(name, value)}
+    changes = {"hidden_size": hidden, **dropouts, **_apply(rules, facts), **_of_blocks(facts, blocks)}
     try:
         return _changed(config, changes)
     except (StrictDataclassError, AttributeError, TypeError, ValueError) as error:
         raise _refused(config.model_type, hidden, error) from error
+
+
+def _is_dropout(name: str, value: object) -> bool:
+    return ("dropout" in name or name.endswith("pdrop")) and isinstance(value, int | float)
 
 
 def part_config(config: PretrainedConfig, blocks: Sequence[int]) -> PretrainedConfig:
@@ -144,7 +156,8 @@ def _without_embedding(model: nn.Module, path: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def _try(stack: nn.Module, config: PretrainedConfig, more: Mapping[str, Tensor] | None = None) -> Tensor:
-    return call_decoder(stack, torch.zeros(1, 2, config.hidden_size), torch.ones(1, 2, dtype=torch.long), more=more)
+    layout = Rows((0,), (2,), 2).layout(torch.device("cpu"))
+    return call_decoder(stack, torch.zeros(1, 2, config.hidden_size), layout, more=more)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Which positions of a batch are real tokens, so that padding never crosses a cut.
 
 Shapes: B rows, T positions a row, N real tokens in all, packed row by row.
-May import errors and libraries.
+May import errors, `model` and libraries.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, final
 import torch
 
 from tidelock.errors import ConfigError
+from tidelock.model.attention import lengths_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,16 +102,21 @@ class Rows:
         """Return where each real token is in the flattened batch, int64 of shape (N,)."""
         return self.mask().flatten().nonzero().squeeze(1)
 
-    def layout(self, device: torch.device, *, counted: bool = False) -> Layout:
+    def layout(self, device: torch.device, *, counted: bool = False, joined: bool = False) -> Layout:
         """Return how these rows are laid out for a decoder.
 
         Args:
             device: Where the decoder computes.
             counted: Count each row's positions from its first real token; else that is left to the decoder.
+            joined: Lay rows of unlike lengths end to end as one, if all begin at their first position; for a decoder
+                that can take them so (`model.attention`), and without a cache.
         """
+        if joined and not self.is_dense and not any(self.starts):
+            positions_N = torch.cat([torch.arange(length) for length in self.lengths])
+            return Layout(lengths_mask(self.lengths), positions_N[None].to(device), None, (1, self.num_tokens))
         mask_BT = self.mask().to(device)
         return Layout(
-            mask_BT=mask_BT,
+            mask=mask_BT,
             positions_BT=(mask_BT.cumsum(1) - 1).clamp(min=0) if counted else None,
             indices_N=None if self.is_dense else self.indices().to(device),
             shape_BT=(len(self.lengths), self.width),
@@ -130,16 +136,17 @@ class Rows:
 @final
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How packed tokens lie in the padded tensors that a decoder is called with.
+    """How packed tokens lie in the tensors that a decoder is called with: padded rows, or all joined as one.
 
     Attributes:
-        mask_BT: Attention mask, int64, over the positions that a cache holds too.
+        mask: Attention mask, int64 of shape (B, T), over the positions that a cache holds too; of joined rows their
+            lengths, as `model.attention` takes them.
         positions_BT: Position of each token in its row, int64; None leaves it to the decoder.
         indices_N: Where each token is in the flattened batch, int64; None when there is no padding.
         shape_BT: Rows, and positions that a row has.
     """
 
-    mask_BT: Tensor
+    mask: Tensor
     positions_BT: Tensor | None
     indices_N: Tensor | None
     shape_BT: tuple[int, int]

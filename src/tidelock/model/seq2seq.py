@@ -129,7 +129,7 @@ class FrozenSeq2Seq:
             blocks,
             {
                 "encoder_hidden_states": layout.unpack(state_ND.to(self._device)),
-                "encoder_attention_mask": layout.mask_BT,
+                "encoder_attention_mask": layout.mask,
             },
             cache,
         )
@@ -149,7 +149,7 @@ class FrozenSeq2Seq:
         dtype = next(stack.parameters()).dtype
         with reading() as read:
             final_BTD = call_decoder(
-                stack, layout.unpack(embeddings_NE.to(self._device, dtype)), layout.mask_BT, cache=cache, more=more
+                stack, layout.unpack(embeddings_NE.to(self._device, dtype)), layout, cache=cache, more=more
             )
         return Taps(tuple(layout.pack(read[block]) for block in blocks), layout.pack(final_BTD))
 

@@ -69,7 +69,9 @@ class TapPass:
     def forward(self, cache: Cache | None = None) -> Taps:
         """Return the taps of the batch, without a graph; a cache is filled for `extend`."""
         # When it generates, a row padded at the left counts its positions from its first real token.
-        layout = self._batch.rows.layout(self._cut.device, counted=cache is not None)
+        generates = cache is not None
+        joined = self._cut.joins_rows and not generates
+        layout = self._batch.rows.layout(self._cut.device, counted=generates, joined=joined)
         return self._run(self._batch.embeddings_NE, layout, self._batch.select_M, cache)
 
     def extend(self, embeddings_BE: Tensor, cache: Cache) -> Taps:
@@ -95,8 +97,6 @@ class TapPass:
             return hidden_BTD
 
         embeddings_BTE = layout.unpack(embeddings_NE.to(self._cut.device, self._cut.dtype))
-        final_BTD = self._cut.run(
-            embeddings_BTE, layout.mask_BT, run_blocks, positions_BT=layout.positions_BT, cache=cache
-        )
+        final_BTD = self._cut.run(embeddings_BTE, layout, run_blocks, cache)
         final_MD = layout.pack(final_BTD).index_select(0, select_M.to(final_BTD.device))
         return Taps(tuple(taps), final_MD)

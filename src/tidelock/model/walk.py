@@ -163,7 +163,9 @@ class Walk:
     def forward(self, cache: Cache | None = None) -> Tensor:
         """Return the decoder's final states at the selected tokens, shape (M, D), detached."""
         # When it generates, a row padded at the left counts its positions from its first real token.
-        layout = self._batch.rows.layout(self._cut.device, counted=cache is not None)
+        generates = cache is not None
+        joined = self._cut.joins_rows and not generates
+        layout = self._batch.rows.layout(self._cut.device, counted=generates, joined=joined)
         return self._run(self._batch.embeddings_NE, layout, cache)
 
     def extend(self, embeddings_BE: Tensor, cache: Cache) -> Tensor:
@@ -175,9 +177,7 @@ class Walk:
         self._indices_N, self._shape_BT = layout.indices_N, layout.shape_BT
         embeddings_BTE = layout.unpack(embeddings_NE.to(self._cut.device, self._cut.dtype))
         with torch.set_grad_enabled(self._batch.training):
-            final_BTD = self._cut.run(
-                embeddings_BTE, layout.mask_BT, self._run_blocks, positions_BT=layout.positions_BT, cache=cache
-            )
+            final_BTD = self._cut.run(embeddings_BTE, layout, self._run_blocks, cache)
             final_ND = layout.pack(final_BTD)
             final_MD = final_ND if select_all else final_ND.index_select(0, self._batch.select_M.to(final_ND.device))
         if self._batch.training:

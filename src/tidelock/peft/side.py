@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from tidelock.errors import ConfigError
+from tidelock.model.attention import join_rows
 from tidelock.model.reduced import reduced_config, reduced_decoder
 from tidelock.peft.prune import Stack
 from tidelock.peft.side_stack import SideHead, SideStack, start_scores
@@ -61,6 +62,8 @@ class SideConfig:
         output: `add` the side network's output to the backbone's final state, or let it stand `alone`.
         tap_width: W: numbers per token to which each tap is projected before it is read; None leaves it whole. The
             projection is drawn, not trained (`Frames.narrow`), so that taps can be narrow from where they come.
+        dropout: Of the side blocks, in training, wherever the family drops out. What it has itself is for its full
+            width, and not taken over.
         temperature: T of the gates.
         seed: Fixes the random part of the start.
 
@@ -74,6 +77,7 @@ class SideConfig:
     zero_upsample: bool = True
     output: SideOutput = "add"
     tap_width: int | None = None
+    dropout: float = 0.0
     temperature: float = 0.1
     seed: int = 0
 
@@ -87,6 +91,7 @@ class SideConfig:
             ("output", self.output in get_args(SideOutput), f"one of {get_args(SideOutput)}"),
             ("tap_width", self.tap_width is None or (_is_whole(self.tap_width) and self.tap_width >= 1),
              "None, or a whole number of at least 1"),
+            ("dropout", 0 <= self.dropout < 1, "at least 0 and below 1"),
             ("temperature", 0 < self.temperature < math.inf, "more than 0, and finite"),
             ("seed", _is_whole(self.seed), "a whole number"),
             ("zero_upsample", isinstance(self.zero_upsample, bool), "True or False"),
@@ -132,6 +137,7 @@ class SideNetwork(nn.Module):
         blocks: The tapped blocks of the backbone, by number.
         tap_width: Numbers per token of each tap.
         family: Where the backbone's parts are.
+        joins_rows: Whether its side blocks take rows that are joined end to end.
         side: The stack of side blocks.
         head: From the side state to the state that the frozen head reads.
 
@@ -154,10 +160,11 @@ class SideNetwork(nn.Module):
                 f"{self.tap_width}. Leave it out, or choose a smaller one."
             )
             raise ConfigError(msg)
-        small = reduced_config(text_config, config.reduction, self.blocks)
+        small = reduced_config(text_config, config.reduction, self.blocks, dropout=config.dropout)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             stack = reduced_decoder(small, geometry.family)
+            self.joins_rows = join_rows(stack, geometry.family)
             widths = (geometry.embedding_width, self.tap_width, small.hidden_size)
             self.side = SideStack(Stack(stack, geometry.family.blocks, small), widths, config.temperature)
             self.head = SideHead(small.hidden_size, geometry.final_width, config)

@@ -67,7 +67,9 @@ class SideSeq2Seq(nn.Module):
         self.encoder_blocks, self.decoder_blocks = (config.blocks(count) for count in num_blocks)
         self.family = encoder_decoder_family(model_config)
         self._backbone_config = model_config
-        small = reduced_config(model_config, config.reduction, self.encoder_blocks, self.decoder_blocks)
+        small = reduced_config(
+            model_config, config.reduction, self.encoder_blocks, self.decoder_blocks, dropout=config.dropout
+        )
         width, self.side_width = model_config.hidden_size, small.hidden_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -132,7 +134,7 @@ class SideSeq2Seq(nn.Module):
             cache: The decoder side's keys and values of earlier targets and of the source, extended in place.
         """
         source_BTS, source_layout = source
-        more = {"encoder_hidden_states": source_BTS, "encoder_attention_mask": source_layout.mask_BT}
+        more = {"encoder_hidden_states": source_BTS, "encoder_attention_mask": source_layout.mask}
         state_BTS: Tensor = self.decoder(embeddings_KE, taps.blocks, layout, cache, more)
         state_MS = layout.pack(state_BTS).index_select(0, select_M.to(state_BTS.device))
         final_MD: Tensor = self.head(state_MS, taps.final_MD)

@@ -152,14 +152,12 @@ class SideStack(nn.Module):
             if index == 0 and given_BTS is not None:
                 state_BTS = given_BTS
             read_NS = self.taps[index](taps_ND[index].to(self.gates))
-            return mu[index] * state_BTS + (1 - mu[index]) * layout.unpack(read_NS)
+            return torch.lerp(layout.unpack(read_NS), state_BTS, mu[index])
 
         run = _Run(mix)
         token = _RUN.set(run)
         try:
-            final_BTS = call_decoder(
-                self.stack, state_BTS, layout.mask_BT, positions_BT=layout.positions_BT, cache=cache, more=more
-            )
+            final_BTS = call_decoder(self.stack, state_BTS, layout, cache=cache, more=more)
         finally:
             _RUN.reset(token)
         return cast("Tensor", run.last_BTS), final_BTS

@@ -58,7 +58,7 @@ _METHODS_OF = {
     **dict.fromkeys(("gradient_codec", "stochastic_rounding", "micro_batches", *_SCHEDULED), _AT_SITES),
     **dict.fromkeys(_OF_SIDE, ("side",)),
     "target": ("lora", "core"),
-    "dropout": ("lora", "adapter"),
+    "dropout": ("lora", "adapter", "side"),
     "layer": (*_AT_SITES, "side"),
 }
 
@@ -145,7 +145,7 @@ class RunConfig:
     core_frames: str = _knob(
         "seeded", "Core: around them are random directions (seeded), or the weights' own (svd).", _one_of(CORE_FRAMES)
     )
-    dropout: float = _knob(0.0, "LoRA, adapter: dropout on what they read.", _FRACTION)
+    dropout: float = _knob(0.0, "LoRA, adapter: dropout on what they read. Side: inside of its blocks.", _FRACTION)
     layer: list[int] | None = _knob(None, "Blocks to adapt, or to read by side (repeat); all by default.")
     reduction: int = _knob(8, "Side: every width of the model is divided by this.", _AT_LEAST_1)
     side_init: str | None = _knob(

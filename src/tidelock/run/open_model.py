@@ -155,6 +155,7 @@ def side_config_of(config: RunConfig) -> SideConfig:
         zero_upsample=upsample == "zero",
         output=cast("SideOutput", config.side_output),
         tap_width=config.tap_width,
+        dropout=config.dropout,
         seed=config.seed,
     )
 

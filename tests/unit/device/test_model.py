@@ -176,7 +176,8 @@ def test_a_rows_first_label_after_padding_is_not_predicted_from_padding(make_mod
 def test_a_loss_that_is_no_number_is_refused(make_model, value):
     model = make_model()
     with torch.no_grad():
-        next(p for name, p in model.named_parameters() if "lora_B" in name).fill_(value)
+        # Not a query's: torch's attention can lose a NaN of a score where a row is this short.
+        next(p for name, p in model.named_parameters() if "v_proj.lora_B" in name).fill_(value)
     with pytest.raises(NonFiniteError, match="Loss: expected a finite number, got nan"):
         model(**a_batch())
     assert all(grad is None for grad in gradients(model).values())

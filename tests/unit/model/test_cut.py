@@ -14,6 +14,7 @@ from tests.unit.hand_device import BLOCKS, WIDTH
 from tidelock.errors import ModelError
 from tidelock.model.cut import BlockCall, CutModel, visiting
 from tidelock.model.geometry import Place, SiteId
+from tidelock.model.rows import Layout
 
 
 def load(folder):
@@ -38,11 +39,12 @@ def run_all(calls, hidden_BTD):
 
 X = torch.linspace(-1, 1, 2 * 6 * WIDTH).view(2, 6, WIDTH)
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+LAYOUT = Layout(MASK, None, None, (2, 6))
 
 
 def test_the_blocks_one_by_one_are_the_whole_decoder(model, cut):
     whole = model.model(inputs_embeds=X, attention_mask=MASK).last_hidden_state
-    assert torch.equal(cut.run(X, MASK, run_all), whole)
+    assert torch.equal(cut.run(X, LAYOUT, run_all), whole)
 
 
 def test_whoever_runs_the_blocks_gets_all_calls_in_order(cut, model):
@@ -53,7 +55,7 @@ def test_whoever_runs_the_blocks_gets_all_calls_in_order(cut, model):
         assert torch.equal(hidden_BTD, X)
         return hidden_BTD
 
-    out = cut.run(X, MASK, look)
+    out = cut.run(X, LAYOUT, look)
     assert seen == list(model.model.layers)
     assert torch.equal(out, model.model.norm(X))
 
@@ -61,16 +63,17 @@ def test_whoever_runs_the_blocks_gets_all_calls_in_order(cut, model):
 def test_positions_and_cache_are_handed_on(model, cut):
     positions = torch.tensor([[3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5]])
     whole = model.model(inputs_embeds=X, attention_mask=MASK, position_ids=positions).last_hidden_state
-    assert torch.equal(cut.run(X, MASK, run_all, positions_BT=positions), whole)
+    assert torch.equal(cut.run(X, Layout(MASK, positions, None, (2, 6)), run_all), whole)
     cache = DynamicCache(config=cut.config)
-    cut.run(X, MASK, run_all, cache=cache)
+    cut.run(X, LAYOUT, run_all, cache)
     assert cache.get_seq_length() == 6
 
 
 def test_a_family_without_position_ids_is_not_given_any():
     config = AutoConfig.for_model("bloom", hidden_size=32, n_layer=2, n_head=4, vocab_size=64)
     cut = CutModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-    assert torch.equal(cut.run(X, MASK, run_all, positions_BT=torch.zeros(2, 6).long()), cut.run(X, MASK, run_all))
+    placed = Layout(MASK, torch.zeros(2, 6).long(), None, (2, 6))
+    assert torch.equal(cut.run(X, placed, run_all), cut.run(X, LAYOUT, run_all))
 
 
 def test_the_model_is_frozen_and_never_drops_out(tiny_folder):
@@ -114,7 +117,7 @@ def test_a_visitor_is_asked_at_the_site_of_the_block_that_it_visits(cut, model):
         return hidden_BTD
 
     try:
-        changed = cut.run(X, MASK, run)
+        changed = cut.run(X, LAYOUT, run)
     finally:
         handle.remove()
     names = ("q_proj", "k_proj", "v_proj")
@@ -122,7 +125,7 @@ def test_a_visitor_is_asked_at_the_site_of_the_block_that_it_visits(cut, model):
     outputs = [(SiteId(1, Place.ATTN_OUT), "output"), (SiteId(1, Place.MLP), "output")]
     assert sorted(visitor.left) == sorted([*((attn(1), name) for name in names), *outputs])
     assert torch.allclose(given["y"], linear(given["x"]) + 1, atol=1e-6)
-    assert not torch.equal(changed, cut.run(X, MASK, run_all))
+    assert not torch.equal(changed, cut.run(X, LAYOUT, run_all))
 
 
 def test_the_visit_ends_with_the_block_even_when_it_fails(cut):
@@ -132,16 +135,16 @@ def test_the_visit_ends_with_the_block_even_when_it_fails(cut):
     visitor = Doubling()
     with pytest.raises(ZeroDivisionError):
         visiting(visitor, fail, X)  # type: ignore[arg-type]
-    cut.run(X, MASK, run_all)
+    cut.run(X, LAYOUT, run_all)
     assert visitor.entered == []
 
 
 def test_threads_do_not_see_each_other(cut):
     inputs = [X * factor for factor in range(1, 9)]
-    expected = [cut.run(x, MASK, run_all) for x in inputs]
+    expected = [cut.run(x, LAYOUT, run_all) for x in inputs]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(3):
-            given = list(pool.map(lambda x: cut.run(x, MASK, run_all), inputs))
+            given = list(pool.map(lambda x: cut.run(x, LAYOUT, run_all), inputs))
             assert all(torch.equal(one, other) for one, other in zip(given, expected, strict=True))
 
 
@@ -176,7 +179,7 @@ def test_a_decoder_that_names_the_state_is_cut_too(model, tiny_folder):
         seen.extend(calls)
         return run_all(calls, x)
 
-    out = cut.run(X, MASK, run)
+    out = cut.run(X, LAYOUT, run)
     assert [call.state_is_keyword for call in seen] == [True] * BLOCKS
     assert torch.equal(out, model.model(inputs_embeds=X, attention_mask=MASK).last_hidden_state)
 
@@ -215,4 +218,4 @@ def test_a_decoder_gets_tuples_exactly_if_its_blocks_return_them(tiny_folder, tu
     whole = decoder(inputs_embeds=X, attention_mask=MASK).last_hidden_state
     cut = CutModel(model)
     assert cut._blocks_return_tuples() is tuples
-    assert torch.allclose(cut.run(X, MASK, run_all), whole, atol=1e-6)
+    assert torch.allclose(cut.run(X, LAYOUT, run_all), whole, atol=1e-6)

@@ -13,6 +13,7 @@ from tidelock.model.call import call_decoder
 from tidelock.model.ends import empty_model
 from tidelock.model.families import family_of
 from tidelock.model.reduced import reduced_config, reduced_decoder
+from tidelock.model.rows import Rows
 
 
 def make(model_type, **settings):
@@ -72,6 +73,19 @@ def test_feed_forward_widths_go_by_the_familys_names():
     assert reduced_config(make("gpt2"), 8, [0]).n_inner is None
 
 
+def test_dropout_is_as_asked_and_not_the_familys():
+    for kind, names in (
+        ("gpt2", ("resid_pdrop", "embd_pdrop", "attn_pdrop")),
+        ("opt", ("dropout", "attention_dropout")),
+        ("llama", ("attention_dropout",)),
+        ("t5", ("dropout_rate",)),
+        ("bart", ("dropout", "attention_dropout", "activation_dropout")),
+    ):
+        for asked in (0.0, 0.25):
+            small = reduced_config(make(kind), 1, [0], [0], dropout=asked)
+            assert [getattr(small, name) for name in names] == [asked] * len(names)
+
+
 def test_what_blocks_state_each_follows_the_tapped_blocks():
     kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
     small = reduced_config(make("gemma3_text", num_hidden_layers=4, layer_types=kinds), 8, [1, 2])
@@ -114,7 +128,8 @@ def test_the_decoder_is_the_familys_own_at_the_small_width(name):
     assert isinstance(blocks, nn.ModuleList)
     assert len(blocks) == 2
     assert not [name for name, _ in decoder.named_parameters() if "embed_tokens" in name or "wte" in name]
-    state = call_decoder(decoder, torch.randn(2, 5, small.hidden_size), torch.ones(2, 5, dtype=torch.long))
+    layout = Rows((0, 0), (5, 5), 5).layout(torch.device("cpu"))
+    state = call_decoder(decoder, torch.randn(2, 5, small.hidden_size), layout)
     assert state.shape == (2, 5, small.hidden_size)
 
 

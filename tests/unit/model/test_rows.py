@@ -76,7 +76,7 @@ def test_unpacking_is_differentiated():
 
 def test_a_layout_says_where_tokens_are_and_takes_them_there_and_back():
     layout = Rows((1, 0), (2, 3), 3).layout(torch.device("cpu"), counted=True)
-    assert layout.mask_BT.tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert layout.mask.tolist() == [[0, 1, 1], [1, 1, 1]]
     assert layout.positions_BT is not None
     assert layout.positions_BT.tolist() == [[0, 0, 1], [0, 1, 2]]
     x_ND = torch.arange(10.0).view(5, 2)
@@ -91,7 +91,7 @@ def test_positions_are_left_to_the_decoder_unless_they_are_counted():
 
 def test_the_next_layout_is_one_token_after_all_that_came():
     layout = Rows((1, 0), (2, 3), 3).next_layout(4, torch.device("cpu"))
-    assert layout.mask_BT.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
+    assert layout.mask.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
     assert layout.positions_BT is not None
     assert layout.positions_BT.tolist() == [[3], [4]]
     assert layout.unpack(torch.ones(2, 7)).shape == (2, 1, 7)

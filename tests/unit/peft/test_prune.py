@@ -16,6 +16,7 @@ from tidelock.model.call import call_decoder
 from tidelock.model.families import family_of
 from tidelock.model.geometry import geometry_of
 from tidelock.model.reduced import reduced_config, reduced_decoder
+from tidelock.model.rows import Layout
 from tidelock.peft.prune import Stack, copy_pruned, fisher_scores, magnitude_scores
 from tidelock.peft.side import SideConfig, SideNetwork
 
@@ -46,8 +47,9 @@ def test_at_the_full_width_the_copy_computes_what_the_backbone_does(name):
     assert residual.tolist() == list(range(32))
     x = torch.randn(2, 6, 32)
     real = MASK.bool()
+    layout = Layout(MASK, None, None, (2, 6))
     with torch.no_grad():
-        theirs, ours = (call_decoder(stack.module, x, MASK)[real] for stack in (full, small))
+        theirs, ours = (call_decoder(stack.module, x, layout)[real] for stack in (full, small))
     assert torch.equal(ours, theirs)
 
 

@@ -31,6 +31,7 @@ def network(name="llama", **settings):
         ("taps", (0, 1.5)),
         ("seed", None),
         ("zero_upsample", 1),
+        ("dropout", 1.0),
         ("temperature", float("inf")),
         ("taps", ()),
         ("taps", (2, 1)),
