@@ -85,7 +85,7 @@ def main() -> None:
         folders = {name: _folder_of(name, options, Path(scratch)) for name in options.models}
         for name, folder in folders.items():
             for seed in options.seeds if name == "smollm2" else options.seeds[:1]:
-                for variant in VARIANTS:
+                for variant in options.variants:
                     if variant == "adapter" and name != "smollm2":
                         continue  # tidelock's serial adapters are for decoders
                     order = Order(name, variant, seed, str(folder), *_sizes(name, options), options.threads)
@@ -93,7 +93,7 @@ def main() -> None:
                     result["runs"].append({"model": name, "variant": variant, "seed": seed, **run})
                     print(_line(result["runs"][-1]), flush=True)
                     _write(options.out, result)
-        if "smollm2" in folders:
+        if "smollm2" in folders and options.crossing:
             result["bytes"] = _bytes(str(folders["smollm2"]), options)
     _write(options.out, result)
     print(tables(json.loads(options.out.read_text())))
@@ -194,7 +194,7 @@ def _work(order: Order) -> Outcome:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=_RATES[order.variant], weight_decay=0.0)
+        optimizer = torch.optim.AdamW(trained, lr=_RATES[order.variant], weight_decay=0.0, fused=True)
         steps = order.epochs * -(-len(rows) // order.batch_size)
         schedule = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
         seconds, rss, gpu = [], [], []
@@ -501,12 +501,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--models", nargs="+", choices=["smollm2", *_GEOMETRIES], default=["smollm2", "t5-base", "bart-large"]
     )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--model", help="folder or hub name in the place of SmolLM2-135M-Instruct")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--examples", type=int, default=512, help="of the task, to learn from")
     parser.add_argument("--tests", type=int, default=512, help="to measure on")
     parser.add_argument("--pairs", type=int, default=16, help="of random tokens, for random weights")
-    parser.add_argument("--crossing", type=int, default=64, help="examples whose bytes are counted")
+    parser.add_argument("--crossing", type=int, default=64, help="examples whose bytes are counted; 0 counts none")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write the JSON")

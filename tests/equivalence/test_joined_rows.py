@@ -87,9 +87,15 @@ def test_rows_of_one_length_and_rows_that_begin_later_are_not_joined(starts):
 
 
 @settings(max_examples=60)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=20))
-def test_groups_hold_each_token_once_and_little_else(lengths):
-    groups, places_N = _groups(tuple(lengths), CPU)
-    assert torch.equal(torch.cat([group.tokens for group in groups])[places_N], torch.arange(sum(lengths)))
-    assert sum(group.rows for group in groups) == len(lengths)
-    assert sum(group.rows * group.width for group in groups) <= sum(lengths) / 0.75
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(0, 9))
+def test_groups_hold_each_token_once_and_little_else(own, shared):
+    tokens = shared + sum(own)
+    groups, places_N = _groups(tuple(shared + length for length in own), shared, CPU)
+    computed = torch.cat([group.queries for group in groups])
+    assert torch.equal(computed[places_N], torch.arange(tokens))
+    assert len(computed) <= shared + sum(own) / 0.75
+    assert sum(group.rows for group in groups) == len(own) + (shared > 0)
+    for group in groups[shared > 0 :]:
+        keys = group.keys.view(group.rows, -1)
+        assert torch.equal(keys[:, :shared], torch.arange(shared).expand(group.rows, -1))
+        assert torch.equal(keys[:, shared:].flatten(), group.queries)

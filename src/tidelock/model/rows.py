@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, final
 import torch
 
 from tidelock.errors import ConfigError
-from tidelock.model.attention import lengths_mask
+from tidelock.model.attention import rows_mask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,7 +113,7 @@ class Rows:
         """
         if joined and not self.is_dense and not any(self.starts):
             positions_N = torch.cat([torch.arange(length) for length in self.lengths])
-            return Layout(lengths_mask(self.lengths), positions_N[None].to(device), None, (1, self.num_tokens))
+            return Layout(rows_mask(self.lengths), positions_N[None].to(device), None, (1, self.num_tokens))
         mask_BT = self.mask().to(device)
         return Layout(
             mask=mask_BT,
