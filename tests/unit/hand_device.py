@@ -70,7 +70,7 @@ class RunningCloud:
         return (
             not self.busy
             and self.service._engines._work_queue.empty()
-            and self.service._compute.waiting == 0
+            and self.service._compute.length == 0
             and memory._used == 0
             and not memory._line
         )

@@ -194,7 +194,7 @@ class BackboneService(pb_grpc.BackboneServicer):
         may_wait: bool,
     ) -> None:
         """Run a pass in an engine thread, asked for at that time; whatever happens, the outbox is closed."""
-        turn = Turn(self._compute, time.perf_counter() - asked)
+        turn = Turn(self._compute, tenant, time.perf_counter() - asked)
         try:
             message = line.open()
             self._check_identity("Opening a pass", message)

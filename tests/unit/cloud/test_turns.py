@@ -1,4 +1,4 @@
-"""Turns: one computes at a time, in the order of asking, and whoever waits for a device does not hold the others up."""
+"""Turns: one computes at a time, tenants as long as each other, and whoever waits for a device holds up nobody."""
 
 from __future__ import annotations
 
@@ -12,34 +12,86 @@ from tests.unit.hand_device import wait_until
 from tidelock.cloud.turns import ComputeQueue, Turn
 
 
-def test_first_come_first_served():
+def test_a_tenants_passes_compute_in_the_order_of_asking():
     line, order = ComputeQueue(), []
-    ticket = line.enter()
+    ticket = line.enter("anna")
     threads = []
 
     def compute(number):
-        mine = line.enter()
+        mine = line.enter("anna")
         order.append(number)
-        line.leave(mine)
+        line.leave(mine, 0.1)
 
     for number in range(6):
         threads.append(threading.Thread(target=compute, args=(number,)))
         threads[-1].start()
         # One after another, so that there is an order in which they asked.
-        wait_until(lambda count=number + 2: line.waiting == count, "a thread in line")
+        wait_until(lambda count=number + 2: line.length == count, "a thread in line")
     assert order == []
-    line.leave(ticket)
+    line.leave(ticket, 0.1)
     for thread in threads:
         thread.join()
     assert order == list(range(6))
-    assert line.waiting == 0
+    assert line.length == 0
+
+
+def served(line, ask, turns):
+    """Return whose turns came, when each tenant has so many passes that ask again and again, for so many seconds."""
+    order: list[str] = []
+    passes = [(tenant, seconds) for tenant, (count, seconds) in ask.items() for _ in range(count)]
+
+    def compute(tenant, seconds):
+        while len(order) < turns:
+            ticket = line.enter(tenant)
+            order.append(tenant)
+            # All ask before this turn is given on, but those that are over.
+            wait_until(lambda: line.length >= len(passes) or len(order) >= turns, "all in line")
+            line.leave(ticket, seconds)
+
+    first = line.enter("first")
+    threads = [threading.Thread(target=compute, args=each) for each in passes]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: line.length == 1 + len(threads), "all in line")
+    line.leave(first, 0.0)
+    for thread in threads:
+        thread.join()
+    return order[:turns]
+
+
+def test_a_tenant_with_more_passes_does_not_compute_more():
+    order = served(ComputeQueue(), {"anna": (1, 0.1), "ben": (5, 0.1)}, turns=40)
+    assert abs(order.count("anna") - order.count("ben")) <= 1
+
+
+def test_a_tenant_whose_turns_are_longer_has_fewer():
+    order = served(ComputeQueue(), {"anna": (2, 0.1), "ben": (2, 0.3)}, turns=40)
+    assert abs(order.count("anna") - 3 * order.count("ben")) <= 3
+
+
+def test_whoever_was_away_has_a_claim_to_little_of_what_the_others_used():
+    line = ComputeQueue()
+    line.leave(line.enter("anna"), 0.0)
+    for _ in range(100):
+        line.leave(line.enter("ben"), 1.0)
+    order = served(line, {"anna": (2, 0.25), "ben": (2, 0.25)}, turns=20)
+    # Ben was called at 99 the last time, and ends at 100: anna begins at 98, eight turns below.
+    assert order[:8] == ["anna"] * 8
+    assert order[8:].count("ben") == 6
+
+
+def test_whoever_used_much_is_not_forgiven_by_leaving_the_line():
+    line = ComputeQueue()
+    line.leave(line.enter("anna"), 10.0)
+    order = served(line, {"anna": (2, 1.0), "ben": (2, 1.0)}, turns=9)
+    assert order == ["ben"] * 9
 
 
 def test_never_two_at_once():
     line, inside, most = ComputeQueue(), [], []
 
     def compute():
-        turn = Turn(line)
+        turn = Turn(line, "anna")
         for _ in range(20):
             with turn.computing():
                 inside.append(turn)
@@ -53,44 +105,44 @@ def test_never_two_at_once():
     for thread in threads:
         thread.join()
     assert max(most) == 1
-    assert line.waiting == 0
+    assert line.length == 0
 
 
 def test_a_turn_is_given_up_while_waiting_and_taken_again():
     line = ComputeQueue()
-    turn = Turn(line)
+    turn = Turn(line, "anna")
     with turn.computing():
-        assert line.waiting == 1
+        assert line.length == 1
         with turn.waiting():
-            assert line.waiting == 0
-        assert line.waiting == 1
-    assert line.waiting == 0
+            assert line.length == 0
+        assert line.length == 1
+    assert line.length == 0
 
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_an_error_leaves_the_line_free(nested):
     line = ComputeQueue()
-    turn = Turn(line)
+    turn = Turn(line, "anna")
     inner = turn.waiting() if nested else contextlib.nullcontext()
     with pytest.raises(ZeroDivisionError), turn.computing(), inner:
         raise ZeroDivisionError
-    assert line.waiting == 0
+    assert line.length == 0
 
 
 def test_giving_way_lets_the_next_one_compute_and_costs_nothing_alone():
     line, order = ComputeQueue(), []
-    first = Turn(line)
+    first = Turn(line, "anna")
 
     def second():
-        with Turn(line).computing():
+        with Turn(line, "anna").computing():
             order.append("second")
 
     with first.computing():
         first.give_way()  # nobody asks: the turn is kept
-        assert line.waiting == 1
+        assert line.length == 1
         thread = threading.Thread(target=second)
         thread.start()
-        wait_until(lambda: line.waiting == 2, "the second one in line")
+        wait_until(lambda: line.length == 2, "the second one in line")
         order.append("first")
         first.give_way()
         order.append("first again")
@@ -101,7 +153,7 @@ def test_giving_way_lets_the_next_one_compute_and_costs_nothing_alone():
 def test_seconds_are_those_of_computing(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    turn = Turn(ComputeQueue())
+    turn = Turn(ComputeQueue(), "anna")
     with turn.computing():
         now[0] += 2
         with turn.waiting():
