@@ -24,6 +24,7 @@ PEERS = 3
 TIMEOUT = 5
 # Each of them hands something to each other one.
 STAGES = ("--stage", "0-1@0,1", "--stage", "2-2@2")
+SIDE = ("--reduction", 2)
 
 
 @dataclass
@@ -72,17 +73,25 @@ class Pool:
 
 
 def start(
-    world: World, name: str, stack: ExitStack, *, epochs: int = 100000, resumes: bool = False, count: int = PEERS
+    world: World,
+    name: str,
+    stack: ExitStack,
+    *,
+    epochs: int = 100000,
+    resumes: bool = False,
+    count: int = PEERS,
+    method: tuple[object, ...] = SIDE,
 ) -> Pool:
-    """Return a run that by default would take for ever."""
+    """Return a run that by default would take for ever, and trains a side network."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{free.getsockname()[1]}"
     out = [world.folder / f"{name}-{number}" for number in range(count)]
     place = ("--listen", where, "--peers", count, "--timeout", TIMEOUT)
-    model = ("--model", world.model, "--cache-key", world.folder / "pool.key", "--threads", 1)
-    size = ("--batch-size", 4, "--epochs", epochs, "--reduction", 2, "--save-every", 2, "--keep", 1, "--out", out[0])
-    lead: tuple[object, ...] = ("pool", "train", world.folder / "facts.jsonl", *model, *STAGES, *size, *place)
+    key = ("--cache-key", world.folder / "pool.key") if method == SIDE else ()
+    model = ("--model", world.model, *key, "--threads", 1)
+    size = ("--batch-size", 4, "--epochs", epochs, "--save-every", 2, "--keep", 1, "--out", out[0])
+    lead: tuple[object, ...] = ("pool", "train", world.folder / "facts.jsonl", *method, *model, *STAGES, *size, *place)
     if resumes:
         lead = ("pool", "resume", out[0], *place)
     commands = [lead]
@@ -97,7 +106,8 @@ def start(
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
+    whole = folder / "model" / "model.safetensors"  # of --method full
+    return load_file(whole if whole.exists() else folder / "adapter" / "adapter_model.safetensors")
 
 
 def metrics(folder: Path) -> list[tuple[int, float]]:
@@ -174,6 +184,25 @@ def test_a_run_that_loses_a_peer_ends_as_any_other(world: World, undisturbed_poo
         assert [peer.wait() for peer in pool.peers[:2]] == [0, 0], pool.lead.stderr
         assert "The pool has changed" in pool.lead.stderr, "The run had ended before: make it longer."
     assert_alike(world.folder / f"{name}-0", undisturbed_pool)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
+@pytest.mark.parametrize("method", ["lora", "adapter", "full"])
+def test_so_does_one_that_trains_in_the_blocks(world: World, method: str, number: signal.Signals) -> None:
+    chosen = ("--method", method)
+    name = f"pool-{method}-{number.name}"
+    with ExitStack() as stack:
+        pool = start(world, f"{name}-undisturbed", stack, epochs=6, method=chosen)
+        assert [peer.wait() for peer in pool.peers] == [0] * PEERS, pool.lead.stderr
+    with ExitStack() as stack:
+        pool = start(world, name, stack, epochs=6, method=chosen)
+        pool.wait_for_lead(7)
+        pool.peers[2].send(number)
+        assert [peer.wait() for peer in pool.peers[:2]] == [0, 0], pool.lead.stderr
+        assert "The pool has changed" in pool.lead.stderr, "The run had ended before: make it longer."
+        pool.peers[2].kill()
+    assert_alike(world.folder / f"{name}-0", world.folder / f"{name}-undisturbed-0")
 
 
 def break_off(world: World, name: str, steps: int) -> Path:
