@@ -310,7 +310,9 @@ def test_run_folders_that_do_not_fit(capsys: Capture, tmp_path: Path, chat_model
     adapter = (out / "adapter" / "adapter_model.safetensors").read_bytes()
     code, line = refused(capsys, facts, "--model", chat_model, "--out", out)
     assert code == 2
-    assert line.endswith(f"got one with a run in it ({out}). Go on with it by --resume, or choose another --out.")
+    assert line.endswith(
+        f"got one with a run in it ({out}). Resume it (train --resume, or pool resume), or choose another --out."
+    )
     assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
     code, line = refused(capsys, "--resume", "--out", tmp_path / "nothing")
     assert code == 5

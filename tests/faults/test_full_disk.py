@@ -43,7 +43,7 @@ def check_refused(run: Run, reason: str, advice: str) -> None:
     asked = "Writing a checkpoint: expected the disk to take it"
     where = run.out / "checkpoints" / "checkpoint-4"
     last = run.process.stderr.splitlines()[-1]
-    assert last == f"error: {asked}, got {reason} ({where}). {advice}, then use --resume."
+    assert last == f"error: {asked}, got {reason} ({where}). {advice}, then resume."
     assert "Traceback" not in run.process.stderr
     assert run.checkpoints == [2]
     assert not where.exists()

@@ -84,8 +84,8 @@ class RunFolder:
         folder = cls(path)
         if folder._toml.exists():
             msg = (
-                f"Run folder: expected a new one, got one with a run in it ({path}). Go on with it by --resume, "
-                "or choose another --out."
+                f"Run folder: expected a new one, got one with a run in it ({path}). Resume it (train "
+                "--resume, or pool resume), or choose another --out."
             )
             raise ConfigError(msg)
         try:
@@ -332,7 +332,7 @@ def storage_error(doing: str, error: Exception, path: Path) -> StorageError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     is_full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
     advice = "Make room" if is_full else "Check disk and permissions"
-    return StorageError(f"{doing}: expected the disk to take it, got {reason} ({path}). {advice}, then use --resume.")
+    return StorageError(f"{doing}: expected the disk to take it, got {reason} ({path}). {advice}, then resume.")
 
 
 def _refusal_of_disk(folder: Path) -> OSError | None:
