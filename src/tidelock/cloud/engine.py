@@ -25,6 +25,7 @@ from tidelock.errors import WireError
 from tidelock.model.frames import FRAME_KINDS, FrameChoice, largest_rank
 from tidelock.model.geometry import Place, SiteId
 from tidelock.model.rows import Rows
+from tidelock.model.shared_prefix import MOST_TOKENS
 from tidelock.model.taps import TapPass
 from tidelock.model.walk import Batch, Walk
 from tidelock.wire import tidelock_pb2 as pb
@@ -99,7 +100,9 @@ def read_open(message: pb.Open, geometry: Geometry, max_tokens: int) -> PassOrde
     _require(fits, f"runs of real tokens within {width} positions", f"starts {starts[:8]}, lengths {lengths[:8]}")
     limit = geometry.max_positions
     _require(limit is None or width <= limit, f"rows of at most {limit} tokens", f"{width}")
-    rows = Rows(starts, lengths, width)
+    rows = Rows(starts, lengths, width, message.shared)
+    if rows.shared:
+        _check_shared(message, rows, geometry)
     selected = tuple(message.selected)
     ascending = all(a < b for a, b in itertools.pairwise(selected))
     _require(
@@ -129,6 +132,16 @@ def read_open(message: pb.Open, geometry: Geometry, max_tokens: int) -> PassOrde
         frames=_read_frames(message, geometry, active) if message.HasField("frames") else None,
         taps=_read_taps(message, geometry) if message.HasField("taps") else None,
     )
+
+
+def _check_shared(message: pb.Open, rows: Rows, geometry: Geometry) -> None:
+    """Refuse a prefix that not all rows could have, or whose mask would take much memory."""
+    shares = message.mode in {pb.TRAIN, pb.EVALUATE} and geometry.family.verified
+    _require(shares, "a shared prefix in a known family, not in generating", f"mode {message.mode}")
+    at_left, most = not any(rows.starts), min(rows.lengths) - 1
+    fits = at_left and rows.shared <= most
+    _require(fits, f"a shared prefix of at most {most} tokens, rows padded at the right", f"{rows.shared}")
+    _require(rows.num_tokens <= MOST_TOKENS, f"at most {MOST_TOKENS} tokens with a shared prefix", f"{rows.num_tokens}")
 
 
 def _read_frames(message: pb.Open, geometry: Geometry, active: Collection[SiteId]) -> FrameChoice:

@@ -65,6 +65,16 @@ def bytes_at_sites(cut: CutModel, active: Mapping[SiteId, tuple[str, ...]], fram
     return cut.dtype.itemsize * kept
 
 
+def bytes_of_mask(cut: CutModel, rows: Rows) -> int:
+    """Return the bytes of the masks that a pass keeps whose rows share a prefix: one for each kind of block, at most 2.
+
+    Args:
+        cut: The model.
+        rows: Those of the pass.
+    """
+    return 2 * cut.dtype.itemsize * rows.num_tokens**2 if rows.shared else 0
+
+
 def bytes_of_taps(geometry: Geometry, tokens: int, blocks: int, width: int | None) -> int:
     """Return the most bytes of taps that may wait to be sent, when a device reads slowly.
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn, final
 import grpc
 
 from tidelock.cloud.engine import Line, PassAbandoned, PassOrder, read_open, run_pass
-from tidelock.cloud.memory import NO_PLACE, MemoryBudget, bytes_at_sites, bytes_of_taps, measure_cost
+from tidelock.cloud.memory import NO_PLACE, MemoryBudget, bytes_at_sites, bytes_of_mask, bytes_of_taps, measure_cost
 from tidelock.cloud.scheduler import answer
 from tidelock.cloud.turns import ComputeQueue, Turn
 from tidelock.errors import (
@@ -226,14 +226,15 @@ class BackboneService(pb_grpc.BackboneServicer):
 
     def _bytes_kept(self, order: PassOrder) -> int:
         """Return what a pass keeps here until its device goes on, or has read it."""
-        rows = order.rows
+        rows, mask = order.rows, bytes_of_mask(self._cut, order.rows)
         if order.training:
             at_sites = bytes_at_sites(self._cut, order.active, order.frames)
-            return self.cost.bytes_for(len(rows.lengths), rows.width, at_sites)
+            count, width = (1, rows.num_tokens) if rows.shared else (len(rows.lengths), rows.width)
+            return mask + self.cost.bytes_for(count, width, at_sites)
         if order.taps is not None:
             taps = order.taps
-            return bytes_of_taps(self._cut.geometry, rows.num_tokens, len(taps.blocks), taps.width)
-        return 0
+            return mask + bytes_of_taps(self._cut.geometry, rows.num_tokens, len(taps.blocks), taps.width)
+        return mask
 
     def _max_active(self, tenant: str) -> int | None:
         return self._tenants.max_active.get(tenant, self._limits.max_active)

@@ -11,6 +11,7 @@ It decides nothing about gradients; `model.walk` does. May import errors, `model
 from __future__ import annotations
 
 import copy
+import inspect
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast, final
@@ -23,6 +24,7 @@ from tidelock.errors import ConfigError, ModelError
 from tidelock.model.call import call_decoder
 from tidelock.model.frames import Frames
 from tidelock.model.geometry import Place, SiteId, geometry_of
+from tidelock.model.shared_prefix import keep_rows_apart
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -63,6 +65,11 @@ class BlockCall:
         else:
             result = self.block(hidden_BTD, *self.args, **self.kwargs)
         return cast("Tensor", result[0] if isinstance(result, tuple) else result)
+
+    def named(self) -> dict[str, Any]:
+        """Return the arguments by their names, however the decoder gave them."""
+        names = list(inspect.signature(self.block.forward).parameters)
+        return {**dict(zip(names[0 if self.state_is_keyword else 1 :], self.args, strict=False)), **self.kwargs}
 
 
 @final
@@ -171,6 +178,7 @@ class CutModel:
         run_blocks: Callable[[Sequence[BlockCall], Tensor], Tensor],
         *,
         positions_BT: Tensor | None = None,
+        visible_NN: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """Return the decoder's final state, shape (B, T, D), with the blocks run by `run_blocks`.
@@ -181,13 +189,36 @@ class CutModel:
             run_blocks: Gets the calls of all blocks, in order, and the first block's input; returns the last one's
                 output.
             positions_BT: Position of each token, int64; None leaves it to the decoder.
+            visible_NN: Of rows that lie one after another in one: which tokens each may attend to; see `Layout`.
             cache: Keys and values of earlier tokens, extended in place.
         """
+        if visible_NN is not None and positions_BT is not None:
+            run_blocks = self._keeping_rows_apart(run_blocks, visible_NN, positions_BT[0])
         token = _TRACE.set(_Trace(run_blocks, []))
         try:
             return call_decoder(self._skeleton, embeddings_BTE, mask_BT, positions_BT=positions_BT, cache=cache)
         finally:
             _TRACE.reset(token)
+
+    def _keeping_rows_apart(
+        self, run_blocks: Callable[[Sequence[BlockCall], Tensor], Tensor], visible_NN: Tensor, positions_N: Tensor
+    ) -> Callable[[Sequence[BlockCall], Tensor], Tensor]:
+        """Return `run_blocks` for calls in which no token attends to those of another row."""
+        width = int(positions_N.max()) + 1
+        row_calls: list[BlockCall] = []
+
+        def note(calls: Sequence[BlockCall], hidden_BTD: Tensor) -> Tensor:
+            row_calls.extend(calls)
+            return hidden_BTD
+
+        # What the decoder gives its blocks for one row of its own: its masks are taken from there.
+        x_BTE = torch.zeros(1, width, self.geometry.embedding_width, dtype=self.dtype, device=self.device)
+        self.run(x_BTE, torch.ones(1, width, dtype=torch.long, device=self.device), note)
+
+        def run(calls: Sequence[BlockCall], hidden_BTD: Tensor) -> Tensor:
+            return run_blocks(keep_rows_apart(calls, row_calls, visible_NN, positions_N, hidden_BTD.dtype), hidden_BTD)
+
+        return run
 
     def _make_skeleton(self, *, returns_tuple: bool) -> nn.Module:
         """Return a copy of the decoder that shares everything with it but has stubs for blocks."""

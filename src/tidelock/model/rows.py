@@ -31,11 +31,14 @@ class Rows:
         starts: First real position of each row (0 unless padded at the left).
         lengths: Number of real tokens in each row, at least 1.
         width: Positions a row has, T.
+        shared: Tokens that all rows begin with and that are packed once; fewer than any row has, and only where no row
+            is padded at the left.
     """
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
     width: int
+    shared: int = 0
 
     @classmethod
     def from_mask(cls, mask_BT: Tensor) -> Rows:
@@ -64,8 +67,8 @@ class Rows:
 
     @property
     def num_tokens(self) -> int:
-        """N, the number of real tokens."""
-        return sum(self.lengths)
+        """N, the number of tokens that are packed."""
+        return sum(self.lengths) - self.shared * (len(self.lengths) - 1)
 
     @property
     def is_dense(self) -> bool:
@@ -74,6 +77,8 @@ class Rows:
 
     def split(self, count: int | None = None) -> list[Rows]:
         """Return groups of rows, in order, of about as many tokens each, and as wide as their own rows need.
+
+        They share nothing yet: what the rows of a group begin with may be longer than what all rows do.
 
         Args:
             count: How many groups, or one a row where there are fewer rows; None has these rows alone decide: 4, or
@@ -98,7 +103,7 @@ class Rows:
         return ((positions >= starts) & (positions < starts + lengths)).long()
 
     def indices(self) -> Tensor:
-        """Return where each real token is in the flattened batch, int64 of shape (N,)."""
+        """Return where each real token is in the flattened batch, int64; a shared prefix is in each row."""
         return self.mask().flatten().nonzero().squeeze(1)
 
     def layout(self, device: torch.device, *, counted: bool = False) -> Layout:
@@ -108,6 +113,8 @@ class Rows:
             device: Where the decoder computes.
             counted: Count each row's positions from its first real token; else that is left to the decoder.
         """
+        if self.shared:
+            return self._shared_layout(device)
         mask_BT = self.mask().to(device)
         return Layout(
             mask_BT=mask_BT,
@@ -121,6 +128,19 @@ class Rows:
         count = len(self.lengths)
         mask_BT = torch.cat([self.mask(), torch.ones(count, past + 1 - self.width, dtype=torch.long)], 1).to(device)
         return Layout(mask_BT, mask_BT.sum(1, keepdim=True) - 1, None, (count, 1))
+
+    def _shared_layout(self, device: torch.device) -> Layout:
+        """Return one long row: the prefix, and after it what is each row's own, at the positions that it has there."""
+        own = torch.tensor(self.lengths) - self.shared
+        positions = [torch.arange(self.shared), *(torch.arange(self.shared, length) for length in self.lengths)]
+        row_N = torch.cat([torch.full((self.shared,), -1), torch.arange(len(own)).repeat_interleave(own)]).to(device)
+        return Layout(
+            mask_BT=torch.ones(1, self.num_tokens, dtype=torch.long, device=device),
+            positions_BT=torch.cat(positions)[None].to(device),
+            indices_N=None,
+            shape_BT=(1, self.num_tokens),
+            visible_NN=(row_N[:, None] == row_N) | (row_N == -1),
+        )
 
     def _take(self, first: int, end: int) -> Rows:
         starts, lengths = self.starts[first:end], self.lengths[first:end]
@@ -137,12 +157,15 @@ class Layout:
         positions_BT: Position of each token in its row, int64; None leaves it to the decoder.
         indices_N: Where each token is in the flattened batch, int64; None when there is no padding.
         shape_BT: Rows, and positions that a row has.
+        visible_NN: Which tokens (second axis) each one (first axis) may attend to, as far as the decoder's own mask of
+            a row lets it. None unless rows that share a prefix lie one after another in one.
     """
 
     mask_BT: Tensor
     positions_BT: Tensor | None
     indices_N: Tensor | None
     shape_BT: tuple[int, int]
+    visible_NN: Tensor | None = None
 
     def pack(self, x_BTD: Tensor) -> Tensor:
         """Return the real tokens of a padded tensor, shape (N, D)."""

@@ -96,7 +96,12 @@ class TapPass:
 
         embeddings_BTE = layout.unpack(embeddings_NE.to(self._cut.device, self._cut.dtype))
         final_BTD = self._cut.run(
-            embeddings_BTE, layout.mask_BT, run_blocks, positions_BT=layout.positions_BT, cache=cache
+            embeddings_BTE,
+            layout.mask_BT,
+            run_blocks,
+            positions_BT=layout.positions_BT,
+            visible_NN=layout.visible_NN,
+            cache=cache,
         )
         final_MD = layout.pack(final_BTD).index_select(0, select_M.to(final_BTD.device))
         return Taps(tuple(taps), final_MD)

@@ -176,7 +176,12 @@ class Walk:
         embeddings_BTE = layout.unpack(embeddings_NE.to(self._cut.device, self._cut.dtype))
         with torch.set_grad_enabled(self._batch.training):
             final_BTD = self._cut.run(
-                embeddings_BTE, layout.mask_BT, self._run_blocks, positions_BT=layout.positions_BT, cache=cache
+                embeddings_BTE,
+                layout.mask_BT,
+                self._run_blocks,
+                positions_BT=layout.positions_BT,
+                visible_NN=layout.visible_NN,
+                cache=cache,
             )
             final_ND = layout.pack(final_BTD)
             final_MD = final_ND if select_all else final_ND.index_select(0, self._batch.select_M.to(final_ND.device))

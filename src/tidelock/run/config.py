@@ -55,7 +55,7 @@ _METHODS_OF = {
     **dict.fromkeys(("rank", "alpha", "rslora"), ("lora",)),
     **dict.fromkeys(("bottleneck", "place", "activation"), ("adapter",)),
     **dict.fromkeys(("core_rank", "core_scale", "core_frames"), ("core",)),
-    **dict.fromkeys(("gradient_codec", "stochastic_rounding", "micro_batches", *_SCHEDULED), _AT_SITES),
+    **dict.fromkeys(("gradient_codec", "stochastic_rounding", "micro_batches", "share_prefix", *_SCHEDULED), _AT_SITES),
     **dict.fromkeys(_OF_SIDE, ("side",)),
     "target": ("lora", "core"),
     "dropout": ("lora", "adapter"),
@@ -187,6 +187,7 @@ class RunConfig:
     max_steps: int | None = _knob(None, "Stop after so many optimizer steps instead.", _AT_LEAST_1)
     batch_size: int = _knob(8, "Examples in a batch.", _AT_LEAST_1)
     length_grouped: bool = _knob(False, "Put examples of like length in a batch: less padding is computed.")
+    share_prefix: bool = _knob(False, "Compute and send once what all examples of a micro-batch begin with.")
     accumulate: int = _knob(1, "Batches in an optimizer step.", _AT_LEAST_1)
     learning_rate: float = _knob(3e-4, "Peak learning rate of AdamW.", _POSITIVE)
     lr_schedule: str = _knob("linear", "How it falls: linear, cosine or constant.", _one_of(LR_SCHEDULES))
