@@ -75,9 +75,10 @@ def _worth_sharing(batch: Batch, width: int) -> int:
     tokens, padded = replace(rows, shared=prefix).num_tokens, len(rows.lengths) * rows.width
     if prefix < _LEAST or tokens > MOST_TOKENS:
         return 0
-    # In a block a token takes about 12 D^2 multiplications and a pair of tokens, in attention, 2 D.
+    # In a block a token takes about 12 D^2 multiplications and a pair of tokens, in attention, 2 D; the mask and the
+    # softmax about as much again.
     further_pairs = tokens * tokens - padded * rows.width
-    return prefix if further_pairs < 6 * width * (padded - tokens) else 0
+    return prefix if further_pairs < 3 * width * (padded - tokens) else 0
 
 
 def _common_prefix(batch: Batch) -> int:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.sites import attn
 from tests.unit.hand_device import BLOCKS, WIDTH, wait_until
-from tidelock.cloud.memory import MemoryBudget, PassCost, _ZeroSites, bytes_at_sites, measure_cost
+from tidelock.cloud.memory import MemoryBudget, PassCost, _ZeroSites, bytes_at_sites, bytes_of_mask, measure_cost
 from tidelock.model.cut import CutModel
 from tidelock.model.frames import FrameChoice
 from tidelock.model.geometry import Place
@@ -25,8 +25,9 @@ def cut_model(folder, attention):
     return CutModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention))
 
 
-def really_kept(cut, active, rows, width, frames=None):
+def really_kept(cut, active, rows, width, frames=None, shared=0):
     """Return the bytes that a pass of so many full rows keeps, other than weights."""
+    places = Rows((0,) * rows, (width,) * rows, width, shared)
     weights = {parameter.untyped_storage().data_ptr() for parameter in cut.parameters()}
     kept = {}
 
@@ -37,9 +38,9 @@ def really_kept(cut, active, rows, width, frames=None):
         return tensor
 
     batch = Batch(
-        embeddings_NE=torch.randn(rows * width, WIDTH),
-        rows=Rows((0,) * rows, (width,) * rows, width),
-        select_M=torch.arange(rows * width),
+        embeddings_NE=torch.randn(places.num_tokens, WIDTH),
+        rows=places,
+        select_M=torch.arange(places.num_tokens),
         active=active,
         training=True,
         frames=frames,
@@ -85,6 +86,17 @@ def test_the_measured_cost_is_what_a_pass_keeps(tiny_folder, attention, places, 
     else:
         # Nothing of the lowest block is saved below its first site, which is further up.
         assert really <= measured <= really * BLOCKS / (BLOCKS - 1)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("rows", "width", "shared"), [(2, 24, 8), (4, 60, 40)])
+def test_so_it_is_of_rows_that_share_a_prefix(tiny_folder, attention, rows, width, shared):
+    cut = cut_model(tiny_folder, attention)
+    active, tokens = sites_at(cut, Place.ATTN), shared + rows * (width - shared)
+    mask = bytes_of_mask(cut, Rows((0,) * rows, (width,) * rows, width, shared))
+    measured = mask + measure_cost(cut).bytes_for(1, tokens, bytes_at_sites(cut, active))
+    assert measured == pytest.approx(really_kept(cut, active, rows, width, shared=shared), rel=0.15)
+    assert bytes_of_mask(cut, Rows((0,) * rows, (width,) * rows, width)) == 0
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 16), (3, 60)])

@@ -20,9 +20,11 @@ from tests.unit.hand_device import (
     HandDevice,
     HandPass,
     an_active_site,
+    an_open,
     wait_until,
 )
 from tidelock.cloud import service as service_module
+from tidelock.cloud.engine import read_open
 from tidelock.cloud.memory import bytes_at_sites
 from tidelock.cloud.service import BackboneService, Limits
 from tidelock.errors import WireError
@@ -336,6 +338,20 @@ def test_memory_is_reserved_until_the_end_of_the_pass_only(start_cloud, hand_dev
     assert cloud.service._memory._used == bytes_of_a_pass(cloud) > 0
     run.backward()
     wait_until(cloud.is_idle, "an idle cloud")
+
+
+def test_rows_that_share_a_prefix_are_counted_as_one_long_row_with_its_mask(start_cloud):
+    service = start_cloud().service
+    mask = 2 * 4 * 11**2
+
+    def kept(**changes):
+        opened = an_open(starts=[0, 0], lengths=[8, 8], **changes)
+        return service._bytes_kept(read_open(opened, service._cut.geometry, 100))
+
+    at_sites = bytes_at_sites(service._cut, dict.fromkeys(map(attn, (0, 1)), PROJECTIONS))
+    assert kept() == service.cost.bytes_for(2, 8, at_sites)
+    assert kept(shared=5) == mask + service.cost.bytes_for(1, 11, at_sites)
+    assert kept(shared=5, mode=pb.EVALUATE) == mask
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("private"), RuntimeError("private"), MemoryError()])

@@ -1,0 +1,162 @@
+"""A shared prefix: which tokens are packed once, what stands for them, and who may attend to whom."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from tests.support.sites import attn
+from tests.unit.hand_device import PROJECTIONS, WIDTH
+from tidelock.model.cut import CutModel
+from tidelock.model.rows import Rows
+from tidelock.model.shared_prefix import MOST_TOKENS, share_prefixes
+from tidelock.model.walk import Batch
+
+LEAST = 8
+# Token ids; those of a prefix are 100 and more.
+ROWS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=9), min_size=1, max_size=6)
+
+
+def a_batch(rows, select=None, starts=None):
+    """Return a micro-batch of rows of token ids, each embedded as itself."""
+    starts = starts or (0,) * len(rows)
+    lengths = tuple(len(row) for row in rows)
+    ids = torch.tensor([token for row in rows for token in row], dtype=torch.float32)
+    select = torch.arange(len(ids)) if select is None else torch.tensor(select)
+    width = max(start + length for start, length in zip(starts, lengths, strict=True))
+    return Batch(ids[:, None] * torch.ones(3), Rows(starts, lengths, width), select, active={}, training=True, seed=9)
+
+
+def shared(*batches, width=10_000):
+    return share_prefixes(batches, width)
+
+
+@given(st.integers(0, 12), ROWS, st.data())
+def test_every_selected_token_has_its_own_or_one_that_is_the_same(prefix, own, data):
+    rows = [list(range(100, 100 + prefix)) + row for row in own]
+    count = sum(map(len, rows))
+    select = data.draw(st.lists(st.integers(0, count - 1), min_size=1, unique=True).map(sorted))
+    batch = a_batch(rows, select)
+    (packed,), number_M = shared(batch)
+    common = next((place for place, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1), None)
+    most = min(map(len, rows)) - 1
+    common = most if common is None else min(common, most)
+    expected = common if len(rows) > 1 and common >= LEAST else 0
+    assert packed.rows == replace(batch.rows, shared=expected)
+    assert len(packed.embeddings_NE) == packed.rows.num_tokens == count - expected * (len(rows) - 1)
+    # Ascending, as they cross, and each once.
+    assert packed.select_M.tolist() == sorted(set(packed.select_M.tolist()))
+    assert torch.equal(packed.embeddings_NE[packed.select_M][number_M], batch.embeddings_NE[batch.select_M])
+    layout = packed.rows.layout(torch.device("cpu"), counted=True)
+    positions = layout.positions_BT.flatten()[packed.select_M] if expected else None
+    if positions is not None:
+        in_rows = torch.cat([torch.arange(len(row)) for row in rows])
+        assert torch.equal(positions[number_M], in_rows[batch.select_M])
+    assert (packed.seed, packed.training) == (9, True)
+
+
+@given(st.integers(LEAST, 12), ROWS)
+def test_a_token_sees_the_prefix_and_its_own_row(prefix, own):
+    assume(len(own) > 1)
+    rows = Rows((0,) * len(own), tuple(prefix + len(row) for row in own), prefix + max(map(len, own)), prefix)
+    layout = rows.layout(torch.device("cpu"))
+    assert layout.positions_BT is not None
+    assert layout.visible_NN is not None
+    assert layout.shape_BT == (1, rows.num_tokens)
+    assert layout.mask_BT.tolist() == [[1] * rows.num_tokens]
+    assert layout.indices_N is None
+    owners = [None] * prefix + [number for number, row in enumerate(own) for _ in row]
+    places = list(range(prefix)) + [prefix + place for row in own for place in range(len(row))]
+    assert layout.positions_BT.tolist() == [places]
+    for query, sees in enumerate(layout.visible_NN.tolist()):
+        assert sees == [owner is None or owner == owners[query] for owner in owners]
+
+
+def test_micro_batches_count_on_from_each_other():
+    rows = [[*range(100, 110), 1, 2], [*range(100, 110), 3]]
+    batches, number_M = shared(a_batch(rows, [9, 11, 21]), a_batch([[1, 2], [3]], [0, 2]), a_batch(rows, [0, 12]))
+    assert [batch.rows.shared for batch in batches] == [10, 0, 10]
+    assert [batch.select_M.tolist() for batch in batches] == [[9, 11], [0, 2], [0]]
+    # The last token of the prefix predicts for both rows; so does the first.
+    assert number_M.tolist() == [0, 1, 0, 2, 3, 4, 4]
+
+
+def test_equal_rows_keep_a_token_each():
+    (packed,), _ = shared(a_batch([list(range(100, 110))] * 3))
+    assert packed.rows.shared == 9
+    assert packed.embeddings_NE[:, 0].tolist() == [*range(100, 110), 109, 109]
+
+
+@pytest.mark.parametrize(
+    ("rows", "starts"),
+    [
+        ([[*range(LEAST - 1), 9], [*range(LEAST - 1), 8]], None),
+        ([list(range(12)), list(range(12))], (0, 1)),
+        ([list(range(12)), list(range(12))], (2, 2)),
+        ([list(range(12))], None),
+        ([list(range(1, 13)), list(range(12))], None),
+    ],
+    ids=["too short", "padded at the left", "all padded at the left", "one row", "different"],
+)
+def test_what_is_not_shared_stays_as_it_is(rows, starts):
+    batch = a_batch(rows, starts=starts)
+    (packed,), number_M = shared(batch)
+    assert packed is batch
+    assert number_M.tolist() == batch.select_M.tolist()
+
+
+def test_it_is_shared_only_where_it_pays():
+    """Many long rows with a short prefix: one row of them all has many pairs of tokens in attention."""
+    rows = [[*range(100, 110), *range(row, row + 60)] for row in range(8)]
+    for width, pays in ((32, False), (4096, True)):
+        (packed,), _ = shared(a_batch(rows), width=width)
+        assert bool(packed.rows.shared) is pays, width
+    padded, tokens = 8 * 70, 10 + 8 * 60
+    first = (tokens**2 - padded * 70) // (3 * (padded - tokens)) + 1
+    assert [bool(shared(a_batch(rows), width=width)[0][0].rows.shared) for width in (first - 1, first)] == [False, True]
+
+
+def test_no_mask_is_too_large():
+    rows = [[*range(100, 200), *range(row, row + 450)] for row in range(10)]
+    assert not shared(a_batch(rows))[0][0].rows.shared
+    fewer = shared(a_batch(rows[:8]))[0][0].rows
+    assert fewer.shared == 100
+    assert fewer.num_tokens <= MOST_TOKENS < 100 + 10 * 450
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_has_the_models_own_dtype_and_one_is_enough_for_all_blocks(tiny_folder, attention, dtype):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=dtype, attn_implementation=attention)
+    cut, rows = CutModel(model), Rows((0, 0), (10, 11), 11, 8)
+    layout = rows.layout(cut.device)
+    seen: list[torch.Tensor] = []
+    assert layout.positions_BT is not None
+    assert layout.visible_NN is not None
+
+    def look(calls, hidden_BTD):
+        seen.extend(call.kwargs["attention_mask"] for call in calls)
+        for call in calls:
+            hidden_BTD = call(hidden_BTD)
+        return hidden_BTD
+
+    x_BTE = torch.randn(1, rows.num_tokens, WIDTH, dtype=dtype)
+    with torch.no_grad():
+        final = cut.run(x_BTE, layout.mask_BT, look, positions_BT=layout.positions_BT, visible_NN=layout.visible_NN)
+    assert final.shape == (1, 13, WIDTH)
+    assert {id(mask) for mask in seen} == {id(seen[0])}
+    assert (seen[0].shape, seen[0].dtype) == ((1, 1, 13, 13), dtype)
+    causal = layout.positions_BT[0][:, None] >= layout.positions_BT[0]
+    assert torch.equal(seen[0][0, 0] == 0, layout.visible_NN & causal)
+
+
+def test_sharing_leaves_a_batchs_sites_as_they_are():
+    rows = [[*range(100, 110), 1], [*range(100, 110), 2]]
+    batch = replace(a_batch(rows), active={attn(1): PROJECTIONS}, learns_from=1)
+    (packed,), _ = shared(batch)
+    assert (packed.active, packed.learns_from, packed.lowest) == (batch.active, 1, attn(1))
