@@ -43,7 +43,7 @@ class PassSettings:
 
     in_flight: int | None = None
     micro_batches: int | None = None
-    share_prefix: bool = False
+    share_prefix: bool = True
 
 
 @final

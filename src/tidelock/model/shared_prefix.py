@@ -90,10 +90,14 @@ def _common_prefix(batch: Batch) -> int:
     if len(rows.lengths) < 2 or any(rows.starts):
         return 0
     first_B = torch.tensor((0, *rows.lengths[:-1])).cumsum(0)
-    place_BP = first_B[:, None] + torch.arange(min(rows.lengths) - 1)
-    prefix_BPE = batch.embeddings_NE[place_BP.to(batch.embeddings_NE.device)]
-    same_P = (prefix_BPE == prefix_BPE[:1]).all(-1).all(0)
-    return int(same_P.long().cumprod(0).sum())
+    common, embeddings_NE = min(rows.lengths) - 1, batch.embeddings_NE
+    # One number tells nearly all tokens apart; the others are compared where it does not.
+    for numbers in (1, embeddings_NE.shape[1]):
+        place_BP = first_B[:, None] + torch.arange(common)
+        prefix_BPE = embeddings_NE[:, :numbers][place_BP.to(embeddings_NE.device)]
+        same_P = (prefix_BPE == prefix_BPE[:1]).all(-1).all(0)
+        common = int(same_P.long().cumprod(0).sum())
+    return common
 
 
 def keep_rows_apart(

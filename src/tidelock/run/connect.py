@@ -62,7 +62,7 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
     stochastic_rounding: bool = False,
     in_flight: int | None = None,
     micro_batches: int | None = None,
-    share_prefix: bool = False,
+    share_prefix: bool = True,
     patience_seconds: float = 120.0,
     ledger: Ledger | None = None,
 ) -> DeviceModel:

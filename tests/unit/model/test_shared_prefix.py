@@ -110,6 +110,12 @@ def test_what_is_not_shared_stays_as_it_is(rows, starts):
     assert number_M.tolist() == batch.select_M.tolist()
 
 
+def test_tokens_are_the_same_only_if_all_their_numbers_are():
+    batch = a_batch([list(range(100, 112))] * 2)
+    batch.embeddings_NE[12 + 9, 2] += 1
+    assert shared(batch)[0][0].rows.shared == 9
+
+
 def test_it_is_shared_only_where_it_pays():
     """Many long rows with a short prefix: one row of them all has many pairs of tokens in attention."""
     rows = [[*range(100, 110), *range(row, row + 60)] for row in range(8)]
