@@ -20,7 +20,7 @@ from tidelock.device.bank import Bank, BankPass
 from tidelock.device.causal_lm import DeviceCausalLM, fresh_head, packed_ids
 from tidelock.device.in_flight import BatchPass, PassSettings
 from tidelock.errors import WireError
-from tidelock.model.shared_prefix import share_prefixes
+from tidelock.model.shared_prefix import common_prefix, share_prefixes
 from tidelock.model.walk import Batch
 from tidelock.peft.export import apply_adapter, save_adapter
 from tidelock.peft.methods import at_sites
@@ -106,7 +106,8 @@ class DeviceModel(DeviceCausalLM):
 
     def final_states(self, ids_BT: Tensor, rows: Rows, select_M: Tensor) -> Tensor:
         """Return the states that the head reads at the selected tokens, shape (M, D)."""
-        batches = self.open_batch(ids_BT, rows, select_M).split(self.settings.micro_batches)
+        batch = self.open_batch(ids_BT, rows, select_M)
+        batches = batch.split(self.settings.micro_batches, common_prefix(batch) if self._may_share else 0)
         number_M: Tensor | None = None
         if self._may_share:
             batches, number_M = share_prefixes(batches, self.ends.geometry.block_width)

@@ -75,7 +75,7 @@ class Rows:
         """Whether there is no padding at all."""
         return self.num_tokens == len(self.lengths) * self.width
 
-    def split(self, count: int | None = None) -> list[Rows]:
+    def split(self, count: int | None = None, prefix: int = 0) -> list[Rows]:
         """Return groups of rows, in order, of about as many tokens each, and as wide as their own rows need.
 
         They share nothing yet: what the rows of a group begin with may be longer than what all rows do.
@@ -83,10 +83,12 @@ class Rows:
         Args:
             count: How many groups, or one a row where there are fewer rows; None has these rows alone decide: 4, or
                 fewer of 64 tokens or more in the mean.
+            prefix: Tokens that all rows begin with, and of which each group will have a copy. They are not counted, and
+                groups have as many other tokens in the mean, or more, so that copies cost less than they save.
         """
-        ends = list(accumulate(self.lengths))
+        ends = list(accumulate(length - prefix for length in self.lengths))
         if count is None:
-            count = max(1, min(_MOST_GROUPS, self.num_tokens // _TOKENS_IN_GROUP))
+            count = max(1, min(_MOST_GROUPS, ends[-1] // max(_TOKENS_IN_GROUP, prefix)))
         count = min(count, len(ends))
         cuts = [0]
         for number in range(1, count):

@@ -71,9 +71,9 @@ def _share(batch: Batch, prefix: int) -> tuple[Batch, Tensor]:
 
 def _worth_sharing(batch: Batch, width: int) -> int:
     """Return P, or 0 where sharing a prefix would have the blocks compute more than without."""
-    prefix, rows = _common_prefix(batch), batch.rows
+    prefix, rows = common_prefix(batch), batch.rows
     tokens, padded = replace(rows, shared=prefix).num_tokens, len(rows.lengths) * rows.width
-    if prefix < _LEAST or tokens > MOST_TOKENS:
+    if tokens > MOST_TOKENS:
         return 0
     # In a block a token takes about 12 D^2 multiplications and a pair of tokens, in attention, 2 D; the mask and the
     # softmax about as much again.
@@ -81,8 +81,8 @@ def _worth_sharing(batch: Batch, width: int) -> int:
     return prefix if further_pairs < 3 * width * (padded - tokens) else 0
 
 
-def _common_prefix(batch: Batch) -> int:
-    """Return how many first tokens all rows have in common, if each keeps one of its own.
+def common_prefix(batch: Batch) -> int:
+    """Return how many first tokens all rows have in common, if each keeps one of its own; 0 where they are few.
 
     Equal tokens are those of equal embeddings: a block knows nothing else of them.
     """
@@ -97,7 +97,7 @@ def _common_prefix(batch: Batch) -> int:
         prefix_BPE = embeddings_NE[:, :numbers][place_BP.to(embeddings_NE.device)]
         same_P = (prefix_BPE == prefix_BPE[:1]).all(-1).all(0)
         common = int(same_P.long().cumprod(0).sum())
-    return common
+    return common if common >= _LEAST else 0
 
 
 def keep_rows_apart(

@@ -79,10 +79,10 @@ class Batch:
         """The site at which backward ends; None without an active one."""
         return min((site for site in self.active if site.block >= (self.learns_from or 0)), default=None)
 
-    def split(self, count: int | None = None) -> list[Batch]:
+    def split(self, count: int | None = None, prefix: int = 0) -> list[Batch]:
         """Return micro-batches of whole rows, in order; see `Rows.split`."""
         batches, start = [], 0
-        for number, rows in enumerate(self.rows.split(count)):
+        for number, rows in enumerate(self.rows.split(count, prefix)):
             end = start + rows.num_tokens
             inside = (self.select_M >= start) & (self.select_M < end)
             embeddings, select = self.embeddings_NE[start:end], self.select_M[inside] - start
