@@ -251,6 +251,17 @@ def test_rounding_is_all_that_differs(tiny_models: Path):
     assert any(not torch.equal(plain[2][name], shared[2][name]) for name in plain[2])
 
 
+@pytest.mark.slow
+def test_smollm2_equals_separate_rows(smollm2: Path, see: See):
+    batch, outcomes = token_batch("right", lengths=(60, 52, 71, 66), prefix=40, vocab=40_000), []
+    for share in (False, True):
+        model = connect("local", model=smollm2, peft_config=_METHODS["lora"], share_prefix=share, micro_batches=1)
+        rows = see(model)
+        outcomes.append(_outcome(model, batch))
+    assert [row.shared for row in rows] == [40]
+    _assert_close(*outcomes)
+
+
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_taps_are_those_of_separate_rows(name: str, tiny_models: Path):
     cut = CutModel(AutoModelForCausalLM.from_pretrained(tiny_models / name, dtype=torch.float32))

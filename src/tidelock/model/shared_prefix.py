@@ -5,6 +5,8 @@ system prompt for example, these have the same states in each, and one copy of t
 one: the prefix, and after it what is each row's own, at the positions that it has there. A token attends to the prefix
 and to its own row. Autograd sums what all rows send into the prefix, so that gradients are those of separate rows.
 
+Each micro-batch has a copy of its own, which `Rows.split` counts.
+
 The price is a mask over all pairs of tokens, of other rows too. A prefix is shared only where that is less than what it
 saves, as the batch and the width of the model alone decide.
 
