@@ -183,6 +183,17 @@ def test_each_micro_batch_shares_what_its_own_rows_begin_with(join: Connect, see
     assert sorted(row.shared for row in rows) == [_PREFIX, 20]
 
 
+def test_a_batch_is_split_by_what_follows_the_prefix(tiny_models: Path, see: See):
+    batch, outcomes, seen = token_batch("none", lengths=(60,) * 8, prefix=50), [], []
+    for share in (False, True):
+        model = connect("local", model=tiny_models / "llama", peft_config=_METHODS["lora"], share_prefix=share)
+        rows = see(model)
+        outcomes.append(_outcome(model, batch))
+        seen.append([(len(row.lengths), row.shared) for row in rows])
+    assert seen == [[(2, 0)] * 4, [(8, 50)]]
+    _assert_close(outcomes[1], outcomes[0])
+
+
 def test_with_few_modules_active(join: Connect, see: See):
     plain, shared = (join("llama", _METHODS["lora"], share_prefix=share) for share in (False, True))
     rows = see(shared)
