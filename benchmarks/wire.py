@@ -12,7 +12,8 @@ from the short to the long ones. Bytes are those of the ledger, per real token t
     python benchmarks/wire.py --show        # the tables and the plot of the last results, measuring nothing
 
 What is naive: the whole batch as one pass that waits for every answer, in fp32, with padding as if it were tokens and
-the final state of each. One thing is always saved and not measured here: the input gradient of the lowest site.
+the final state of each. One thing is always saved and not measured here: the input gradient of the lowest site. One is
+never saved here: what all texts begin with, which benchmarks/prefix.py measures.
 Kill and Revive is measured as it is between two decisions, with every fourth module active: 8 of 30, and the lowest,
 which is the dearest of all choices. On links of 100 Mbit/s and less the first three variants take one batch only, on
 links of 10 Mbit/s and less none.
@@ -299,7 +300,7 @@ def _device_model(folder: str, variant: Variant, access: dict[str, str], ledger:
         config = tidelock.CoreConfig()
     if variant.blocking:
         shared |= {"micro_batches": 1, "in_flight": 1}
-    model = tidelock.connect(where, peft_config=config, **shared)
+    model = tidelock.connect(where, peft_config=config, share_prefix=False, **shared)
     if variant.few:
         model.bank.activate(model.bank.numbers[::_STRIDE])
     return model

@@ -73,9 +73,12 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, tiny_models: Path) -> Iterator[Any]:
         model.close()
 
 
-def _gradients(model: DeviceModel, padding: str, seed: int = 0) -> tuple[float, dict[str, torch.Tensor]]:
+def _gradients(
+    model: DeviceModel, padding: str, seed: int = 0, prefix: int = 0
+) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
-    batch = {name: tensor.to(model.device) for name, tensor in token_batch(padding, seed=seed).arguments().items()}
+    made = token_batch(padding, seed=seed, lengths=(prefix + 11, prefix + 7, prefix + 9), prefix=prefix)
+    batch = {name: tensor.to(model.device) for name, tensor in made.arguments().items()}
     loss = model(**batch).loss
     loss.backward()
     return loss.item(), _grads(model)
@@ -103,6 +106,17 @@ def test_a_cloud_on_a_gpu_gives_a_cpu_s_gradients(
     assert model.device.type == "cpu"
     _assert_close(_gradients(model, padding), expected)
     model.close()
+
+
+@pytest.mark.parametrize("where", ["local", "cloud"])
+def test_a_prefix_that_rows_share_too(where: str, gpu_cloud: str, tiny_models: Path, on_cpu: Any) -> None:
+    expected = _gradients(on_cpu("llama", _METHODS["lora"]), "right", prefix=10)
+    at, config = gpu_cloud if where == "cloud" else "local", _METHODS["lora"]
+    for share in (False, True):
+        model = connect(at, model=tiny_models / "llama", peft_config=config, token=TOKEN, share_prefix=share)
+        randomise_adapter(model)
+        _assert_close(_gradients(model, "right", prefix=10), expected)
+        model.close()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.support.tiny_models import ALL_MODELS, BLOCKS, UNVERIFIED_MODELS
+from tests.support.tiny_models import ALL_MODELS, BLOCKS, JOINED_MODELS
 from tidelock.model.attention import _groups, join_rows
 from tidelock.model.call import call_decoder
 from tidelock.model.families import family_of
@@ -18,15 +18,15 @@ from tidelock.model.rows import Rows
 
 CPU = torch.device("cpu")
 LENGTHS = (3, 9, 1, 8, 4)
-# Whose attention is code of its own, or not the one that torch has.
-NOT_JOINED = {"bloom", "bloom_post_norm", "gemma2", *UNVERIFIED_MODELS}
 
 
 def joined_decoder(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     family = family_of(model)
     decoder = cast("PreTrainedModel", model.get_submodule(family.decoder)).eval()
-    return decoder, join_rows(decoder, family)
+    if family.joins_rows:
+        join_rows(decoder)
+    return decoder, family.joins_rows
 
 
 def rows_of(lengths):
@@ -36,7 +36,7 @@ def rows_of(lengths):
 @pytest.mark.parametrize("name", ALL_MODELS)
 def test_a_decoder_gives_for_joined_rows_what_it_gives_for_each_alone(name, tiny_models):
     decoder, joins = joined_decoder(tiny_models / name)
-    assert joins == (name not in NOT_JOINED)
+    assert joins == (name in JOINED_MODELS)
     if not joins:
         return
     rows = rows_of(LENGTHS)

@@ -20,6 +20,7 @@ from tests.support.proxy import LinkProxy
 from tests.support.tiny_models import VOCAB
 from tidelock.backbone.protocol import AttemptSites, Pass
 from tidelock.data.batch import Collator
+from tidelock.device.in_flight import PassSettings
 from tidelock.device.kill_revive import KillRevive, PeriodReport
 from tidelock.device.model import DeviceModel
 from tidelock.errors import ConfigError
@@ -200,7 +201,7 @@ def test_the_ledger_is_what_a_proxy_counts(cloud: CloudProcess, tiny_models: Pat
 def test_a_warm_up_by_turns_has_few_active_at_once(join: Connect, tmp_path: Path) -> None:
     torch.manual_seed(3)
     model = join(_MODEL, _CONFIG)
-    model.in_flight = 1
+    model.settings = PassSettings(in_flight=1)
     active: list[int] = []
     forward = model.backbone.forward
 

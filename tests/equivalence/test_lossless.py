@@ -37,6 +37,8 @@ _BATCH = token_batch("right")
 _TOKENS = int(_BATCH.attention_mask.sum())
 _PADDING = _BATCH.attention_mask.numel() - _TOKENS
 _LABELLED = int((_BATCH.labels[:, 1:] != -100).sum())
+# Of rows that begin with the same tokens.
+_PREFIX, _LENGTHS = 12, (17, 15, 21)
 # Around the numbers of a message, at most.
 _FRAMING = 24
 
@@ -67,6 +69,21 @@ def cross(cloud: CloudProcess, tiny_models: Path) -> Cross:
         return Crossed(_kinds(ledger), loss.item(), gradients_of(model), model.ends.geometry)
 
     return cross
+
+
+def _crossed(cloud: CloudProcess, folder: Path, *, share_prefix: bool) -> Crossed:
+    """Return what a pass costs and gives whose rows begin with the same tokens, none of which has a label."""
+    batch = token_batch("right", lengths=_LENGTHS, prefix=_PREFIX)
+    batch.labels[:, :_PREFIX] = -100
+    ledger, config = Ledger(), LoraConfig(r=4, target_modules=_TARGETS)
+    model = connect(
+        cloud.url(_MODEL), model=folder, peft_config=config, token=TOKEN, ledger=ledger, share_prefix=share_prefix
+    )
+    randomise_adapter(model)
+    loss = model(**batch.arguments()).loss
+    loss.backward()
+    model.close()
+    return Crossed(_kinds(ledger), loss.item(), gradients_of(model), model.ends.geometry)
 
 
 def _kinds(ledger: Ledger) -> dict[str, int]:
@@ -109,6 +126,22 @@ def test_final_states_and_gradients_cross_at_labelled_positions_only(cross: Cros
     assert {kind: labelled.kinds[kind] for kind in same} == {kind: everywhere.kinds[kind] for kind in same}
     assert everywhere.loss == labelled.loss
     assert_bit_equal(everywhere.gradients, labelled.gradients)
+
+
+def test_what_all_rows_begin_with_crosses_once(cloud: CloudProcess, tiny_models: Path):
+    once, each = (_crossed(cloud, tiny_models / _MODEL, share_prefix=share) for share in (True, False))
+    widths, others = _widths(once.geometry), len(_LENGTHS) - 1
+    for kind, width in widths.items():
+        saved = each.kinds[kind] - once.kinds[kind]
+        assert abs(saved - 4 * width * _PREFIX * others) <= _FRAMING * once.geometry.num_blocks, kind
+        tokens = sum(_LENGTHS) - _PREFIX * others
+        assert 4 * width * tokens < once.kinds[kind] <= 4 * width * tokens + _FRAMING * once.geometry.num_blocks, kind
+    # One state of the last token of the prefix, which predicts the first label of each row.
+    for kind in ("final_state", "final_gradient"):
+        saved = each.kinds[kind] - once.kinds[kind]
+        assert abs(saved - 4 * once.geometry.final_width * others) <= _FRAMING, kind
+    assert once.loss == pytest.approx(each.loss, rel=1e-5)
+    assert all(relative_error(once.gradients[name], each.gradients[name]) < 1e-4 for name in each.gradients)
 
 
 def _checked_against_peft(cloud: CloudProcess, folder: Path, config: LoraConfig) -> tuple[dict[str, int], DeviceModel]:

@@ -249,6 +249,25 @@ def test_a_pass_cut_half_way_is_repeated_bit_for_bit(
     model.close()
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_so_is_one_whose_rows_share_a_prefix(
+    direction: str, proxy: LinkProxy, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = _join(proxy.port, tiny_models / _MODEL, dropout=0.0)
+    batch = token_batch("right", lengths=(17, 15, 21), prefix=12)
+    tokens = model.backbone.connection.egress.ledger.tokens  # type: ignore[attr-defined]
+    expected_loss, expected = _pass(model, batch)
+    once = 17 + 15 + 21 - 12  # two micro-batches, one of two rows
+    assert tokens()["trained"] == once
+    _CutOnce(monkeypatch, proxy, direction, 2)
+    loss, gradients = _pass(model, batch)
+    assert proxy.cuts == 1
+    assert loss == expected_loss
+    assert_bit_equal(gradients, expected)
+    assert tokens()["trained"] == 2 * once
+    model.close()
+
+
 def test_dropout_draws_anew_for_every_pass(proxy: LinkProxy, tiny_models: Path):
     model = _join(proxy.port, tiny_models / _MODEL, dropout=0.3)
     batch = token_batch("right")

@@ -36,9 +36,11 @@ class TokenBatch:
 
 
 def token_batch(
-    padding: str, *, seed: int = 0, lengths: tuple[int, ...] = (11, 7, 9), vocab: int = VOCAB
+    padding: str, *, seed: int = 0, lengths: tuple[int, ...] = (11, 7, 9), vocab: int = VOCAB, prefix: int = 0
 ) -> TokenBatch:
     """Return a batch padded `right`, `left` or not at all (`none`), with labels on a part of each row.
+
+    All rows begin with the same `prefix` tokens, and differ in the next one.
 
     No row's first token has a label: what `transformers` predicts it from is a padding token, when it is padded at the
     left.
@@ -52,6 +54,9 @@ def token_batch(
     labels = torch.full(shape, IGNORED)
     for row, length in enumerate(lengths):
         start = shape[1] - length if padding == "left" else 0
+        if prefix:
+            ids[row, start : start + prefix] = ids[0, shape[1] - lengths[0] if padding == "left" else 0 :][:prefix]
+            ids[row, start + prefix] = 1 + row
         mask[row, start : start + length] = 1
         labelled = slice(start + 2 + row, start + length)
         labels[row, labelled] = ids[row, labelled]

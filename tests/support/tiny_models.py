@@ -145,6 +145,10 @@ REFUSED_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 ALL_MODELS = {**TINY_MODELS, **UNVERIFIED_MODELS}
 
+# Whose attention is code of its own, or not the one that torch has: their rows are not joined.
+PADDED_MODELS = {"bloom", "bloom_post_norm", "gemma2", *UNVERIFIED_MODELS}
+JOINED_MODELS = [name for name in ALL_MODELS if name not in PADDED_MODELS]
+
 
 def save_tiny_model(name: str, folder: Path) -> Path:
     """Return `folder / name`, where a model of `ALL_MODELS` now is; the same weights every time."""

@@ -161,6 +161,7 @@ class _Attempts:
             starts=batch.rows.starts,
             lengths=batch.rows.lengths,
             width=batch.rows.width,
+            shared=batch.rows.shared,
             selected=[] if every else batch.select_M.tolist(),
             active=[pb.ActiveSite(site=site.number, linears=batch.active[site]) for site in self._active],
             activation_codec=connection.codecs.activation.to_pb(),

@@ -99,7 +99,9 @@ def read_open(message: pb.Open, geometry: Geometry, max_tokens: int) -> PassOrde
     _require(fits, f"runs of real tokens within {width} positions", f"starts {starts[:8]}, lengths {lengths[:8]}")
     limit = geometry.max_positions
     _require(limit is None or width <= limit, f"rows of at most {limit} tokens", f"{width}")
-    rows = Rows(starts, lengths, width)
+    rows = Rows(starts, lengths, width, message.shared)
+    if rows.shared:
+        _check_shared(message, rows, geometry)
     selected = tuple(message.selected)
     ascending = all(a < b for a, b in itertools.pairwise(selected))
     _require(
@@ -129,6 +131,16 @@ def read_open(message: pb.Open, geometry: Geometry, max_tokens: int) -> PassOrde
         frames=_read_frames(message, geometry, active) if message.HasField("frames") else None,
         taps=_read_taps(message, geometry) if message.HasField("taps") else None,
     )
+
+
+def _check_shared(message: pb.Open, rows: Rows, geometry: Geometry) -> None:
+    """Refuse a prefix that not all rows could have, or that these blocks could not share."""
+    shares = message.mode in {pb.TRAIN, pb.EVALUATE} and geometry.family.joins_rows
+    where = "a shared prefix where the family takes rows end to end, in training and evaluation"
+    _require(shares, where, f"mode {message.mode}")
+    at_left, most = not any(rows.starts), min(rows.lengths) - 1
+    fits = at_left and rows.shared <= most
+    _require(fits, f"a shared prefix of at most {most} tokens, rows padded at the right", f"{rows.shared}")
 
 
 def _read_frames(message: pb.Open, geometry: Geometry, active: Collection[SiteId]) -> FrameChoice:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import torch
@@ -26,6 +27,23 @@ if TYPE_CHECKING:
     from tidelock.model.walk import Batch
 
 _T = TypeVar("_T")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PassSettings:
+    """How the passes of a batch are made and run.
+
+    Attributes:
+        in_flight: Micro-batches on their way through the blocks at once; None has the backbone judge. The result does
+            not depend on it.
+        micro_batches: How many a batch is split into, by rows; None has the batch decide (see `Rows.split`).
+        share_prefix: Whether what all rows of a micro-batch begin with is computed once (see `model.shared_prefix`).
+    """
+
+    in_flight: int | None = None
+    micro_batches: int | None = None
+    share_prefix: bool = True
 
 
 @final

@@ -18,8 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from tidelock.device.bank import Bank, BankPass
 from tidelock.device.causal_lm import DeviceCausalLM, fresh_head, packed_ids
-from tidelock.device.in_flight import BatchPass
+from tidelock.device.in_flight import BatchPass, PassSettings
 from tidelock.errors import WireError
+from tidelock.model.shared_prefix import common_prefix, share_prefixes
 from tidelock.model.walk import Batch
 from tidelock.peft.export import apply_adapter, save_adapter
 from tidelock.peft.methods import at_sites
@@ -76,13 +77,12 @@ class DeviceModel(DeviceCausalLM):
         ends: The model's embedding and head.
         backbone: Runs the frozen blocks.
         peft_config: What to train: the checked configuration of a method.
-        in_flight: Micro-batches on their way through the blocks at once; None has the backbone judge. The result does
-            not depend on it.
-        micro_batches: How many a batch is split into, by rows; None has the batch decide (see `Rows.split`).
+        settings: How a batch goes through the blocks; None is as `PassSettings` has it.
         num_labels: How many classes a whole text may have, or 1 where a number is predicted; None models language.
 
     Attributes:
         peft_config: As given.
+        settings: As given.
         bank: The PEFT modules, by block.
     """
 
@@ -91,9 +91,8 @@ class DeviceModel(DeviceCausalLM):
         ends: Ends,
         backbone: Backbone,
         peft_config: MethodConfig,
+        settings: PassSettings | None = None,
         *,
-        in_flight: int | None = None,
-        micro_batches: int | None = None,
         num_labels: int | None = None,
     ) -> None:
         super().__init__(ends, num_labels)
@@ -101,19 +100,24 @@ class DeviceModel(DeviceCausalLM):
         self.bank = Bank(peft_config, ends.geometry)
         self.head = None if num_labels is None else fresh_head(ends.config, ends.geometry, num_labels)
         self.backbone = backbone
-        self.in_flight = in_flight
-        self.micro_batches = micro_batches
-        self._threads = ThreadPoolExecutor(in_flight or _MOST_IN_FLIGHT, thread_name_prefix="in-flight")
+        self.settings = settings or PassSettings()
+        most = self.settings.in_flight or _MOST_IN_FLIGHT
+        self._threads = ThreadPoolExecutor(most, thread_name_prefix="in-flight")
 
     def final_states(self, ids_BT: Tensor, rows: Rows, select_M: Tensor) -> Tensor:
         """Return the states that the head reads at the selected tokens, shape (M, D)."""
-        batches = self.open_batch(ids_BT, rows, select_M).split(self.micro_batches)
+        batch = self.open_batch(ids_BT, rows, select_M)
+        batches = batch.split(self.settings.micro_batches, common_prefix(batch) if self._may_share else 0)
+        number_M: Tensor | None = None
+        if self._may_share:
+            batches, number_M = share_prefixes(batches)
         # CUDA has one autograd thread a GPU: a pass in another thread would wait for the backward that waits for it.
-        at_once = (self.in_flight or self.backbone.passes_at_once()) if self.device.type == "cpu" else 1
+        at_once = (self.settings.in_flight or self.backbone.passes_at_once()) if self.device.type == "cpu" else 1
         micro_batches = [(batch, self.open_sites()) for batch in batches]
         run = BatchPass(self.backbone, micro_batches, self._threads, min(at_once, len(batches)))
         final_MD: Tensor = _ThroughBackbone.apply(run, *self._trained())  # type: ignore[no-untyped-call]
-        return final_MD.to(self.device)
+        final_MD = final_MD.to(self.device)
+        return final_MD if number_M is None else final_MD.index_select(0, number_M.to(self.device))
 
     def open_generation(self, ids_BT: Tensor, rows: Rows, select_B: Tensor) -> Generation:
         """Run prompts padded at the left through the blocks, which keep keys and values."""
@@ -172,6 +176,12 @@ class DeviceModel(DeviceCausalLM):
         parameters = self._trained()
         training = torch.is_grad_enabled() and bool(parameters)
         return BankPass(self.bank, parameters, training=training, dropout_seed=seed)
+
+    @property
+    def _may_share(self) -> bool:
+        """Whether one copy of a token may stand for all: dropout would differ, and who knows an unknown family?"""
+        drops_out = self.training and self.bank.has_dropout
+        return self.settings.share_prefix and self.ends.geometry.family.joins_rows and not drops_out
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.bank.parameters() if parameter.requires_grad]

@@ -71,7 +71,7 @@ class SideModel(BesideBlocks, DeviceCausalLM):
         ids_N = packed_ids(ids_BT, rows)
         batch = self._open_batch(ids_N, rows, select_M)
         taps = self._read(ids_N, batch)
-        layout = rows.layout(self.device, joined=self.network.joins_rows)
+        layout = rows.layout(self.device, joined=self.network.family.joins_rows)
         final_MF: Tensor = self.network(batch.embeddings_NE, taps, layout, select_M)
         return final_MF
 

@@ -25,28 +25,31 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from tidelock.model.families import Family
 
 _NAME = "tidelock_joined_rows"
 # Rows are in one group down to this share of its longest one: fewer calls, against padding that is computed.
 _LEAST_SHARE = 0.75
 
 
-def join_rows(model: PreTrainedModel, family: Family) -> bool:
-    """Have a decoder take joined rows, and return whether it can.
+def can_join_rows(model: PreTrainedModel) -> bool:
+    """Return whether a model's attention is the one that is replaced here, as it is by default in most families.
 
-    It cannot where the family's attention is code of its own, or is not `sdpa` for this model.
+    Args:
+        model: The decoder, or the model that has it; its parameters may be on the meta device.
+    """
+    config = model.config.get_text_config()
+    # GPT-2 has code of its own where it reorders.
+    own = getattr(config, "reorder_and_upcast_attn", False)
+    return config._attn_implementation in {"sdpa", _NAME} and not own  # noqa: SLF001
+
+
+def join_rows(model: PreTrainedModel) -> None:
+    """Have a decoder take joined rows, of a family that can.
 
     Args:
         model: The decoder, or the model that has it.
-        family: What is known of it.
     """
-    config = model.config.get_text_config()
-    # What GPT-2 reorders is not what is registered.
-    if not family.joins_rows or config._attn_implementation != "sdpa" or getattr(config, "reorder_and_upcast_attn", 0):  # noqa: SLF001
-        return False
     model.set_attn_implementation(_NAME)
-    return True
 
 
 def rows_mask(lengths: tuple[int, ...], shared: int = 0) -> Tensor:

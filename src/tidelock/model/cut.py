@@ -125,7 +125,6 @@ class CutModel:
         geometry: Its widths, and where its sites are.
         config: Its configuration.
         frames: Between which modules may be.
-        joins_rows: Whether it takes rows that are joined end to end.
 
     Raises:
         ModelError: The architecture cannot be cut.
@@ -139,7 +138,8 @@ class CutModel:
         self._decoder = model.get_submodule(family.decoder)
         self._blocks = list(cast("nn.ModuleList", self._decoder.get_submodule(family.blocks)))
         self.frames = Frames(self.geometry, self.device, self.dtype, self.weight)
-        self.joins_rows = join_rows(model, family)
+        if family.joins_rows:
+            join_rows(model)
         self._hook_sites()
         self._skeleton = self._make_skeleton(returns_tuple=self._blocks_return_tuples())
 

@@ -3,18 +3,19 @@
 One row per family; everything else about a family is left to its own, unchanged `transformers` class. A model of no
 known family is looked at structurally, and the result says that it is unverified.
 
-May import errors and libraries.
+May import errors, `model` and libraries.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, final
 
 from torch import nn
 
 from tidelock.errors import ModelError
+from tidelock.model.attention import can_join_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,7 +50,7 @@ class Family:
         outputs: From a block to the last linear of its attention (`attn-out`) and of its MLP (`mlp`), whose outputs the
             block adds up; empty where they are not known.
         verified: Whether tests compare this family with `peft`, gradient by gradient.
-        joins_rows: Whether its decoder hands masks and positions on, and leaves attention to what is registered for it.
+        joins_rows: Whether its decoder takes rows that are joined end to end (see `model.attention`).
     """
 
     name: str
@@ -123,7 +124,7 @@ def family_of(model: PreTrainedModel) -> Family:
         raise ModelError(msg)
     known = FAMILIES.get(model.config.model_type)
     if known is not None:
-        return known
+        return replace(known, joins_rows=known.joins_rows and can_join_rows(model))
     family = _by_structure(model)
     logger.warning(
         "Model family %r is unverified: its blocks were found by structure (%s.%s, sites at %s). "

@@ -32,11 +32,14 @@ class Rows:
         starts: First real position of each row (0 unless padded at the left).
         lengths: Number of real tokens in each row, at least 1.
         width: Positions a row has, T.
+        shared: Tokens that all rows begin with and that are packed once; fewer than any row has, and only where no row
+            is padded at the left.
     """
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
     width: int
+    shared: int = 0
 
     @classmethod
     def from_mask(cls, mask_BT: Tensor) -> Rows:
@@ -65,24 +68,28 @@ class Rows:
 
     @property
     def num_tokens(self) -> int:
-        """N, the number of real tokens."""
-        return sum(self.lengths)
+        """N, the number of tokens that are packed."""
+        return sum(self.lengths) - self.shared * (len(self.lengths) - 1)
 
     @property
     def is_dense(self) -> bool:
         """Whether there is no padding at all."""
         return self.num_tokens == len(self.lengths) * self.width
 
-    def split(self, count: int | None = None) -> list[Rows]:
+    def split(self, count: int | None = None, prefix: int = 0) -> list[Rows]:
         """Return groups of rows, in order, of about as many tokens each, and as wide as their own rows need.
+
+        They share nothing yet: what the rows of a group begin with may be longer than what all rows do.
 
         Args:
             count: How many groups, or one a row where there are fewer rows; None has these rows alone decide: 4, or
                 fewer of 64 tokens or more in the mean.
+            prefix: Tokens that all rows begin with, and of which each group will have a copy. They are not counted, and
+                groups have as many other tokens in the mean, or more, so that copies cost less than they save.
         """
-        ends = list(accumulate(self.lengths))
+        ends = list(accumulate(length - prefix for length in self.lengths))
         if count is None:
-            count = max(1, min(_MOST_GROUPS, self.num_tokens // _TOKENS_IN_GROUP))
+            count = max(1, min(_MOST_GROUPS, ends[-1] // max(_TOKENS_IN_GROUP, prefix)))
         count = min(count, len(ends))
         cuts = [0]
         for number in range(1, count):
@@ -99,7 +106,7 @@ class Rows:
         return ((positions >= starts) & (positions < starts + lengths)).long()
 
     def indices(self) -> Tensor:
-        """Return where each real token is in the flattened batch, int64 of shape (N,)."""
+        """Return where each real token is in the flattened batch, int64; a shared prefix is in each row."""
         return self.mask().flatten().nonzero().squeeze(1)
 
     def layout(self, device: torch.device, *, counted: bool = False, joined: bool = False) -> Layout:
@@ -108,12 +115,20 @@ class Rows:
         Args:
             device: Where the decoder computes.
             counted: Count each row's positions from its first real token; else that is left to the decoder.
-            joined: Lay rows of unlike lengths end to end as one, if all begin at their first position; for a decoder
-                that can take them so (`model.attention`), and without a cache.
+            joined: Lay rows of unlike lengths, or that share a prefix, end to end as one, if all begin at their first
+                position; for a decoder that can take them so (`model.attention`), and without a cache.
+
+        Raises:
+            ConfigError: Rows that share a prefix are not to be joined.
         """
         if joined and not self.is_dense and not any(self.starts):
-            positions_N = torch.cat([torch.arange(length) for length in self.lengths])
-            return Layout(rows_mask(self.lengths), positions_N[None].to(device), None, (1, self.num_tokens))
+            return self._joined_layout(device)
+        if self.shared:
+            msg = (
+                f"Rows that share {self.shared} tokens: expected blocks that take rows end to end, got ones that do "
+                "not. Send each row whole."
+            )
+            raise ConfigError(msg)
         mask_BT = self.mask().to(device)
         return Layout(
             mask=mask_BT,
@@ -127,6 +142,12 @@ class Rows:
         count = len(self.lengths)
         mask_BT = torch.cat([self.mask(), torch.ones(count, past + 1 - self.width, dtype=torch.long)], 1).to(device)
         return Layout(mask_BT, mask_BT.sum(1, keepdim=True) - 1, None, (count, 1))
+
+    def _joined_layout(self, device: torch.device) -> Layout:
+        """Return one long row: the prefix, and after it what is each row's own, at the positions that it has there."""
+        positions = [torch.arange(self.shared), *(torch.arange(self.shared, length) for length in self.lengths)]
+        mask = rows_mask(self.lengths, self.shared)
+        return Layout(mask, torch.cat(positions)[None].to(device), None, (1, self.num_tokens))
 
     def _take(self, first: int, end: int) -> Rows:
         starts, lengths = self.starts[first:end], self.lengths[first:end]

@@ -79,10 +79,10 @@ class Batch:
         """The site at which backward ends; None without an active one."""
         return min((site for site in self.active if site.block >= (self.learns_from or 0)), default=None)
 
-    def split(self, count: int | None = None) -> list[Batch]:
+    def split(self, count: int | None = None, prefix: int = 0) -> list[Batch]:
         """Return micro-batches of whole rows, in order; see `Rows.split`."""
         batches, start = [], 0
-        for number, rows in enumerate(self.rows.split(count)):
+        for number, rows in enumerate(self.rows.split(count, prefix)):
             end = start + rows.num_tokens
             inside = (self.select_M >= start) & (self.select_M < end)
             embeddings, select = self.embeddings_NE[start:end], self.select_M[inside] - start
@@ -164,7 +164,7 @@ class Walk:
         """Return the decoder's final states at the selected tokens, shape (M, D), detached."""
         # When it generates, a row padded at the left counts its positions from its first real token.
         generates = cache is not None
-        joined = self._cut.joins_rows and not generates
+        joined = self._cut.geometry.family.joins_rows and not generates
         layout = self._batch.rows.layout(self._cut.device, counted=generates, joined=joined)
         return self._run(self._batch.embeddings_NE, layout, cache)
 

@@ -137,7 +137,6 @@ class SideNetwork(nn.Module):
         blocks: The tapped blocks of the backbone, by number.
         tap_width: Numbers per token of each tap.
         family: Where the backbone's parts are.
-        joins_rows: Whether its side blocks take rows that are joined end to end.
         side: The stack of side blocks.
         head: From the side state to the state that the frozen head reads.
 
@@ -164,7 +163,8 @@ class SideNetwork(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             stack = reduced_decoder(small, geometry.family)
-            self.joins_rows = join_rows(stack, geometry.family)
+            if geometry.family.joins_rows:
+                join_rows(stack)
             widths = (geometry.embedding_width, self.tap_width, small.hidden_size)
             self.side = SideStack(Stack(stack, geometry.family.blocks, small), widths, config.temperature)
             self.head = SideHead(small.hidden_size, geometry.final_width, config)

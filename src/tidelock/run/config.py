@@ -46,6 +46,7 @@ _SCHEDULED = (
     *("schedule", "budget", "threshold", "warm_up", "warm_up_active", "period", "exchange", "longest_sleep", "norm"),
     *("per_learning_rate", "killed", "moments"),
 )
+_OF_PASSES = ("gradient_codec", "stochastic_rounding", "micro_batches", "no_share_prefix")
 _OF_SIDE = (
     *("reduction", "side_init", "upsample", "side_output", "tap_width", "fisher_examples"),
     *("cache", "no_cache", "cache_codec", "cache_limit", "cache_key"),
@@ -55,7 +56,7 @@ _METHODS_OF = {
     **dict.fromkeys(("rank", "alpha", "rslora"), ("lora",)),
     **dict.fromkeys(("bottleneck", "place", "activation"), ("adapter",)),
     **dict.fromkeys(("core_rank", "core_scale", "core_frames"), ("core",)),
-    **dict.fromkeys(("gradient_codec", "stochastic_rounding", "micro_batches", *_SCHEDULED), _AT_SITES),
+    **dict.fromkeys((*_OF_PASSES, *_SCHEDULED), _AT_SITES),
     **dict.fromkeys(_OF_SIDE, ("side",)),
     "target": ("lora", "core"),
     "dropout": ("lora", "adapter", "side"),
@@ -187,6 +188,7 @@ class RunConfig:
     max_steps: int | None = _knob(None, "Stop after so many optimizer steps instead.", _AT_LEAST_1)
     batch_size: int = _knob(8, "Examples in a batch.", _AT_LEAST_1)
     length_grouped: bool = _knob(False, "Put examples of like length in a batch: less padding is computed.")
+    no_share_prefix: bool = _knob(False, "Compute for each example what all of a micro-batch begin with, not once.")
     accumulate: int = _knob(1, "Batches in an optimizer step.", _AT_LEAST_1)
     learning_rate: float = _knob(3e-4, "Peak learning rate of AdamW.", _POSITIVE)
     lr_schedule: str = _knob("linear", "How it falls: linear, cosine or constant.", _one_of(LR_SCHEDULES))

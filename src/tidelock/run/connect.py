@@ -16,6 +16,7 @@ from peft import LoraConfig
 from tidelock.backbone.connection import Connection
 from tidelock.backbone.local import LocalBackbone
 from tidelock.backbone.remote import RemoteBackbone
+from tidelock.device.in_flight import PassSettings
 from tidelock.device.model import DeviceModel
 from tidelock.errors import ConfigError, ModelMismatch, WireError
 from tidelock.model.cache_folder import cache_folder
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from tidelock.backbone.protocol import Backbone
     from tidelock.peft.methods import MethodConfig
+    from tidelock.wire.address import Address
 
 # Where a model came from, who made its files and in what it computes: no part of what it computes.
 NOT_THE_MODEL = frozenset(
@@ -60,6 +62,7 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
     stochastic_rounding: bool = False,
     in_flight: int | None = None,
     micro_batches: int | None = None,
+    share_prefix: bool = True,
     patience_seconds: float = 120.0,
     ledger: Ledger | None = None,
 ) -> DeviceModel:
@@ -79,14 +82,14 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         stochastic_rounding: Round `int8` or `int4` gradients up or down at random, right on average.
         in_flight: Micro-batches on their way at once; None goes by what passes have waited for. Never changes a result.
         micro_batches: How many a batch is split into, by rows; None is 4, or fewer of 64 tokens or more.
+        share_prefix: Compute and send once what all rows of a micro-batch begin with; changes results in rounding only.
         patience_seconds: How long a step waits for a cloud that went away.
         ledger: Counts what crosses and is lost; None makes one, found at `backbone.connection.egress.ledger`.
 
     Raises:
         ConfigError: An argument cannot be honoured.
         ModelError: The model cannot be read or cut.
-        CloudUnreachable, TlsError, TokenRefused: The cloud cannot be used.
-        ModelMismatch: The cloud holds another model, or other weights.
+        CloudUnreachable, TlsError, TokenRefused, ModelMismatch: The cloud cannot be used, or holds another model.
 
     Example::
 
@@ -101,10 +104,9 @@ def connect(  # noqa: PLR0913  (the public door: every argument has a default)
         ends, backbone = _local(model)
     else:
         credentials = credentials or Credentials(token or "", Path(ca) if ca is not None else None)
-        egress = Egress(ledger or Ledger())
-        connection = Connection(parse_url(where), credentials, egress, codecs=codecs, patience_seconds=patience_seconds)
-        ends, backbone = _remote(connection, model)
-    return DeviceModel(ends, backbone, config, in_flight=in_flight, micro_batches=micro_batches, num_labels=num_labels)
+        ends, backbone = _remote((parse_url(where), credentials), ledger or Ledger(), codecs, patience_seconds, model)
+    settings = PassSettings(in_flight, micro_batches, share_prefix)
+    return DeviceModel(ends, backbone, config, settings, num_labels=num_labels)
 
 
 def num_outputs(task: str, num_labels: int | None) -> int | None:
@@ -128,7 +130,14 @@ def num_outputs(task: str, num_labels: int | None) -> int | None:
     return 1 if task == "regression" else num_labels
 
 
-def _remote(connection: Connection, model: str | os.PathLike[str] | None) -> tuple[Ends, Backbone]:
+def _remote(
+    link: tuple[Address, Credentials],
+    ledger: Ledger,
+    codecs: Codecs,
+    patience_seconds: float,
+    model: str | os.PathLike[str] | None,
+) -> tuple[Ends, Backbone]:
+    connection = Connection(*link, Egress(ledger), codecs=codecs, patience_seconds=patience_seconds)
     try:
         ends = ends_for(connection, None if model is None else str(model))
     except BaseException:

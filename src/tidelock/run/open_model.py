@@ -75,6 +75,7 @@ def open_model(config: RunConfig, ledger: Ledger, cache: Path | None = None) -> 
             peft_config=peft_config,
             gradient_codec=config.gradient_codec,
             micro_batches=config.micro_batches,
+            share_prefix=not config.no_share_prefix,
             stochastic_rounding=config.stochastic_rounding,
             **shared,
         )

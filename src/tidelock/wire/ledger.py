@@ -70,7 +70,7 @@ class Ledger:
         """Count a micro-batch that went up through the blocks, once however often it was repeated.
 
         Args:
-            tokens: Its real tokens.
+            tokens: Its real tokens; those of a shared prefix once.
             selected: Those of them whose final state was wanted.
             training: Whether it learns; else it measures.
         """

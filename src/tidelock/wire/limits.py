@@ -5,7 +5,7 @@ May import nothing.
 
 from __future__ import annotations
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 SERVICE_NAME = "tidelock.v1.Backbone"
 PASS_METHOD = f"/{SERVICE_NAME}/Pass"
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import tracemalloc
+from dataclasses import replace
 
 import grpc
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
@@ -124,6 +126,23 @@ REFUSED = {
         an_open(mode=pb.EVALUATE, active=[], taps=pb.Taps(blocks=[0], width=33)),
         "taps of 1 to 32 numbers a token, got 33",
     ),
+    "a prefix as long as a row": (
+        an_open(starts=[0, 0], lengths=[8, 3], shared=3),
+        "a shared prefix of at most 2 tokens, rows padded at the right, got 3",
+    ),
+    "a huge prefix": (an_open(starts=[0, 0], lengths=[8, 8], shared=2**32 - 1), "a shared prefix of at most 7 tokens"),
+    "a prefix of rows padded at the left": (
+        an_open(starts=[0, 1], lengths=[8, 7], shared=2),
+        "a shared prefix of at most 6 tokens, rows padded at the right, got 2",
+    ),
+    "a prefix in generating": (
+        an_open(mode=pb.GENERATE, starts=[0, 0], lengths=[8, 8], shared=2),
+        "a shared prefix where the family takes rows end to end, in training and evaluation",
+    ),
+    "a token selected that a prefix has once": (
+        an_open(starts=[0, 0], lengths=[8, 8], shared=5, selected=[11]),
+        "ascending token numbers below 11",
+    ),
     "a seed with exact gradients": (an_open(rounding_seed=0), "a rounding seed with int8 or int4 only, got fp32"),
 }
 
@@ -151,6 +170,7 @@ OPENS = st.builds(
     gradient_codec=st.integers(0, 5),
     rounding_seed=st.none() | st.integers(0, 2**64 - 1),
     frames=st.none() | st.builds(pb.Frames, kind=st.integers(0, 3), rank=UINT32),
+    shared=st.sampled_from([0, 0, 1, 2]) | UINT32,
     taps=st.none() | st.builds(pb.Taps, blocks=st.lists(UINT32, max_size=4), width=st.none() | UINT32),
 )
 
@@ -163,7 +183,9 @@ def test_random_orders_are_refused_or_make_sense(geometry, message):
         return
     rows = order.rows
     assert 0 < len(rows.lengths) * rows.width <= MAX_TOKENS
-    assert len(rows.indices()) == rows.num_tokens
+    assert len(rows.indices()) == rows.num_tokens + rows.shared * (len(rows.lengths) - 1)
+    assert 0 <= rows.shared < min(rows.lengths)
+    assert rows.layout(torch.device("cpu"), joined=True).shape_BT[0] in {1, len(rows.lengths)}
     assert 0 < len(order.select_M) <= rows.num_tokens
     assert order.select_M.max() < rows.num_tokens
     for active, names in order.active.items():
@@ -181,6 +203,19 @@ def test_random_bytes_raise_nothing_else(geometry, data):
         return
     with contextlib.suppress(WireError):
         read_open(message, geometry, MAX_TOKENS)
+
+
+def test_a_shared_prefix_is_read(geometry):
+    message = an_open(starts=[0, 0], lengths=[8, 5], shared=4, selected=[8])
+    order = read_open(message, geometry, MAX_TOKENS)
+    assert (order.rows.shared, order.rows.num_tokens, order.select_M.tolist()) == (4, 9, [8])
+
+
+def test_a_prefix_is_refused_where_the_family_does_not_join_rows(geometry):
+    padded = replace(geometry, family=replace(geometry.family, joins_rows=False))
+    message = an_open(starts=[0, 0], lengths=[8, 5], shared=4)
+    with pytest.raises(WireError, match="expected a shared prefix where the family takes rows end to end"):
+        read_open(message, padded, MAX_TOKENS)
 
 
 MANY = 250_000  # about what fits into one message

@@ -25,8 +25,12 @@ def cut_model(folder, attention):
     return CutModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention))
 
 
-def really_kept(cut, active, rows, width, frames=None):
-    """Return the bytes that a pass of so many full rows keeps, other than weights."""
+def full_rows(rows, width):
+    return Rows((0,) * rows, (width,) * rows, width)
+
+
+def really_kept(cut, active, rows, frames=None):
+    """Return the bytes that a pass of some rows keeps, other than weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in cut.parameters()}
     kept = {}
 
@@ -37,9 +41,9 @@ def really_kept(cut, active, rows, width, frames=None):
         return tensor
 
     batch = Batch(
-        embeddings_NE=torch.randn(rows * width, WIDTH),
-        rows=Rows((0,) * rows, (width,) * rows, width),
-        select_M=torch.arange(rows * width),
+        embeddings_NE=torch.randn(rows.num_tokens, WIDTH),
+        rows=rows,
+        select_M=torch.arange(rows.num_tokens),
         active=active,
         training=True,
         frames=frames,
@@ -79,7 +83,7 @@ def test_the_measured_cost_is_what_a_pass_keeps(tiny_folder, attention, places, 
     cut = cut_model(tiny_folder, attention)
     active = sites_at(cut, *places)
     measured = measure_cost(cut).bytes_for(rows, width, bytes_at_sites(cut, active))
-    really = really_kept(cut, active, rows, width)
+    really = really_kept(cut, active, full_rows(rows, width))
     if Place.ATTN in places:
         assert measured == pytest.approx(really, rel=0.15)
     else:
@@ -87,12 +91,21 @@ def test_the_measured_cost_is_what_a_pass_keeps(tiny_folder, attention, places, 
         assert really <= measured <= really * BLOCKS / (BLOCKS - 1)
 
 
+@pytest.mark.parametrize(("lengths", "shared"), [((24, 24), 8), ((60,) * 4, 40), ((60, 9, 31), 0), ((60, 58, 46), 0)])
+def test_rows_that_are_joined_keep_hardly_more_than_padded_ones(tiny_folder, lengths, shared):
+    cut = cut_model(tiny_folder, "sdpa")
+    active, rows = sites_at(cut, Place.ATTN), Rows((0,) * len(lengths), lengths, max(lengths), shared)
+    measured = measure_cost(cut).bytes_for(len(lengths), max(lengths), bytes_at_sites(cut, active))
+    # Rotary angles are those of all tokens, not of one row's.
+    assert really_kept(cut, active, rows) <= 1.05 * measured
+
+
 @pytest.mark.parametrize(("rows", "width"), [(1, 16), (3, 60)])
 def test_so_it_is_through_frames(tiny_folder, rows, width):
     cut, frames = cut_model(tiny_folder, "sdpa"), FrameChoice("seeded", 8)
     active = sites_at(cut, Place.ATTN)
     measured = measure_cost(cut).bytes_for(rows, width, bytes_at_sites(cut, active, frames))
-    assert measured == pytest.approx(really_kept(cut, active, rows, width, frames), rel=0.15)
+    assert measured == pytest.approx(really_kept(cut, active, full_rows(rows, width), frames), rel=0.15)
 
 
 class Weighing:

@@ -97,6 +97,24 @@ def test_the_next_layout_is_one_token_after_all_that_came():
     assert layout.unpack(torch.ones(2, 7)).shape == (2, 1, 7)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "prefix", "groups"),
+    [
+        ((158,) * 8, 0, [2, 2, 2, 2]),
+        ((158,) * 8, 119, [4, 4]),
+        ((158,) * 8, 150, [8]),
+        ((100, 160, 100, 100, 100), 95, [2, 3]),
+        ((264,) * 4, 200, [4]),
+        ((264,) * 16, 8, [4, 4, 4, 4]),
+    ],
+)
+def test_a_prefix_counts_for_each_group(lengths, prefix, groups):
+    """A group has as many tokens beside it as it has, and those others are what is divided evenly."""
+    count = 2 if prefix == 95 else None
+    rows = Rows((0,) * len(lengths), lengths, max(lengths))
+    assert [len(group.lengths) for group in rows.split(count, prefix)] == groups
+
+
 @given(RUNS, st.integers(1, 8))
 def test_groups_are_all_rows_in_order(runs, count):
     starts, lengths = zip(*runs, strict=True)

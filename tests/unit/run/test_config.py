@@ -106,6 +106,7 @@ def test_a_knob_keeps_its_rule(name: str) -> None:
         ("cache", "taps", "adapter"),
         ("budget", 4, "side"),
         ("gradient_codec", "int8", "side"),
+        ("no_share_prefix", True, "side"),
     ],
 )
 def test_a_knob_that_the_method_would_not_read_is_refused(name: str, value: object, other: str) -> None:

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from tests.support.run_folder import new_run_folder
 from tests.support.sites import attn
 from tests.unit.run.conftest import Notes
+from tidelock.backbone.local import LocalBackbone
 from tidelock.data.batch import Collator
 from tidelock.device.model import DeviceModel
 from tidelock.errors import ConfigError, DataError
@@ -100,6 +101,25 @@ def test_batches_of_like_length_have_less_padding(make_config, notes: Notes, tmp
         assert len(masks) == 16
         padding.append(sum(int((mask == 0).sum()) for mask in masks))
     assert padding[1] < padding[0] / 2
+
+
+def test_a_shared_prefix_is_computed_once_unless_told_otherwise(make_config, notes: Notes, monkeypatch, tmp_path):
+    data, shared = tmp_path / "shared.jsonl", []
+    rows = [{"prompt": f"Answer with one word. {word}?", "completion": " yes"} for word in ("one", "two", "three", "x")]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def noted(self, batch, sites):
+        shared.append(batch.rows.shared)
+        return forward(self, batch, sites)
+
+    forward = LocalBackbone.forward
+    monkeypatch.setattr(LocalBackbone, "forward", noted)
+    for apart in (False, True):
+        config = make_config(f"apart-{apart}", epochs=1, dropout=0.0, no_share_prefix=apart)
+        train(replace(config, data=str(data), eval_data=None), notes)
+    half = len(shared) // 2
+    assert min(shared[:half]) >= len("Answer with one word. ") / 4
+    assert set(shared[half:]) == {0}
 
 
 def test_checkpoints_are_kept_as_told(make_config, notes: Notes) -> None:
