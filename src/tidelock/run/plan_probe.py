@@ -1,0 +1,184 @@
+"""How quick device and cloud are: a few steps of a run, timed on some of its own batches before it begins.
+
+Each batch is taken twice: with one micro-batch on its way, where every second belongs to one end, and with as many as
+the run would have, from which follows what computing at once costs. No weight moves.
+
+May import everything below `run`.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, cast, final
+
+import psutil
+import torch
+
+from tidelock.backbone.remote import RemoteBackbone
+from tidelock.device.model import DeviceModel
+from tidelock.run.plan_passes import Pace, PlannedBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from tidelock.device.side_model import SideModel
+    from tidelock.run.config import RunConfig
+
+_BISECTIONS = 30
+_MOST_CROWDED = 4.0
+
+
+# A batch as the model takes it, and its passes.
+Probe: TypeAlias = "tuple[dict[str, Tensor], PlannedBatch]"
+
+
+@final
+class StepTimer:
+    """Takes steps as a run would, but for the weights, which stay as they are.
+
+    Args:
+        model: The device's.
+        config: The run.
+    """
+
+    def __init__(self, model: DeviceModel | SideModel, config: RunConfig) -> None:
+        self.model = model
+        self._clip = config.clip
+        # What is not active now may be in another phase.
+        self._trained = list(model.parameters())
+        # A learning rate of 0 costs what any other does.
+        self._optimizer = torch.optim.AdamW(self._trained, lr=0.0, weight_decay=0.0)
+
+    def forward_and_backward(self, batch: dict[str, Tensor]) -> float:
+        """Return the seconds from a batch to its gradients."""
+        began = time.perf_counter()
+        self.model.train()
+        loss = cast("Tensor", self.model(**batch).loss)
+        loss.backward()
+        return time.perf_counter() - began
+
+    def update(self) -> float:
+        """Return the seconds from gradients to moved weights."""
+        began = time.perf_counter()
+        if self._clip:
+            torch.nn.utils.clip_grad_norm_(self._trained, self._clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return time.perf_counter() - began
+
+
+@final
+class _Sums:
+    """Seconds and sizes of what was timed."""
+
+    def __init__(self) -> None:
+        self.device = self.cloud = self.wire = self.own = self.update = 0.0
+        self._tokens = self._positions = self._own_tokens = self._steps = 0
+
+    def count(self, batch: PlannedBatch) -> None:
+        self._steps += 1
+        self._tokens += sum(one.tokens for one in batch.passes)
+        self._positions += sum(one.positions for one in batch.passes)
+        self._own_tokens += batch.own_tokens
+
+    def pace(self) -> Pace:
+        return Pace(
+            device=self.device / self._tokens,
+            cloud=self.cloud / self._positions,
+            wire=self.wire / self._tokens,
+            own=max(0.0, self.own) / self._own_tokens,
+            update=self.update / self._steps,
+        )
+
+
+# Returns the seconds of a batch's passes and of what the device does beside them.
+Simulate: TypeAlias = "Callable[[PlannedBatch, Pace, float, int], float]"
+
+
+def time_at_sites(
+    timer: StepTimer, model: DeviceModel, probes: Sequence[Probe], in_flight: int | None, simulate: Simulate
+) -> tuple[Pace, float]:
+    """Return the pace of a model whose modules are at sites, and what computing at once costs (`plan.flight.Ends`).
+
+    Args:
+        timer: Takes the steps.
+        model: Its model.
+        probes: Batches with their passes.
+        in_flight: Micro-batches on their way at once; None as the backbone judges.
+        simulate: Given the pace, the crowding and how many are on their way at once.
+    """
+    backbone = cast("RemoteBackbone", model.backbone)
+    times, sums, together, overlapped = backbone.connection.times, _Sums(), 0.0, []
+    for batch, planned in probes:
+        model.in_flight = 1
+        times.take_ended()
+        seconds = timer.forward_and_backward(batch)
+        took = times.take_ended()
+        sums.device, sums.cloud = sums.device + took.device, sums.cloud + took.cloud
+        # One pass at a time waits for no turn but for moments.
+        wire = took.wire + took.waiting
+        sums.wire, sums.own = sums.wire + wire, sums.own + seconds - took.device - took.cloud - wire
+        sums.update += timer.update()
+        sums.count(planned)
+        at_once = min(in_flight or backbone.passes_at_once(), len(planned.passes))
+        model.in_flight = at_once
+        together += timer.forward_and_backward(batch)
+        timer.update()
+        overlapped.append((planned, at_once))
+    model.in_flight = in_flight
+    pace = sums.pace()
+    return pace, fit_crowding(lambda crowding: sum(simulate(b, pace, crowding, n) for b, n in overlapped), together)
+
+
+def time_taps(
+    timer: StepTimer, model: SideModel, probes: Sequence[Probe], at_once: int, simulate: Simulate
+) -> tuple[Pace, float]:
+    """Return the pace of a model with a side network, and what computing at once costs.
+
+    The cloud does not say what a pass took that only reads: all of it counts as the cloud's.
+
+    Args:
+        timer: Takes the steps.
+        model: Its model, with an empty cache.
+        probes: Batches with the passes of all their examples.
+        at_once: Examples on their way at once.
+        simulate: As for `time_at_sites`.
+    """
+    source, sums, together = model.source, _Sums(), 0.0
+    for batch, planned in probes:
+        began = time.perf_counter()
+        for number in range(len(batch["input_ids"])):
+            model.read_taps({name: value[number : number + 1] for name, value in batch.items()})
+        sums.cloud += time.perf_counter() - began
+        sums.own += timer.forward_and_backward(batch)  # with all that the blocks give at hand
+        sums.update += timer.update()
+        sums.count(planned)
+        cache, source.cache = source.cache, None
+        together += timer.forward_and_backward(batch)
+        source.cache = cache
+        timer.update()
+    # Positions are tokens here: an example goes by itself, without padding.
+    pace = sums.pace()
+    return pace, fit_crowding(lambda crowding: sum(simulate(b, pace, crowding, at_once) for _, b in probes), together)
+
+
+def fit_crowding(predicted: Callable[[float], float], measured: float) -> float:
+    """Return the crowding with which a prediction, which grows with it, is what was measured; 0 where none is below."""
+    low, high = 0.0, _MOST_CROWDED
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if predicted(middle) < measured else (low, middle)
+    return low if low > _MOST_CROWDED / 2**_BISECTIONS else 0.0
+
+
+def peak_bytes() -> int:
+    """Return the most that this process has had in memory; what it has now where the system does not say."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return int(psutil.Process().memory_info().rss)
