@@ -98,6 +98,7 @@ class Forecast:
         evaluation: Bytes of one evaluation.
         device_memory_bytes: The most that the device's process has.
         cloud_memory_bytes: The most that the cloud's process has; None where only the cloud knows.
+        cloud_kept_bytes: What the passes of the largest batch keep of it, as `--max-memory` counts; None likewise.
     """
 
     title: str
@@ -110,6 +111,7 @@ class Forecast:
     evaluation: Traffic
     device_memory_bytes: int
     cloud_memory_bytes: int | None
+    cloud_kept_bytes: int | None
 
     @property
     def seconds(self) -> float:
@@ -134,8 +136,9 @@ def forecast_text(forecast: Forecast) -> str:
     if forecast.evaluation.total:
         lines += ["", f"One evaluation: {_ways(forecast.evaluation)}."]
     cloud = "the cloud says its own when it starts"
-    if forecast.cloud_memory_bytes is not None:
-        cloud = f"cloud {format_bytes(forecast.cloud_memory_bytes)}"
+    if forecast.cloud_memory_bytes is not None and forecast.cloud_kept_bytes is not None:
+        kept = f"of which the passes of the largest batch keep {format_bytes(forecast.cloud_kept_bytes)}"
+        cloud = f"cloud {format_bytes(forecast.cloud_memory_bytes)}, {kept}"
     crossed = format_bytes(round(sum(phase.steps * phase.step.total for phase in forecast.phases)))
     memory = f"Memory of the process, at most: device {format_bytes(forecast.device_memory_bytes)}, {cloud}."
     on_top = "Evaluations and checkpoints come on top."

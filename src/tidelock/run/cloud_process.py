@@ -36,7 +36,6 @@ class LoopbackCloud:
         token_file: File with a token that it knows.
         certificate: PEM file with its certificate, to be trusted.
         pid: Its process.
-        memory_bytes: What it has in memory before the first pass.
         cost: What a training pass keeps there.
     """
 
@@ -44,7 +43,6 @@ class LoopbackCloud:
     token_file: Path
     certificate: Path
     pid: int
-    memory_bytes: int
     cost: PassCost
 
 
@@ -75,8 +73,7 @@ def loopback_cloud(model: str, *options: str) -> Iterator[LoopbackCloud]:
         try:
             said = _wait_for_address(process, log_path)
             cost = PassCost(float(said["memory_bytes_per_token"]), float(said["memory_bytes_per_token_squared"]))
-            address, memory_bytes = str(said["address"]), int(said["memory_bytes"])
-            yield LoopbackCloud(address, token_file, certificate, process.pid, memory_bytes, cost)
+            yield LoopbackCloud(str(said["address"]), token_file, certificate, process.pid, cost)
         finally:
             _stop(process)
     finally:

@@ -148,18 +148,24 @@ def time_taps(
         simulate: As for `time_at_sites`.
     """
     source, sums, together = model.source, _Sums(), 0.0
-    for batch, planned in probes:
+    for batch, _ in probes:
         began = time.perf_counter()
         for number in range(len(batch["input_ids"])):
             model.read_taps({name: value[number : number + 1] for name, value in batch.items()})
         sums.cloud += time.perf_counter() - began
-        sums.own += timer.forward_and_backward(batch)  # with all that the blocks give at hand
+    # With all that the blocks give at hand, and read from the cache while the batch before is learned from.
+    model.announce(probes[0][0])
+    timer.forward_and_backward(probes[-1][0])
+    for number, (batch, planned) in enumerate(probes):
+        model.announce(probes[(number + 1) % len(probes)][0])
+        sums.own += timer.forward_and_backward(batch)
         sums.update += timer.update()
         sums.count(planned)
-        cache, source.cache = source.cache, None
+    cache, source.cache = source.cache, None
+    for batch, _ in probes:
         together += timer.forward_and_backward(batch)
-        source.cache = cache
         timer.update()
+    source.cache = cache
     # Positions are tokens here: an example goes by itself, without padding.
     pace = sums.pace()
     return pace, fit_crowding(lambda crowding: sum(simulate(b, pace, crowding, at_once) for _, b in probes), together)
@@ -174,11 +180,15 @@ def fit_crowding(predicted: Callable[[float], float], measured: float) -> float:
     return low if low > _MOST_CROWDED / 2**_BISECTIONS else 0.0
 
 
-def peak_bytes() -> int:
-    """Return the most that this process has had in memory; what it has now where the system does not say."""
-    status = Path("/proc/self/status")
+def peak_bytes(pid: int | None = None) -> int:
+    """Return the most that a process has had in memory; what it has now where the system does not say.
+
+    Args:
+        pid: Which process; None is this one.
+    """
+    status = Path(f"/proc/{pid or 'self'}/status")
     if status.is_file():
         for line in status.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    return int(psutil.Process().memory_info().rss)
+    return int(psutil.Process(pid).memory_info().rss)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tidelock.backbone.remote import RemoteBackbone
+    from tidelock.cloud.memory import PassCost
     from tidelock.device.tap_source import ExampleIds
     from tidelock.plan.link import Link
     from tidelock.run.cloud_process import LoopbackCloud
@@ -160,7 +161,8 @@ class _Planner:
             phases=forecasts,
             evaluation=self._evaluation(phases[-1]),
             device_memory_bytes=peak_bytes(),
-            cloud_memory_bytes=None if self._cloud is None else self._cloud_memory(self._cloud, planned),
+            cloud_memory_bytes=None if self._cloud is None else peak_bytes(self._cloud.pid),
+            cloud_kept_bytes=None if self._cloud is None else self._kept_bytes(self._cloud.cost, planned),
         )
 
     def _plan(self, phase: Phase, batches: Sequence[dict[str, Tensor]], codecs: Codecs) -> list[PlannedBatch]:
@@ -196,9 +198,12 @@ class _Planner:
     def _forecast(self, phase: Phase, planned: list[PlannedBatch]) -> PhaseForecast:
         """Return what a phase will take."""
         pace, ends = self._time(phase)
-        chosen = _spread(planned, _SIMULATED)
-        flight, in_flight = self._fly([planned[number] for number in chosen], pace, ends)
-        batches_a_step = len(planned) / self._per_epoch
+        # A run that ends before its first epoch does takes its first batches only.
+        steps = min(self._steps, self._per_epoch)
+        used = planned[: steps * self._config.accumulate]
+        chosen = _spread(used, _SIMULATED)
+        flight, in_flight = self._fly([used[number] for number in chosen], pace, ends)
+        batches_a_step = len(used) / steps
         others = {}
         if self._codecs.activation in {Codec.FP32, Codec.BF16} and any(batch.passes for batch in planned):
             other = self._plan(phase, [self._batches[number] for number in chosen], Codecs.named("int8"))
@@ -210,7 +215,6 @@ class _Planner:
             for name in ("cloud", "wire", "waiting")
         }
         split = {name: value * batches_a_step for name, value in on_the_clock.items()}
-        epoch = self._with_decisions(phase, traffic_of(planned))
         first = next((one for batch in planned for one in batch.passes), None)
         return PhaseForecast(
             name=phase.name,
@@ -218,8 +222,8 @@ class _Planner:
             active=len(phase.turns[0]) or None,
             in_flight=in_flight,
             round_trips=0 if first is None else first.round_trips,
-            step=epoch.times(1 / self._per_epoch),
-            epoch=epoch,
+            step=self._with_decisions(phase, traffic_of(used), steps).times(1 / steps),
+            epoch=self._with_decisions(phase, traffic_of(planned), self._per_epoch),
             seconds=seconds,
             split={"device": max(0.0, seconds - sum(split.values())), **split},
             others=others,
@@ -256,15 +260,15 @@ class _Planner:
                 at_once = min(passes_at_once(flight.device, flight.cloud, flight.wire), len(batch.passes))
         return total, at_once
 
-    def _with_decisions(self, phase: Phase, epoch: Traffic) -> Traffic:
-        """Return an epoch's bytes with those of its periods' decisions."""
+    def _with_decisions(self, phase: Phase, traffic: Traffic, steps: int) -> Traffic:
+        """Return the bytes of so many steps with those of their periods' decisions."""
         schedule, model = self._config.to_schedule(), self._model
         if isinstance(model, SideModel) or not schedule.changes or phase.name == "warm-up":
-            return epoch
+            return traffic
         sizes = decision_bytes(schedule, model.bank.numbers, phase.turns[0], self._max_active, self._fingerprint)
-        norms, command = (size * self._per_epoch / (schedule.period or self._per_epoch) for size in sizes)
-        received = {**epoch.received, "control": epoch.received.get("control", 0) + command}
-        return Traffic({**epoch.sent, "norms": norms}, received)
+        norms, command = (size * steps / (schedule.period or self._per_epoch) for size in sizes)
+        received = {**traffic.received, "control": traffic.received["control"] + command}
+        return Traffic({**traffic.sent, "norms": norms}, received)
 
     def _evaluation(self, phase: Phase) -> Traffic:
         """Return the bytes of one evaluation."""
@@ -278,20 +282,18 @@ class _Planner:
         micro_batches = self._config.micro_batches
         return traffic_of(plan_micro_batches(model, sizes, b, micro_batches, training=False) for b in batches)
 
-    def _cloud_memory(self, cloud: LoopbackCloud, phases: Sequence[list[PlannedBatch]]) -> int:
-        """Return what the cloud's process has with the largest batch: itself, its weights, and what passes keep."""
-        model = self._model
+    def _kept_bytes(self, cost: PassCost, phases: Sequence[list[PlannedBatch]]) -> int:
+        """Return what the passes of the largest batch keep in the cloud until they go back, or are read."""
+        model, geometry = self._model, self._model.ends.geometry
         if isinstance(model, SideModel):
-            width, at_once = model.side_config.tap_width, self._config.in_flight or _AT_ONCE_OF_SIDE
+            at_once = self._config.in_flight or _AT_ONCE_OF_SIDE
             longest = max(len(row["input_ids"]) for row in self._rows)
-            kept = at_once * bytes_of_taps(model.ends.geometry, longest, len(model.tapped), width)
-            return cloud.memory_bytes + kept
-        bank = model.bank
-        at_sites = bytes_at_sites(model.ends.geometry, _BYTES_OF_FP32, bank.targets, bank.frames)
-        batches = [batch for phase in phases for batch in phase]
-        cost = cloud.cost
-        return cloud.memory_bytes + max(
-            sum(cost.bytes_for(one.rows, one.width, at_sites) for one in batch.passes) for batch in batches
+            return at_once * bytes_of_taps(geometry, longest, len(model.tapped), model.side_config.tap_width)
+        at_sites = bytes_at_sites(geometry, _BYTES_OF_FP32, model.bank.targets, model.bank.frames)
+        return max(
+            sum(cost.bytes_for(one.rows, one.width, at_sites) for one in batch.passes)
+            for batches in phases
+            for batch in batches
         )
 
 

@@ -91,7 +91,9 @@ def test_the_measured_cost_is_what_a_pass_keeps(tiny_folder, attention, places, 
 def test_so_it_is_through_frames(tiny_folder, rows, width):
     cut, frames = cut_model(tiny_folder, "sdpa"), FrameChoice("seeded", 8)
     active = sites_at(cut, Place.ATTN)
-    measured = measure_cost(cut).bytes_for(rows, width, bytes_at_sites(cut.geometry, cut.dtype.itemsize, active, frames))
+    measured = measure_cost(cut).bytes_for(
+        rows, width, bytes_at_sites(cut.geometry, cut.dtype.itemsize, active, frames)
+    )
     assert measured == pytest.approx(really_kept(cut, active, rows, width, frames), rel=0.15)
 
 
@@ -144,7 +146,9 @@ def test_where_blocks_run_again_it_is_what_one_keeps_and_what_all_were_given(tin
         sites.walk = Walk(cut, batch, sites, recompute=True)
         final_MD = sites.walk.forward()
         sites.walk.backward(torch.ones_like(final_MD))
-    measured = measure_cost(cut, recompute=True).bytes_for(rows, width, bytes_at_sites(cut.geometry, cut.dtype.itemsize, active))
+    measured = measure_cost(cut, recompute=True).bytes_for(
+        rows, width, bytes_at_sites(cut.geometry, cut.dtype.itemsize, active)
+    )
     assert sites.most <= measured <= sites.most * 1.6
     whole = measure_cost(cut).bytes_for(rows, width, bytes_at_sites(cut.geometry, cut.dtype.itemsize, active))
     assert measured < whole * 0.75  # of only three blocks
