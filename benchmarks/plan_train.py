@@ -1,10 +1,10 @@
 """What `tidelock plan train` says of a run, against what `tidelock train` with the same options then takes.
 
-SmolLM2 learns to go on with real texts of PIQA over shaped links: device and cloud are two processes on this machine, with
-a proxy between them that delays and limits bandwidth (tests/support/link.py). Planned is first, by the command and so from
-its own timed steps; then a fresh cloud serves one run. Time is that of a step by `metrics.jsonl`, phase by phase, a real
-token: batches differ in length. A run's first step is left out: the windows of HTTP/2 open in it, and memory is taken.
-Bytes are those of the ledger's epochs; memory is the most that each process has had.
+SmolLM2 learns to go on with real texts of PIQA over shaped links: device and cloud are two processes on this machine,
+with a proxy between them that delays and limits bandwidth (tests/support/link.py). First the command plans, from its
+own timed steps; then a fresh cloud serves one run. Time is that of a step by `metrics.jsonl`, phase by phase, a real
+token, as batches differ in length. A run's first step is left out: the windows of HTTP/2 open in it, and memory is
+taken. Bytes are those of the ledger's epochs; memory is the most that each process has had.
 
     python benchmarks/plan_train.py --data ../shared/data
     python benchmarks/plan_train.py --data ../shared/data --links 40/50 --variants "core, int8, 8 of 30 modules"
@@ -183,10 +183,9 @@ _AIMS = {"seconds": "time of a step", "bytes": "bytes", "memory": "the device's 
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the results as the tables of docs/wire.md."""
+    """Return the results as the tables of docs/planning.md."""
     lines = [
-        "| link | run | s a step: planned, measured | MB: planned, measured | device's, cloud's memory, GB: planned, "
-        "measured |",
+        "| link | run | s a step | MB in all | GB of the device; of the cloud |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:

@@ -1,9 +1,9 @@
 """Passes in flight between a device and a cloud, event by event: who computes, what is on the wire, who waits.
 
-A pass is a chain of acts that take turns at the two ends. What one end sends takes the link for a time, in the order of
-sending, then travels; the end that acts next begins once all has arrived. In the cloud so many passes compute at once
-as have a turn. Computing at the same time slows down: each of k at once runs at 1 / (1 + crowding (k - 1)) of its speed
-alone, where the two ends count together if they are one machine.
+A pass is a chain of acts, now at one side, now at the other. What one side sends takes the link for a time, in the
+order of sending, then travels; the side that acts next begins once all has arrived. In the cloud so many passes compute
+at once as have a turn. Computing at the same time slows down: each of k at once runs at 1 / (1 + crowding (k - 1)) of
+its speed alone, where both sides count together if they are one machine.
 
 May import `plan`.
 """
@@ -39,13 +39,13 @@ class Act(NamedTuple):
 
 @final
 @dataclass(frozen=True, slots=True)
-class Ends:
-    """The two ends, as far as they compute.
+class Processors:
+    """What computes on both sides.
 
     Attributes:
         turns: Passes that the cloud lets compute at once.
         crowding: What computing at once costs: 0 nothing, 1 as much as one after another.
-        shared: Whether both ends are one machine.
+        shared: Whether both sides are one machine.
     """
 
     turns: int
@@ -91,24 +91,24 @@ class _Pass:
     arrives: dict[str, float] = field(default_factory=lambda: {"up": 0.0, "down": 0.0})
 
 
-def fly(passes: Iterable[Sequence[Act]], at_once: int, ends: Ends, link: Link | None) -> Flight:
+def fly(passes: Iterable[Sequence[Act]], at_once: int, processors: Processors, link: Link | None) -> Flight:
     """Return what passes take, of which so many are on their way at once and the others begin in order.
 
     Args:
         passes: The acts of each.
         at_once: How many; at least 1.
-        ends: Who computes.
+        processors: Who computes.
         link: Between them; None takes no time.
     """
-    return _Flying(passes, ends, link).run(at_once)
+    return _Flying(passes, processors, link).run(at_once)
 
 
 @final
 class _Flying:
     """The state of all passes at one time."""
 
-    def __init__(self, passes: Iterable[Sequence[Act]], ends: Ends, link: Link | None) -> None:
-        self._ends = ends
+    def __init__(self, passes: Iterable[Sequence[Act]], processors: Processors, link: Link | None) -> None:
+        self._processors = processors
         self._delay = 0.0 if link is None else link.round_trip_seconds / 2
         self._rates = {} if link is None else {"up": link.up_bits_per_second, "down": link.down_bits_per_second}
         self._free = {"up": 0.0, "down": 0.0}
@@ -162,8 +162,8 @@ class _Flying:
             self._go_on(one)
 
     def _speed(self, where: str) -> float:
-        count = sum(self._ends.shared or there == where for _, there, _ in self._computing)
-        return 1.0 / (1.0 + self._ends.crowding * max(0, count - 1))
+        count = sum(self._processors.shared or there == where for _, there, _ in self._computing)
+        return 1.0 / (1.0 + self._processors.crowding * max(0, count - 1))
 
     def _go_on(self, one: _Pass) -> None:
         """Do what a pass does next, up to the first thing that takes time."""
@@ -181,7 +181,7 @@ class _Flying:
                 self._wait_until(arrived, one)
             elif act.what == "device":
                 self._computing.append((one, "device", act.amount))
-            elif sum(where == "cloud" for _, where, _ in self._computing) < self._ends.turns:
+            elif sum(where == "cloud" for _, where, _ in self._computing) < self._processors.turns:
                 self._take_turn(one)
             else:
                 self._line.append(one)

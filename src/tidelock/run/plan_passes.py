@@ -19,7 +19,7 @@ from tidelock.data.batch import Collator
 from tidelock.device.model import DeviceModel
 from tidelock.model.rows import Rows
 from tidelock.model.walk import Batch
-from tidelock.plan.flight import Act, Ends, Flight, fly
+from tidelock.plan.flight import Act, Flight, Processors, fly
 from tidelock.plan.forecast import Traffic
 from tidelock.run.train import training_arguments
 
@@ -176,21 +176,21 @@ def traffic_of(batches: Iterable[PlannedBatch]) -> Traffic:
     return Traffic(dict(sent), dict(received))
 
 
-def fly_batch(batch: PlannedBatch, pace: Pace, at_once: int, ends: Ends, link: Link | None) -> Flight:
+def fly_batch(batch: PlannedBatch, pace: Pace, at_once: int, processors: Processors, link: Link | None) -> Flight:
     """Return what a batch takes from its embeddings to its gradients.
 
     Args:
         batch: Its passes.
-        pace: How quick both ends are.
+        pace: How quick both sides are.
         at_once: Passes on their way at the same time.
-        ends: How they share what they compute with.
+        processors: How they share what they compute with.
         link: Between them; None takes no time.
     """
     if any(one.backward for one in batch.passes):
         forward, backward = zip(*(_acts_at_sites(one, pace) for one in batch.passes), strict=True)
-        flight = fly(forward, at_once, ends, link) + fly(backward, at_once, ends, link)
+        flight = fly(forward, at_once, processors, link) + fly(backward, at_once, processors, link)
     else:
-        flight = fly([_acts_of_taps(one, pace) for one in batch.passes], at_once, ends, link)
+        flight = fly([_acts_of_taps(one, pace) for one in batch.passes], at_once, processors, link)
     return replace(flight, seconds=flight.seconds + batch.own_tokens * pace.own)
 
 

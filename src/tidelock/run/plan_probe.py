@@ -101,14 +101,14 @@ Simulate: TypeAlias = "Callable[[PlannedBatch, Pace, float, int], float]"
 def time_at_sites(
     timer: StepTimer, model: DeviceModel, probes: Sequence[Probe], in_flight: int | None, simulate: Simulate
 ) -> tuple[Pace, float]:
-    """Return the pace of a model whose modules are at sites, and what computing at once costs (`plan.flight.Ends`).
+    """Return the pace of a model whose modules are at sites, and what computing at once costs.
 
     Args:
         timer: Takes the steps.
         model: Its model.
         probes: Batches with their passes.
         in_flight: Micro-batches on their way at once; None as the backbone judges.
-        simulate: Given the pace, the crowding and how many are on their way at once.
+        simulate: Given the pace, the crowding (`plan.flight.Processors`), and how many are on their way at once.
     """
     backbone = cast("RemoteBackbone", model.backbone)
     times, sums, together, overlapped = backbone.connection.times, _Sums(), 0.0, []

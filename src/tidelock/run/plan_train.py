@@ -22,7 +22,7 @@ from tidelock.data.batch import Collator
 from tidelock.device.model import DeviceModel
 from tidelock.device.side_model import SideModel
 from tidelock.errors import ConfigError
-from tidelock.plan.flight import Ends, Flight
+from tidelock.plan.flight import Flight, Processors
 from tidelock.plan.forecast import Forecast, PhaseForecast, Traffic
 from tidelock.run.cloud_process import loopback_cloud
 from tidelock.run.examples import encode_examples, read_run_examples, with_classes_counted
@@ -136,7 +136,7 @@ class _Planner:
         self._per_epoch, self._steps = steps_of(config, len(self._rows))
         self._timer = StepTimer(model, config)
         self._shared = backbone.connection.address.is_loopback
-        self._cached_pace: tuple[Pace, Ends] | None = None
+        self._cached_pace: tuple[Pace, Processors] | None = None
 
     def forecast(self, say: Callable[[str], None]) -> Forecast:
         """Return what the run will take; see `forecast`."""
@@ -197,17 +197,17 @@ class _Planner:
 
     def _forecast(self, phase: Phase, planned: list[PlannedBatch]) -> PhaseForecast:
         """Return what a phase will take."""
-        pace, ends = self._time(phase)
+        pace, processors = self._time(phase)
         # A run that ends before its first epoch does takes its first batches only.
         steps = min(self._steps, self._per_epoch)
         used = planned[: steps * self._config.accumulate]
         chosen = _spread(used, _SIMULATED)
-        flight, in_flight = self._fly([used[number] for number in chosen], pace, ends)
+        flight, in_flight = self._fly([used[number] for number in chosen], pace, processors)
         batches_a_step = len(used) / steps
         others = {}
         if self._codecs.activation in {Codec.FP32, Codec.BF16} and any(batch.passes for batch in planned):
             other = self._plan(phase, [self._batches[number] for number in chosen], Codecs.named("int8"))
-            faster, _ = self._fly(other, pace, ends)
+            faster, _ = self._fly(other, pace, processors)
             others["--codec int8"] = faster.seconds / len(chosen) * batches_a_step + pace.update
         seconds = flight.seconds / len(chosen) * batches_a_step + pace.update
         on_the_clock = {
@@ -229,13 +229,13 @@ class _Planner:
             others=others,
         )
 
-    def _time(self, phase: Phase) -> tuple[Pace, Ends]:
-        """Return how quick both ends are in a phase, as a few steps show."""
+    def _time(self, phase: Phase) -> tuple[Pace, Processors]:
+        """Return how quick both sides are in a phase, as a few steps show."""
         if self._cached_pace is not None and phase.cached:
             return self._cached_pace
 
         def simulate(batch: PlannedBatch, pace: Pace, crowding: float, at_once: int) -> float:
-            return fly_batch(batch, pace, at_once, Ends(_TURNS, crowding, self._shared), None).seconds
+            return fly_batch(batch, pace, at_once, Processors(_TURNS, crowding, self._shared), None).seconds
 
         self._activate(phase, 0)
         first = replace(phase, turns=phase.turns[:1], cached=False)
@@ -247,14 +247,14 @@ class _Planner:
             pace, crowding = time_taps(self._timer, self._model, probes, at_once, simulate)
         else:
             pace, crowding = time_at_sites(self._timer, self._model, probes, self._config.in_flight, simulate)
-        self._cached_pace = pace, Ends(_TURNS, crowding, self._shared)
+        self._cached_pace = pace, Processors(_TURNS, crowding, self._shared)
         return self._cached_pace
 
-    def _fly(self, batches: Sequence[PlannedBatch], pace: Pace, ends: Ends) -> tuple[Flight, int]:
+    def _fly(self, batches: Sequence[PlannedBatch], pace: Pace, processors: Processors) -> tuple[Flight, int]:
         """Return what batches take one after another over the link, and how many passes were in flight at last."""
         total, at_once = Flight(), self._config.in_flight or _AT_ONCE_OF_SIDE
         for batch in batches:
-            flight = fly_batch(batch, pace, at_once, ends, self._link)
+            flight = fly_batch(batch, pace, at_once, processors, self._link)
             total = total + flight
             if self._config.in_flight is None and isinstance(self._model, DeviceModel):
                 at_once = min(passes_at_once(flight.device, flight.cloud, flight.wire), len(batch.passes))

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidelock.plan.flight import Act, Ends, Flight, fly
+from tidelock.plan.flight import Act, Flight, Processors, fly
 from tidelock.plan.link import Link
 
-ALONE = Ends(turns=8, crowding=0.0, shared=False)
+ALONE = Processors(turns=8, crowding=0.0, shared=False)
 # A tenth of a second each way; 8 bits a second up are a byte, 16 down are two.
 LINK = Link(round_trip_seconds=0.2, up_bits_per_second=8.0, down_bits_per_second=16.0)
 
@@ -46,7 +46,7 @@ def test_messages_share_a_link_in_the_order_of_sending() -> None:
 
 def test_a_pass_waits_for_its_turn() -> None:
     passes = [[Act("cloud", 2.0)], [Act("cloud", 3.0)], [Act("cloud", 1.0)]]
-    flight = fly(passes, 3, Ends(turns=1, crowding=0.0, shared=False), None)
+    flight = fly(passes, 3, Processors(turns=1, crowding=0.0, shared=False), None)
     assert (flight.seconds, flight.waiting, flight.cloud, flight.alone) == pytest.approx((6, 2 + 5, 6, 2 + 5 + 6))
 
 
@@ -61,13 +61,13 @@ def test_as_many_are_on_their_way_as_may_be() -> None:
     ("crowding", "shared", "seconds"), [(1.0, True, 4), (0.5, True, 3), (0.0, True, 2), (1.0, False, 2)]
 )
 def test_computing_at_once_slows_down_on_one_machine(crowding: float, shared: bool, seconds: float) -> None:
-    flight = fly([[Act("device", 2.0)], [Act("cloud", 2.0)]], 2, Ends(2, crowding, shared), None)
+    flight = fly([[Act("device", 2.0)], [Act("cloud", 2.0)]], 2, Processors(2, crowding, shared), None)
     assert flight.seconds == pytest.approx(seconds)
 
 
 def test_speed_changes_when_another_one_ends() -> None:
     # Both at half speed for 2 s; then 1 of the longer one's 2 s is left, at full speed.
-    flight = fly([[Act("device", 1.0)], [Act("device", 2.0)]], 2, Ends(2, 1.0, shared=True), None)
+    flight = fly([[Act("device", 1.0)], [Act("device", 2.0)]], 2, Processors(2, 1.0, shared=True), None)
     assert flight.seconds == pytest.approx(3)
 
 
@@ -100,19 +100,19 @@ def test_a_longer_or_slower_link_never_makes_a_pass_quicker(
 def test_passes_take_no_less_than_the_longest_and_no_more_than_all_in_turn(
     passes: list[list[Act]], link: Link, at_once: int, turns: int
 ) -> None:
-    ends = Ends(turns, 0.0, shared=True)
-    alone = [fly([acts], 1, ends, link).seconds for acts in passes]
-    flight = fly(passes, at_once, ends, link)
+    processors = Processors(turns, 0.0, shared=True)
+    alone = [fly([acts], 1, processors, link).seconds for acts in passes]
+    flight = fly(passes, at_once, processors, link)
     assert max(alone) - 1e-6 <= flight.seconds <= sum(alone) + 1e-6
     assert flight.alone == pytest.approx(flight.device + flight.cloud + flight.wire + flight.waiting, abs=1e-6)
-    in_turn = fly(passes, 1, ends, link)
+    in_turn = fly(passes, 1, processors, link)
     assert in_turn.seconds == pytest.approx(sum(alone), abs=1e-6)
     assert in_turn.waiting == pytest.approx(0, abs=1e-9)
 
 
 @given(PASSES, LINKS, st.floats(0, 2))
 def test_a_link_carries_no_more_than_its_rate(passes: list[list[Act]], link: Link, crowding: float) -> None:
-    flight = fly(passes, len(passes), Ends(2, crowding, shared=True), link)
+    flight = fly(passes, len(passes), Processors(2, crowding, shared=True), link)
     up = sum(acts[1].amount for acts in passes)
     assert flight.seconds >= 8 * up / link.up_bits_per_second - 1e-6
 

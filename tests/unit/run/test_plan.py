@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tidelock.backbone.crossings import Crossing
-from tidelock.plan.flight import Ends
+from tidelock.plan.flight import Processors
 from tidelock.run.config import RunConfig
 from tidelock.run.plan_passes import Pace, PlannedBatch, PlannedPass, fly_batch, traffic_of
 from tidelock.run.plan_phases import Phase, scheduled_phases, side_phases, steps_of
@@ -16,7 +16,7 @@ from tidelock.schedule.schedule import Schedule
 from tidelock.wire.ledger import Kind
 
 BLOCKS = tuple(range(8))
-ALONE = Ends(turns=2, crowding=0.0, shared=True)
+ALONE = Processors(turns=2, crowding=0.0, shared=True)
 
 
 @pytest.mark.parametrize(
