@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, final
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from tidelock.plan.link import Link
+    from tidelock.plan.link import CloudLink
 
 Way = Literal["up", "down"]
 _RECEIVED_AT: dict[str, Way] = {"device": "down", "cloud": "up"}
@@ -91,7 +91,7 @@ class _Pass:
     arrives: dict[str, float] = field(default_factory=lambda: {"up": 0.0, "down": 0.0})
 
 
-def fly(passes: Iterable[Sequence[Act]], at_once: int, processors: Processors, link: Link | None) -> Flight:
+def fly(passes: Iterable[Sequence[Act]], at_once: int, processors: Processors, link: CloudLink | None) -> Flight:
     """Return what passes take, of which so many are on their way at once and the others begin in order.
 
     Args:
@@ -107,7 +107,7 @@ def fly(passes: Iterable[Sequence[Act]], at_once: int, processors: Processors, l
 class _Flying:
     """The state of all passes at one time."""
 
-    def __init__(self, passes: Iterable[Sequence[Act]], processors: Processors, link: Link | None) -> None:
+    def __init__(self, passes: Iterable[Sequence[Act]], processors: Processors, link: CloudLink | None) -> None:
         self._processors = processors
         self._delay = 0.0 if link is None else link.round_trip_seconds / 2
         self._rates = {} if link is None else {"up": link.up_bits_per_second, "down": link.down_bits_per_second}

@@ -13,7 +13,7 @@ from tidelock.units import format_bytes, format_seconds, format_short_seconds
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from tidelock.plan.link import Link
+    from tidelock.plan.link import CloudLink
 
 # A gain that is smaller than what a prediction may be off by is none.
 _WORTH_SAYING = 0.85
@@ -102,7 +102,7 @@ class Forecast:
     """
 
     title: str
-    link: Link | None
+    link: CloudLink | None
     examples: int
     tokens: int
     labelled: int
@@ -145,7 +145,7 @@ def forecast_text(forecast: Forecast) -> str:
     return "\n".join([*lines, "", memory, f"All steps: {format_seconds(forecast.seconds)}, {crossed}. {on_top}"])
 
 
-def _phase_lines(phase: PhaseForecast, link: Link | None) -> list[str]:
+def _phase_lines(phase: PhaseForecast, link: CloudLink | None) -> list[str]:
     active = "" if phase.active is None else f", {phase.active} active modules"
     split = ", ".join(f"{name} {format_short_seconds(seconds)}" for name, seconds in phase.split.items() if seconds)
     lines = [
@@ -160,7 +160,7 @@ def _phase_lines(phase: PhaseForecast, link: Link | None) -> list[str]:
     return [*lines, f"  {bottleneck(phase, link)}"]
 
 
-def bottleneck(phase: PhaseForecast, link: Link | None) -> str:
+def bottleneck(phase: PhaseForecast, link: CloudLink | None) -> str:
     """Return what takes most of a step, and what to change."""
     where = max(phase.split, key=lambda name: phase.split[name])
     said = {
@@ -193,7 +193,7 @@ def _ways(traffic: Traffic) -> str:
     return f"{format_bytes(round(traffic.up))} up, {format_bytes(round(traffic.down))} down"
 
 
-def _link(link: Link | None) -> str:
+def _link(link: CloudLink | None) -> str:
     if link is None:
         return "the one that is there"
     up, down = (f"{rate / 1e6:g} Mbit/s" for rate in (link.up_bits_per_second, link.down_bits_per_second))

@@ -18,8 +18,8 @@ _QUANTITY = re.compile(r"(\d+(?:\.\d+)?)([a-z]+)")
 
 @final
 @dataclass(frozen=True, slots=True)
-class Link:
-    """What a link does to messages.
+class CloudLink:
+    """What a link between device and cloud does to messages.
 
     Attributes:
         round_trip_seconds: From the device to the cloud and back, half of it each way.
@@ -32,14 +32,14 @@ class Link:
     down_bits_per_second: float
 
 
-def parse_link(text: str) -> Link:
+def parse_link(text: str) -> CloudLink:
     """Return the link in a text such as ``40ms,50mbit`` or ``40ms,20mbit/100mbit``, the way up first.
 
     Raises:
         ConfigError: The text has another form, an unknown unit, or a rate of 0.
 
     >>> parse_link("40ms,20mbit/100mbit")
-    Link(round_trip_seconds=0.04, up_bits_per_second=20000000.0, down_bits_per_second=100000000.0)
+    CloudLink(round_trip_seconds=0.04, up_bits_per_second=20000000.0, down_bits_per_second=100000000.0)
     """
     parts = text.lower().replace(" ", "").split(",")
     rates = parts[-1].split("/")
@@ -51,7 +51,7 @@ def parse_link(text: str) -> Link:
             f"as 40ms,50mbit or 40ms,20mbit/100mbit, got {text!r}. Write it like that."
         )
         raise ConfigError(msg)
-    return Link(delay, up, down)
+    return CloudLink(delay, up, down)
 
 
 def _quantity(text: str, units: dict[str, float]) -> float | None:

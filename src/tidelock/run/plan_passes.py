@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tidelock.backbone.crossings import Crossing, PassSizes
     from tidelock.device.side_model import SideModel
     from tidelock.device.tap_source import ExampleIds
-    from tidelock.plan.link import Link
+    from tidelock.plan.link import CloudLink
     from tidelock.run.config import RunConfig
     from tidelock.run.examples import EncodedRows
 
@@ -176,7 +176,7 @@ def traffic_of(batches: Iterable[PlannedBatch]) -> Traffic:
     return Traffic(dict(sent), dict(received))
 
 
-def fly_batch(batch: PlannedBatch, pace: Pace, at_once: int, processors: Processors, link: Link | None) -> Flight:
+def fly_batch(batch: PlannedBatch, pace: Pace, at_once: int, processors: Processors, link: CloudLink | None) -> Flight:
     """Return what a batch takes from its embeddings to its gradients.
 
     Args:

@@ -30,15 +30,21 @@ class Phase:
 
     Attributes:
         name: What people call them.
+        first: The first one's number, from 0.
         steps: How many.
         turns: Blocks of the modules that are active; where there are several, in turns, step by step.
         cached: Whether what the blocks give is at hand.
     """
 
     name: str
+    first: int
     steps: int
     turns: tuple[tuple[int, ...], ...] = ((),)
     cached: bool = False
+
+    def sample(self, per_epoch: int) -> list[int]:
+        """Return the steps of an epoch that these are, each once; whatever the epoch."""
+        return [(self.first + step) % per_epoch for step in range(min(self.steps, per_epoch))]
 
 
 def steps_of(config: RunConfig, num_rows: int) -> tuple[int, int]:
@@ -60,22 +66,23 @@ def scheduled_phases(
         steps: Steps in the run.
     """
     if not schedule.changes:
-        return [Phase("all steps", steps, (tuple(blocks),))]
+        return [Phase("all steps", 0, steps, (tuple(blocks),))]
     most = min(max_active or len(blocks), len(blocks))
     turns = warm_up_turns(blocks, min(schedule.warm_up_active or len(blocks), most))
     first = min(steps, schedule.warm_up * (schedule.period or per_epoch))
     # Above a threshold may be any number, all at most.
     budget = most if schedule.threshold is not None else min(schedule.budget_of(len(blocks)), most)
     spread = tuple(blocks[number * len(blocks) // budget] for number in range(budget))
-    phases = [Phase("warm-up", first, turns), Phase("after it", steps - first, (spread,))]
+    phases = [Phase("warm-up", 0, first, turns), Phase("after it", first, steps - first, (spread,))]
     return [phase for phase in phases if phase.steps]
 
 
 def side_phases(per_epoch: int, steps: int, *, caches: bool) -> list[Phase]:
     """Return the phases of a run with a network beside the blocks."""
     if not caches:
-        return [Phase("all steps", steps)]
-    phases = [Phase("first epoch", min(per_epoch, steps)), Phase("later epochs", steps - per_epoch, cached=True)]
+        return [Phase("all steps", 0, steps)]
+    first, later = min(per_epoch, steps), steps - per_epoch
+    phases = [Phase("first epoch", 0, first), Phase("later epochs", first, later, cached=True)]
     return [phase for phase in phases if phase.steps > 0]
 
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from tidelock.backbone.remote import RemoteBackbone
     from tidelock.cloud.memory import PassCost
     from tidelock.device.tap_source import ExampleIds
-    from tidelock.plan.link import Link
+    from tidelock.plan.link import CloudLink
     from tidelock.run.cloud_process import LoopbackCloud
     from tidelock.run.config import RunConfig
     from tidelock.run.examples import EncodedRows
@@ -58,7 +58,7 @@ _BYTES_OF_FP32 = 4
 _AT_ONCE_OF_SIDE = 2
 
 
-def forecast(config: RunConfig, link: Link | None, say: Callable[[str], None]) -> Forecast:
+def forecast(config: RunConfig, link: CloudLink | None, say: Callable[[str], None]) -> Forecast:
     """Return what a run will take.
 
     Args:
@@ -124,7 +124,7 @@ class _Planner:
         config: RunConfig,
         model: DeviceModel | SideModel,
         rows: tuple[EncodedRows, EncodedRows],
-        link: Link | None,
+        link: CloudLink | None,
         cloud: LoopbackCloud | None,
     ) -> None:
         self._config, self._model, self._link, self._cloud = config, model, link, cloud
@@ -198,12 +198,11 @@ class _Planner:
     def _forecast(self, phase: Phase, planned: list[PlannedBatch]) -> PhaseForecast:
         """Return what a phase will take."""
         pace, processors = self._time(phase)
-        # A run that ends before its first epoch does takes its first batches only.
-        steps = min(self._steps, self._per_epoch)
-        used = planned[: steps * self._config.accumulate]
-        chosen = _spread(used, _SIMULATED)
-        flight, in_flight = self._fly([used[number] for number in chosen], pace, processors)
-        batches_a_step = len(used) / steps
+        steps, size = phase.sample(self._per_epoch), self._config.accumulate
+        used = [number for step in steps for number in range(len(planned))[step * size : (step + 1) * size]]
+        chosen = [used[number] for number in _spread([planned[number] for number in used], _SIMULATED)]
+        flight, in_flight = self._fly([planned[number] for number in chosen], pace, processors)
+        batches_a_step = len(used) / len(steps)
         others = {}
         if self._codecs.activation in {Codec.FP32, Codec.BF16} and any(batch.passes for batch in planned):
             other = self._plan(phase, [self._batches[number] for number in chosen], Codecs.named("int8"))
@@ -222,7 +221,7 @@ class _Planner:
             active=len(phase.turns[0]) or None,
             in_flight=in_flight,
             round_trips=0 if first is None else first.round_trips,
-            step=self._with_decisions(phase, traffic_of(used), steps).times(1 / steps),
+            step=self._with_decisions(phase, traffic_of(planned[n] for n in used), len(steps)).times(1 / len(steps)),
             epoch=self._with_decisions(phase, traffic_of(planned), self._per_epoch),
             seconds=seconds,
             split={"device": max(0.0, seconds - sum(split.values())), **split},

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidelock.plan.flight import Act, Flight, Processors, fly
-from tidelock.plan.link import Link
+from tidelock.plan.link import CloudLink
 
 ALONE = Processors(turns=8, crowding=0.0, shared=False)
 # A tenth of a second each way; 8 bits a second up are a byte, 16 down are two.
-LINK = Link(round_trip_seconds=0.2, up_bits_per_second=8.0, down_bits_per_second=16.0)
+LINK = CloudLink(round_trip_seconds=0.2, up_bits_per_second=8.0, down_bits_per_second=16.0)
 
 
 def a_pass(device: float = 1.0, up: float = 2.0, cloud: float = 3.0, down: float = 4.0, last: float = 0.5) -> list[Act]:
@@ -80,25 +80,25 @@ def test_the_cloud_goes_on_while_what_it_has_sent_is_on_its_way() -> None:
 
 AMOUNTS = st.floats(0, 5, allow_nan=False)
 PASSES = st.lists(st.tuples(*[AMOUNTS] * 5).map(lambda amounts: a_pass(*amounts)), min_size=1, max_size=5)
-LINKS = st.builds(Link, AMOUNTS, st.floats(0.5, 100), st.floats(0.5, 100))
+LINKS = st.builds(CloudLink, AMOUNTS, st.floats(0.5, 100), st.floats(0.5, 100))
 
 
 @given(st.tuples(*[AMOUNTS] * 5), LINKS, st.floats(0, 3), st.floats(1, 4))
 def test_a_longer_or_slower_link_never_makes_a_pass_quicker(
-    amounts: tuple[float, ...], link: Link, more: float, slower: float
+    amounts: tuple[float, ...], link: CloudLink, more: float, slower: float
 ) -> None:
     before = fly([a_pass(*amounts)], 1, ALONE, link).seconds
     worse = (
-        Link(link.round_trip_seconds + more, link.up_bits_per_second, link.down_bits_per_second),
-        Link(link.round_trip_seconds, link.up_bits_per_second / slower, link.down_bits_per_second),
-        Link(link.round_trip_seconds, link.up_bits_per_second, link.down_bits_per_second / slower),
+        CloudLink(link.round_trip_seconds + more, link.up_bits_per_second, link.down_bits_per_second),
+        CloudLink(link.round_trip_seconds, link.up_bits_per_second / slower, link.down_bits_per_second),
+        CloudLink(link.round_trip_seconds, link.up_bits_per_second, link.down_bits_per_second / slower),
     )
     assert all(fly([a_pass(*amounts)], 1, ALONE, other).seconds >= before - 1e-9 for other in worse)
 
 
 @given(PASSES, LINKS, st.integers(1, 5), st.integers(1, 3))
 def test_passes_take_no_less_than_the_longest_and_no_more_than_all_in_turn(
-    passes: list[list[Act]], link: Link, at_once: int, turns: int
+    passes: list[list[Act]], link: CloudLink, at_once: int, turns: int
 ) -> None:
     processors = Processors(turns, 0.0, shared=True)
     alone = [fly([acts], 1, processors, link).seconds for acts in passes]
@@ -111,7 +111,7 @@ def test_passes_take_no_less_than_the_longest_and_no_more_than_all_in_turn(
 
 
 @given(PASSES, LINKS, st.floats(0, 2))
-def test_a_link_carries_no_more_than_its_rate(passes: list[list[Act]], link: Link, crowding: float) -> None:
+def test_a_link_carries_no_more_than_its_rate(passes: list[list[Act]], link: CloudLink, crowding: float) -> None:
     flight = fly(passes, len(passes), Processors(2, crowding, shared=True), link)
     up = sum(acts[1].amount for acts in passes)
     assert flight.seconds >= 8 * up / link.up_bits_per_second - 1e-6

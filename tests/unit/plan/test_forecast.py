@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from tidelock.plan.forecast import Forecast, PhaseForecast, Traffic, bottleneck, forecast_text, forecast_values
-from tidelock.plan.link import Link
+from tidelock.plan.link import CloudLink
 
-LINK = Link(0.04, 20e6, 100e6)
+LINK = CloudLink(0.04, 20e6, 100e6)
 STEP = Traffic({"control": 1000, "embedding": 4000}, {"site_input": 7000})
 PHASE = PhaseForecast(
     name="all steps",
@@ -85,12 +85,12 @@ def test_what_takes_most_is_named(largest: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("link", "part"),
     [
-        (Link(0.04, 20e6, 100e6), "most of all its delay: 2.44 s"),
-        (Link(0.0, 1e4, 1e9), "most of all its rate up: 4 s"),
-        (Link(0.0, 1e9, 1e4), "most of all its rate down: 5.6 s"),
+        (CloudLink(0.04, 20e6, 100e6), "most of all its delay: 2.44 s"),
+        (CloudLink(0.0, 1e4, 1e9), "most of all its rate up: 4 s"),
+        (CloudLink(0.0, 1e9, 1e4), "most of all its rate down: 5.6 s"),
     ],
 )
-def test_of_a_link_it_says_which_part(link: Link, part: str) -> None:
+def test_of_a_link_it_says_which_part(link: CloudLink, part: str) -> None:
     assert part in bottleneck(PHASE, link)
 
 

@@ -7,20 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidelock.errors import ConfigError
-from tidelock.plan.link import Link, parse_link
+from tidelock.plan.link import CloudLink, parse_link
 
 
 @pytest.mark.parametrize(
     ("text", "link"),
     [
-        ("40ms,50mbit", Link(0.04, 50e6, 50e6)),
-        ("40ms,20mbit/100mbit", Link(0.04, 20e6, 100e6)),
-        ("1.5s, 512kbit", Link(1.5, 512e3, 512e3)),
-        ("250US,1Gbit", Link(250e-6, 1e9, 1e9)),
-        ("0ms,1mbit", Link(0.0, 1e6, 1e6)),
+        ("40ms,50mbit", CloudLink(0.04, 50e6, 50e6)),
+        ("40ms,20mbit/100mbit", CloudLink(0.04, 20e6, 100e6)),
+        ("1.5s, 512kbit", CloudLink(1.5, 512e3, 512e3)),
+        ("250US,1Gbit", CloudLink(250e-6, 1e9, 1e9)),
+        ("0ms,1mbit", CloudLink(0.0, 1e6, 1e6)),
     ],
 )
-def test_it_reads_delay_and_rates(text: str, link: Link) -> None:
+def test_it_reads_delay_and_rates(text: str, link: CloudLink) -> None:
     read = parse_link(text)
     assert read.round_trip_seconds == pytest.approx(link.round_trip_seconds)
     assert (read.up_bits_per_second, read.down_bits_per_second) == (link.up_bits_per_second, link.down_bits_per_second)

@@ -34,7 +34,7 @@ def test_steps_are_counted_as_trainer_does(options: dict[str, Any], steps: tuple
 
 
 def test_without_a_schedule_all_steps_are_alike() -> None:
-    assert scheduled_phases(Schedule(), BLOCKS, None, 5, 20) == [Phase("all steps", 20, (BLOCKS,))]
+    assert scheduled_phases(Schedule(), BLOCKS, None, 5, 20) == [Phase("all steps", 0, 20, (BLOCKS,))]
 
 
 def test_after_the_warm_up_so_many_modules_are_active_evenly_spread() -> None:
@@ -55,10 +55,15 @@ def test_a_run_that_ends_in_the_warm_up_has_nothing_after_it() -> None:
     assert [phase.name for phase in scheduled_phases(Schedule("fixed"), BLOCKS, None, 5, 3)] == ["warm-up"]
 
 
+def test_a_phase_takes_its_own_steps_of_an_epoch() -> None:
+    assert Phase("after it", first=3, steps=3).sample(4) == [3, 0, 1]
+    assert Phase("after it", first=3, steps=9).sample(4) == [3, 0, 1, 2]
+
+
 def test_a_side_network_needs_the_blocks_in_the_first_epoch() -> None:
-    assert side_phases(5, 12, caches=True) == [Phase("first epoch", 5), Phase("later epochs", 7, cached=True)]
-    assert side_phases(5, 4, caches=True) == [Phase("first epoch", 4)]
-    assert side_phases(5, 12, caches=False) == [Phase("all steps", 12)]
+    assert side_phases(5, 12, caches=True) == [Phase("first epoch", 0, 5), Phase("later epochs", 5, 7, cached=True)]
+    assert side_phases(5, 4, caches=True) == [Phase("first epoch", 0, 4)]
+    assert side_phases(5, 12, caches=False) == [Phase("all steps", 0, 12)]
 
 
 def test_crowding_is_what_explains_the_measure() -> None:
