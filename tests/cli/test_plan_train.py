@@ -112,6 +112,30 @@ def test_bytes_of_a_side_network(
     assert later["epoch"] == {"sent": {}, "received": {}}
 
 
+def test_bytes_of_whole_texts_and_of_an_evaluation(
+    capsys: Capture, tmp_path: Path, chat_model: Path, cloud_access: CloudAccess
+) -> None:
+    """One state a text comes back; an evaluation crosses in the epoch after whose steps it is made."""
+    data = tmp_path / "labelled.jsonl"
+    rows = [
+        {"text_a": "the old house " * (1 + number % 3), "label": number % 2, "split": "train" if number < 6 else "dev"}
+        for number in range(9)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--task", "classification", "--split", "train", "--eval-split", "dev"]
+    args = [data, *options, "--model", chat_model, *cloud_access.options(), *SIZES]
+    values = planned(capsys, *args)
+    (phase,), evaluation = values["phases"], values["evaluation"]
+    assert tide("train", *args, "--out", tmp_path / "run") == 0
+    first, _ = epochs_of(tmp_path / "run")
+    together = {
+        way: {kind: size + evaluation[way].get(kind, 0) for kind, size in phase["epoch"][way].items()}
+        for way in ("sent", "received")
+    }
+    assert together == first
+    assert values["labelled"] == values["examples"] == 6
+
+
 def test_it_says_what_a_run_will_take(
     capsys: Capture, chat_model: Path, cloud_access: CloudAccess, texts: Path
 ) -> None:

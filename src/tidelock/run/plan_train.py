@@ -149,7 +149,10 @@ class _Planner:
         planned = [self._plan(phase, self._batches, self._codecs) for phase in phases]
         say("Timing a few steps.")
         self._warm_up(phases[0], planned[0])
-        forecasts = tuple(self._forecast(phase, batches) for phase, batches in zip(phases, planned, strict=True))
+        forecasts = [self._forecast(phases[0], planned[0])]
+        # No later phase has more active modules. What the allocator keeps grows with every step, here as in a run.
+        cloud_memory = None if self._cloud is None else peak_bytes(self._cloud.pid)
+        forecasts += [self._forecast(phase, batches) for phase, batches in zip(phases[1:], planned[1:], strict=True)]
         tokens = sum(len(row["input_ids"]) for row in self._rows)
         return Forecast(
             title=f"{model.config.model_type}, {config.method}, {config.codec}",
@@ -158,10 +161,10 @@ class _Planner:
             tokens=tokens,
             labelled=sum(len(model.selection(batch)[2]) for batch in self._batches),
             steps_per_epoch=self._per_epoch,
-            phases=forecasts,
+            phases=tuple(forecasts),
             evaluation=self._evaluation(phases[-1]),
             device_memory_bytes=peak_bytes(),
-            cloud_memory_bytes=None if self._cloud is None else peak_bytes(self._cloud.pid),
+            cloud_memory_bytes=cloud_memory,
             cloud_kept_bytes=None if self._cloud is None else self._kept_bytes(self._cloud.cost, planned),
         )
 
