@@ -145,14 +145,14 @@ def parse_link(name: str) -> Link | None:
 def _rows(run: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each phase, planned and measured: seconds of a step; and once for the run bytes and memory."""
     planned, measured, rows, first = run["planned"], run["measured"], [], 0
-    per_epoch = planned["tokens"] / planned["steps_per_epoch"]
     for phase in planned["phases"]:
-        # The first step of all is left out.
-        steps = measured["steps"][max(first, 1) : first + phase["steps"]]
+        steps = measured["steps"][first : first + phase["steps"]]
+        timed = steps if first else steps[1:]  # the first step of all is left out
         first += phase["steps"]
-        seconds = sum(step["seconds"] for step in steps)
-        tokens = sum(step["tokens"] for step in steps)
-        a_step = seconds / tokens * per_epoch if tokens else seconds / len(steps)
+        seconds = sum(step["seconds"] for step in timed) / len(timed)
+        # What was left out had more or fewer tokens than the others; from a cache none are counted.
+        tokens, all_tokens = (sum(step["tokens"] for step in some) / len(some) for some in (timed, steps))
+        a_step = seconds * (all_tokens / tokens if tokens else 1.0)
         title = run["variant"] if len(planned["phases"]) == 1 else f"{run['variant']}: {phase['name']}"
         rows.append({"link": run["link"], "title": title, **_pair("seconds", phase["seconds"], a_step)})
     size = sum(

@@ -33,8 +33,6 @@ def a_run() -> dict[str, Any]:
     """Return a run of two phases, planned at 2 s and 1 s a step of 100 tokens."""
     step = {"sent": {"embedding": 600.0}, "received": {"tap": 400.0}}
     planned = {
-        "tokens": 400,
-        "steps_per_epoch": 4,
         "phases": [
             {"name": "warm-up", "steps": 3, "seconds": 2.0, "step": step},
             {"name": "after it", "steps": 2, "seconds": 1.0, "step": {"sent": {}, "received": {}}},
@@ -51,7 +49,7 @@ def a_run() -> dict[str, Any]:
 def test_planned_and_measured_are_compared_by_hand(benchmark) -> None:
     found = benchmark.summarise({"runs": [a_run()]})
     first, rest = found["rows"]
-    # The first step is left out: 5 s for 200 tokens, where a step has 100.
+    # The first step is left out: 2.5 s for 100 tokens, which is what a step of the three has in the mean.
     assert (first["title"], first["seconds"], first["seconds_off"]) == ("core: warm-up", 2.5, pytest.approx(-0.2))
     assert (rest["title"], rest["seconds"], rest["seconds_off"]) == ("core: after it", 1.0, 0.0)
     assert (first["bytes_planned"], first["bytes_off"]) == (3000.0, pytest.approx(0.2))
