@@ -171,6 +171,7 @@ def test_without_a_cloud_this_machine_plays_it(capsys: Capture, chat_model: Path
     [
         (["train", "DATA", "--link", "40ms"], "--link: expected RTT,RATE or RTT,UP/DOWN"),
         (["train", "DATA", "--batch-rows", "4"], "Plan: expected --batch-rows with plan pool only"),
+        (["train", "DATA", "--method", "side", "--task", "text-to-text"], "Plan: expected a task of a decoder"),
         (["pool", "DATA", "--link", "40ms,1mbit"], "Plan: expected --link with plan train only"),
         (["pool", "DATA", "--codec", "int8"], "Plan: expected --codec with plan train only"),
         (["both", "DATA"], "Plan: expected one of train, pool, got 'both'"),

@@ -67,9 +67,15 @@ def forecast(config: RunConfig, link: CloudLink | None, say: Callable[[str], Non
         say: Takes a notice.
 
     Raises:
-        ConfigError: A link to predict for and a cloud on another machine, which has one.
+        ConfigError: A link to predict for and a cloud on another machine, which has one; or a task without a cloud.
         TidelockError: As `train`.
     """
+    if config.task == "text-to-text":
+        msg = (
+            "Plan: expected a task of a decoder, got text-to-text: T5 and BART are trained on one machine, and nothing "
+            "crosses. Choose another --task, or train without a plan."
+        )
+        raise ConfigError(msg)
     if link is not None and config.cloud is not None and not parse_url(config.cloud).is_loopback:
         msg = (
             f"--link: expected a cloud on this machine, or none, got {config.cloud}: the steps that are timed there "
