@@ -1,4 +1,4 @@
-"""`tidelock plan`: what it prints, in words and as JSON, and how it refuses."""
+"""`tidelock plan pool`: what it prints, in words and as JSON, and how it refuses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXAMPLE = ROOT / "examples" / "nanos-bart-large.json"
 
 
 def tide(*args: object) -> int:
-    return run(["plan", *map(str, args)])
+    return run(["plan", "pool", *map(str, args)])
 
 
 def test_the_example_is_planned(capsys: Capture) -> None:

@@ -94,7 +94,7 @@ def test_what_is_in_the_blocks_is_trained_too(
     one = ("pool", "train", facts, "--split", "train", "--model", chat_model, "--method", method, "--local", 1)
     assert tide(*one, *LEARN[:-2], "--out", tmp_path / "one") == 0
     assert losses(run_folder)[:4] == pytest.approx(losses(tmp_path / "one")[:4], rel=1e-3)
-    assert tide("plan", tmp_path / "one" / "profile.json", "--batch-rows", 4) == 0
+    assert tide("plan", "pool", tmp_path / "one" / "profile.json", "--batch-rows", 4) == 0
 
 
 def test_an_unknown_pool_is_measured_and_planned(
@@ -107,7 +107,7 @@ def test_an_unknown_pool_is_measured_and_planned(
     assert "in a pool (blocks 0 to 2 on peers" in (tmp_path / "run" / "report.html").read_text()
     assert (tmp_path / "run" / "report" / "pipeline.png").stat().st_size > 5000
     capsys.readouterr()
-    assert tide("plan", tmp_path / "run" / "profile.json", "--batch-rows", 4, "--json") == 0
+    assert tide("plan", "pool", tmp_path / "run" / "profile.json", "--batch-rows", 4, "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     layout = "; ".join(
         f"blocks {stage['first_block']} to {stage['last_block']} on peers "

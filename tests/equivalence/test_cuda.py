@@ -209,7 +209,7 @@ def test_a_pass_takes_no_more_of_a_gpu_than_it_is_said_to_keep(tiny_models: Path
         active,
         training=True,
     )
-    said = measure_cost(cut).bytes_for(rows, width, bytes_at_sites(cut, active))
+    said = measure_cost(cut).bytes_for(rows, width, bytes_at_sites(cut.geometry, cut.dtype.itemsize, active))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     walk = Walk(cut, batch, _Zero(cut))

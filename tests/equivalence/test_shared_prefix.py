@@ -146,7 +146,9 @@ def test_blocks_that_run_again_give_the_same_bits(tiny_models: Path, monkeypatch
     outcomes = []
     for recompute in (False, True):
         monkeypatch.setattr("tidelock.backbone.local.Walk", partial(Walk, recompute=recompute))
-        model = connect("local", model=tiny_models / "gemma3_text", peft_config=_METHODS["lora above"], share_prefix=True)
+        model = connect(
+            "local", model=tiny_models / "gemma3_text", peft_config=_METHODS["lora above"], share_prefix=True
+        )
         rows = see(model)
         outcomes.append(_outcome(model))
         assert [row.shared for row in rows] == [_PREFIX]

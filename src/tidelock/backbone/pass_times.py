@@ -52,6 +52,24 @@ def passes_at_once(device: float, cloud: float, wire: float) -> int:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class PassSeconds:
+    """What training passes took that have come to their end, summed over them whether or not they overlapped.
+
+    Attributes:
+        device: Computing on the device.
+        cloud: Computing in the cloud.
+        waiting: In the cloud, for a place, for memory or for a turn.
+        wire: For bytes to cross, encoding and decoding in the cloud included.
+    """
+
+    device: float = 0.0
+    cloud: float = 0.0
+    waiting: float = 0.0
+    wire: float = 0.0
+
+
+@final
 class PassTimes:
     """Adds up the times of passes, several of which may run at once; safe to use from several threads.
 
@@ -68,6 +86,7 @@ class PassTimes:
         self._split = TimeSplit()
         self._unseen = (0.0, 0.0, 0.0)  # device, cloud and wire of passes that ended since `at_once` was asked
         self._at_once = _AT_FIRST
+        self._ended = PassSeconds()
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -99,6 +118,10 @@ class PassTimes:
         with self._lock:
             before = self._unseen
             self._unseen = (before[0] + device, before[1] + cloud, before[2] + wire)
+            ended = self._ended
+            self._ended = PassSeconds(
+                ended.device + device, ended.cloud + cloud, ended.waiting + waiting, ended.wire + wire
+            )
 
     @property
     def at_once(self) -> int:
@@ -108,6 +131,12 @@ class PassTimes:
                 self._at_once = passes_at_once(*self._unseen)
                 self._unseen = (0.0, 0.0, 0.0)
             return self._at_once
+
+    def take_ended(self) -> PassSeconds:
+        """Return what the passes took that have ended since the last call."""
+        with self._lock:
+            ended, self._ended = self._ended, PassSeconds()
+            return ended
 
     def take(self) -> TimeSplit:
         """Return what was counted since the last call, as seconds on the clock."""

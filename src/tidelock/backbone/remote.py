@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar, final
 
 import grpc
 
+from tidelock.backbone.crossings import open_message
 from tidelock.backbone.open_passes import OpenPasses
 from tidelock.backbone.pass_stream import PassStream
 from tidelock.backbone.patience import Patience
@@ -23,7 +24,7 @@ from tidelock.errors import CloudBusy, CloudUnreachable, WireError
 from tidelock.model.taps import Taps
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire.ledger import Kind
-from tidelock.wire.limits import CALL_SECONDS, PROTOCOL_VERSION
+from tidelock.wire.limits import CALL_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -145,32 +146,16 @@ class _Attempts:
                 self.close()
                 raise
 
+    def _open_message(self) -> pb.Open:
+        connection = self.connection
+        fingerprint, seed = connection.description.fingerprint, self._rounding_seed
+        return open_message(self._batch, connection.codecs, fingerprint, self._mode, seed=seed, taps=self._taps)
+
     def _open_stream(self) -> PassStream:
         if self.stream is None:
             msg = "The stream of this pass is closed."
             raise CloudUnreachable(msg)
         return self.stream
-
-    def _open_message(self) -> pb.Open:
-        batch, connection = self._batch, self.connection
-        every = len(batch.select_M) == batch.rows.num_tokens
-        return pb.Open(
-            protocol=PROTOCOL_VERSION,
-            fingerprint=connection.description.fingerprint,
-            mode=self._mode,
-            starts=batch.rows.starts,
-            lengths=batch.rows.lengths,
-            width=batch.rows.width,
-            shared=batch.rows.shared,
-            selected=[] if every else batch.select_M.tolist(),
-            active=[pb.ActiveSite(site=site.number, linears=batch.active[site]) for site in self._active],
-            activation_codec=connection.codecs.activation.to_pb(),
-            gradient_codec=connection.codecs.gradient.to_pb(),
-            rounding_seed=self._rounding_seed,
-            learns_from=batch.learns_from,
-            frames=batch.frames and pb.Frames(kind=batch.frames.kind.upper(), rank=batch.frames.rank),
-            taps=self._taps,
-        )
 
 
 @final

@@ -196,6 +196,7 @@ def _announce(server: CloudServer, address: Address, choice: ModelChoice, token:
         "fingerprint": described.fingerprint,
         "memory_bytes": memory,
         "memory_bytes_per_token": per_token,
+        "memory_bytes_per_token_squared": server.cost.per_token_squared,
         **({} if token is None else {"token": token}),
     }
     output.result(values, "\n".join(lines))

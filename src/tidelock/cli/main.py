@@ -34,7 +34,7 @@ COMMANDS = {
     "eval": "Measure a trained model on labelled data.",
     "export": "Write a run's adapter for use elsewhere, or a merged model.",
     "cache": "Fill an activation cache ahead of a run, look at it, check or remove it.",
-    "plan": "Say which devices of a pool would hold which blocks, and what a step takes.",
+    "plan": "Say what a run will take before it begins: bytes, time, memory; or who in a pool does what.",
     "pool": "Train on several of your own devices together.",
     "report": "Draw a run: loss, module activity, traffic and time.",
     "doctor": "Say what this machine can do, and what is wrong.",

@@ -47,22 +47,25 @@ class PassCost:
         return int(rows * ((self.per_token + at_sites) * width + self.per_token_squared * width * width))
 
 
-def bytes_at_sites(cut: CutModel, active: Mapping[SiteId, tuple[str, ...]], frames: FrameChoice | None = None) -> int:
+def bytes_at_sites(
+    geometry: Geometry, itemsize: int, active: Mapping[SiteId, tuple[str, ...]], frames: FrameChoice | None = None
+) -> int:
     """Return the bytes for each token that a training pass keeps at its active sites, beside what autograd does.
 
     That is the device's answer, and what the device was sent where autograd does not have that anyway: at an output,
     and through frames.
 
     Args:
-        cut: The model.
+        geometry: The model's.
+        itemsize: Bytes of a number as the model computes.
         active: The targeted linears of each active site.
         frames: Those between which all modules are, if there are any.
     """
     kept = 0
     for site, names in active.items():
-        read, given = cut.geometry.sites[site].widths(names, frames)
+        read, given = geometry.sites[site].widths(names, frames)
         kept += given + (read if frames is not None or site.place is not Place.ATTN else 0)
-    return cut.dtype.itemsize * kept
+    return itemsize * kept
 
 
 def bytes_of_taps(geometry: Geometry, tokens: int, blocks: int, width: int | None) -> int:

@@ -228,7 +228,7 @@ class BackboneService(pb_grpc.BackboneServicer):
         """Return what a pass keeps here until its device goes on, or has read it."""
         rows = order.rows
         if order.training:
-            at_sites = bytes_at_sites(self._cut, order.active, order.frames)
+            at_sites = bytes_at_sites(self._cut.geometry, self._cut.dtype.itemsize, order.active, order.frames)
             return self.cost.bytes_for(len(rows.lengths), rows.width, at_sites)
         if order.taps is not None:
             taps = order.taps

@@ -25,7 +25,7 @@ from tidelock.errors import ConfigError
 from tidelock.model.rows import Rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from transformers import PretrainedConfig
 
@@ -107,6 +107,25 @@ class DeviceCausalLM(DeviceLM, ABC):
         logits_MV = self.ends.logits(self.final_states(ids_BT, rows, select_M))
         loss = causal_loss(logits_MV, targets_M, num_items_in_batch)
         return CausalLMOutput(loss=loss, logits=spread(logits_MV, rows, select_M, ids_BT.shape[1]))
+
+    def selection(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Rows, Tensor]:
+        """Return the ids of a batch's real tokens, shape (N,), where these are, and whose final states are wanted.
+
+        Args:
+            batch: What `forward` takes.
+
+        Raises:
+            ConfigError: As `forward`.
+        """
+        ids_BT, rows = self._read_batch(batch["input_ids"], batch.get("attention_mask"), {})
+        labels = batch.get("labels")
+        if self.head is not None:
+            select_M = last_tokens(rows)
+        elif labels is None:
+            select_M = torch.arange(rows.num_tokens)
+        else:
+            select_M, _ = labelled_tokens(labels, rows)
+        return packed_ids(ids_BT, rows), rows, select_M
 
     def targets_of(self, labels: Tensor) -> Tensor:
         """Return the labels that have a loss: all but each row's first, which no token comes before to predict it."""

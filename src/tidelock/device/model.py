@@ -106,18 +106,23 @@ class DeviceModel(DeviceCausalLM):
 
     def final_states(self, ids_BT: Tensor, rows: Rows, select_M: Tensor) -> Tensor:
         """Return the states that the head reads at the selected tokens, shape (M, D)."""
-        batch = self.open_batch(ids_BT, rows, select_M)
-        batches = batch.split(self.settings.micro_batches, common_prefix(batch) if self._may_share else 0)
-        number_M: Tensor | None = None
-        if self._may_share:
-            batches, number_M = share_prefixes(batches)
+        batches, number_M = self.micro_batches(self.open_batch(ids_BT, rows, select_M))
         # CUDA has one autograd thread a GPU: a pass in another thread would wait for the backward that waits for it.
         at_once = (self.settings.in_flight or self.backbone.passes_at_once()) if self.device.type == "cpu" else 1
         micro_batches = [(batch, self.open_sites()) for batch in batches]
         run = BatchPass(self.backbone, micro_batches, self._threads, min(at_once, len(batches)))
         final_MD: Tensor = _ThroughBackbone.apply(run, *self._trained())  # type: ignore[no-untyped-call]
-        final_MD = final_MD.to(self.device)
-        return final_MD if number_M is None else final_MD.index_select(0, number_M.to(self.device))
+        return final_MD.to(self.device).index_select(0, number_M.to(self.device))
+
+    def micro_batches(self, batch: Batch) -> tuple[list[Batch], Tensor]:
+        """Return what a batch goes through the blocks as, and for each selected token the number of its final state.
+
+        Args:
+            batch: With rows that share nothing yet, and selected tokens in ascending order.
+        """
+        if not self._may_share:
+            return batch.split(self.settings.micro_batches), torch.arange(len(batch.select_M))
+        return share_prefixes(batch.split(self.settings.micro_batches, common_prefix(batch)))
 
     def open_generation(self, ids_BT: Tensor, rows: Rows, select_B: Tensor) -> Generation:
         """Run prompts padded at the left through the blocks, which keep keys and values."""

@@ -15,7 +15,6 @@ import torch
 
 from tidelock.device.beside_blocks import BesideBlocks
 from tidelock.device.causal_lm import DeviceCausalLM, fresh_head, packed_ids
-from tidelock.device.loss import labelled_tokens, last_tokens
 from tidelock.model.rows import Rows
 from tidelock.model.taps import Taps
 from tidelock.model.walk import Batch
@@ -87,7 +86,7 @@ class SideModel(BesideBlocks, DeviceCausalLM):
         Args:
             batch: What `forward` takes.
         """
-        return _examples_of(*self._selection(batch))
+        return _examples_of(*self.selection(batch))
 
     def tap_shapes(self, example: ExampleIds) -> list[tuple[int, int]]:
         """Return the shapes (tokens, width) of what a cache keeps of an example: its taps, and the final states."""
@@ -101,20 +100,8 @@ class SideModel(BesideBlocks, DeviceCausalLM):
         Args:
             batch: What `forward` takes.
         """
-        ids_N, rows, select_M = self._selection(batch)
+        ids_N, rows, select_M = self.selection(batch)
         self._read(ids_N, self._open_batch(ids_N, rows, select_M))
-
-    def _selection(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Rows, Tensor]:
-        """Return the ids of a batch's real tokens, where these are, and which of them are selected."""
-        ids_BT, rows = self._read_batch(batch["input_ids"], batch.get("attention_mask"), {})
-        labels = batch.get("labels")
-        if self.head is not None:
-            select_M = last_tokens(rows)
-        elif labels is None:
-            select_M = torch.arange(rows.num_tokens)
-        else:
-            select_M, _ = labelled_tokens(labels, rows)
-        return packed_ids(ids_BT, rows), rows, select_M
 
     def _read(self, ids_N: Tensor, batch: Batch) -> Taps:
         """Return the taps of a batch, whose selected tokens are in ascending order."""

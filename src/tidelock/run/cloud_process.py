@@ -14,8 +14,9 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
+from tidelock.cloud.memory import PassCost
 from tidelock.errors import CloudUnreachable
 from tidelock.run.certificates import make_loopback_certificate
 
@@ -35,12 +36,14 @@ class LoopbackCloud:
         token_file: File with a token that it knows.
         certificate: PEM file with its certificate, to be trusted.
         pid: Its process.
+        cost: What a training pass keeps there.
     """
 
     address: str
     token_file: Path
     certificate: Path
     pid: int
+    cost: PassCost
 
 
 @contextmanager
@@ -68,7 +71,9 @@ def loopback_cloud(model: str, *options: str) -> Iterator[LoopbackCloud]:
                 [sys.executable, "-m", "tidelock", *arguments], stdout=subprocess.PIPE, stderr=log
             )
         try:
-            yield LoopbackCloud(_wait_for_address(process, log_path), token_file, certificate, process.pid)
+            said = _wait_for_address(process, log_path)
+            cost = PassCost(float(said["memory_bytes_per_token"]), float(said["memory_bytes_per_token_squared"]))
+            yield LoopbackCloud(str(said["address"]), token_file, certificate, process.pid, cost)
         finally:
             _stop(process)
     finally:
@@ -81,12 +86,12 @@ def _private_file(path: Path, text: str) -> Path:
     return path
 
 
-def _wait_for_address(process: subprocess.Popen[bytes], log_path: Path) -> str:
-    """Return the address in the line that a cloud prints once it listens."""
+def _wait_for_address(process: subprocess.Popen[bytes], log_path: Path) -> dict[str, Any]:
+    """Return the line that a cloud prints once it listens."""
     for line in process.stdout or ():
-        event = json.loads(line)
+        event: dict[str, Any] = json.loads(line)
         if event.get("event") == "listening":
-            return str(event["address"])
+            return event
     log = log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     msg = f"Starting a cloud process: expected it to listen, got an exit: {log[-1] if log else 'it said nothing'}"
     raise CloudUnreachable(msg)

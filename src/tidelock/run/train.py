@@ -128,7 +128,7 @@ def train(config: RunConfig, observer: Observer, *, resume: bool = False) -> Tra
             callbacks=callbacks,
             keep=config.keep,
             model=model,
-            args=_training_arguments(config, folder, len(rows), evaluates=bool(eval_rows)),
+            args=training_arguments(config, folder.checkpoints, len(rows), evaluates=bool(eval_rows)),
             train_dataset=rows,
             eval_dataset=eval_rows or None,
             data_collator=collate,
@@ -227,9 +227,19 @@ _BY_LENGTH: dict[str, Any] = (
 )
 
 
-def _training_arguments(config: RunConfig, folder: RunFolder, num_rows: int, *, evaluates: bool) -> TrainingArguments:
+def training_arguments(
+    config: RunConfig, checkpoints: Path, num_rows: int, *, evaluates: bool = False
+) -> TrainingArguments:
+    """Return what Trainer is told of a run.
+
+    Args:
+        config: The run.
+        checkpoints: Folder for them.
+        num_rows: How many examples there are to learn from.
+        evaluates: Whether there are others to measure on.
+    """
     return TrainingArguments(
-        output_dir=str(folder.checkpoints),
+        output_dir=str(checkpoints),
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         per_device_train_batch_size=config.batch_size,

@@ -9,14 +9,16 @@ Encoding: https://protobuf.dev/programming-guides/encoding/. May import errors, 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast, final
 
+import torch
 from google.protobuf.message import DecodeError
 
 from tidelock.errors import WireError
 from tidelock.wire import tidelock_pb2 as pb
-from tidelock.wire.codec import Part
+from tidelock.wire.codec import Codec, Part, split_parts
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -52,11 +54,24 @@ def write_part(kind: type[Message], field: str, part: Part) -> bytes:
         field: Which of its oneof; a `TensorPart`.
         part: The tensor's part.
     """
+    return b"".join((_head(kind, field, part), part.data))
+
+
+@functools.cache
+def tensor_bytes(kind: type[Message], field: str, shape: tuple[int, ...], codec: Codec, site: int = 0) -> int:
+    """Return the bytes of all messages that carry a tensor of a shape; arguments as for `write_part`, `split_parts`."""
+    # Memory that nobody writes to is not taken.
+    parts = split_parts(torch.empty(codec.size_bytes(shape), dtype=torch.uint8), shape, codec, site=site)
+    return sum(len(_head(kind, field, part)) + len(part.data) for part in parts)
+
+
+def _head(kind: type[Message], field: str, part: Part) -> bytes:
+    """Return what `write_part` writes ahead of the data."""
     codec = cast("pb.Codec", part.codec)
     header = pb.TensorPart(site=part.site, codec=codec, shape=part.shape).SerializeToString()
     inner = b"".join((header, _DATA_TAG, _varint(len(part.data))))
     tag = kind.DESCRIPTOR.fields_by_name[field].number << 3 | _LENGTH_DELIMITED
-    return b"".join((_varint(tag), _varint(len(inner) + len(part.data)), inner, part.data))
+    return b"".join((_varint(tag), _varint(len(inner) + len(part.data)), inner))
 
 
 def read_message(kind: type[Message], frame: bytes) -> Incoming:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from tidelock.backbone import pass_times
-from tidelock.backbone.pass_times import PassTimes, TimeSplit, passes_at_once
+from tidelock.backbone.pass_times import PassSeconds, PassTimes, TimeSplit, passes_at_once
 
 
 @pytest.fixture
@@ -88,3 +88,12 @@ def test_what_a_finished_pass_waited_for_is_counted(clock: list[float]) -> None:
         clock[0] += 6.0
     times.finish(device=1.0, cloud=2.0, waiting=0.5, wire=2.5)
     assert times.take() == TimeSplit(cloud=2.0, waiting=0.5, wire=2.5)
+
+
+def test_what_ended_passes_took_is_added_up_and_taken_once() -> None:
+    times = PassTimes()
+    times.add(waiting=9.0)  # of a pass that has not ended
+    for _ in range(2):
+        times.finish(device=1.0, cloud=2.0, waiting=0.5, wire=3.0)
+    assert times.take_ended() == PassSeconds(device=2.0, cloud=4.0, waiting=1.0, wire=6.0)
+    assert times.take_ended() == PassSeconds()

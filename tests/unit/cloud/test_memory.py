@@ -82,7 +82,7 @@ def sites_at(cut, *places):
 def test_the_measured_cost_is_what_a_pass_keeps(tiny_folder, attention, places, rows, width):
     cut = cut_model(tiny_folder, attention)
     active = sites_at(cut, *places)
-    measured = measure_cost(cut).bytes_for(rows, width, bytes_at_sites(cut, active))
+    measured = measure_cost(cut).bytes_for(rows, width, bytes_at_sites(cut.geometry, cut.dtype.itemsize, active))
     really = really_kept(cut, active, full_rows(rows, width))
     if Place.ATTN in places:
         assert measured == pytest.approx(really, rel=0.15)
@@ -95,7 +95,9 @@ def test_the_measured_cost_is_what_a_pass_keeps(tiny_folder, attention, places, 
 def test_rows_that_are_joined_keep_hardly_more_than_padded_ones(tiny_folder, lengths, shared):
     cut = cut_model(tiny_folder, "sdpa")
     active, rows = sites_at(cut, Place.ATTN), Rows((0,) * len(lengths), lengths, max(lengths), shared)
-    measured = measure_cost(cut).bytes_for(len(lengths), max(lengths), bytes_at_sites(cut, active))
+    measured = measure_cost(cut).bytes_for(
+        len(lengths), max(lengths), bytes_at_sites(cut.geometry, cut.dtype.itemsize, active)
+    )
     # Rotary angles are those of all tokens, not of one row's.
     assert really_kept(cut, active, rows) <= 1.05 * measured
 
@@ -104,7 +106,9 @@ def test_rows_that_are_joined_keep_hardly_more_than_padded_ones(tiny_folder, len
 def test_so_it_is_through_frames(tiny_folder, rows, width):
     cut, frames = cut_model(tiny_folder, "sdpa"), FrameChoice("seeded", 8)
     active = sites_at(cut, Place.ATTN)
-    measured = measure_cost(cut).bytes_for(rows, width, bytes_at_sites(cut, active, frames))
+    measured = measure_cost(cut).bytes_for(
+        rows, width, bytes_at_sites(cut.geometry, cut.dtype.itemsize, active, frames)
+    )
     assert measured == pytest.approx(really_kept(cut, active, full_rows(rows, width), frames), rel=0.15)
 
 
@@ -157,9 +161,11 @@ def test_where_blocks_run_again_it_is_what_one_keeps_and_what_all_were_given(tin
         sites.walk = Walk(cut, batch, sites, recompute=True)
         final_MD = sites.walk.forward()
         sites.walk.backward(torch.ones_like(final_MD))
-    measured = measure_cost(cut, recompute=True).bytes_for(rows, width, bytes_at_sites(cut, active))
+    measured = measure_cost(cut, recompute=True).bytes_for(
+        rows, width, bytes_at_sites(cut.geometry, cut.dtype.itemsize, active)
+    )
     assert sites.most <= measured <= sites.most * 1.6
-    whole = measure_cost(cut).bytes_for(rows, width, bytes_at_sites(cut, active))
+    whole = measure_cost(cut).bytes_for(rows, width, bytes_at_sites(cut.geometry, cut.dtype.itemsize, active))
     assert measured < whole * 0.75  # of only three blocks
 
 

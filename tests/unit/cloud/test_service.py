@@ -325,7 +325,8 @@ def test_a_device_may_leave_at_any_time(cloud, hand_device, undisturbed, phase, 
 
 def bytes_of_a_pass(cloud):
     """Return what the pass of `HandPass.forward` keeps."""
-    at_sites = bytes_at_sites(cloud.service._cut, dict.fromkeys(map(attn, (0, 1)), PROJECTIONS))
+    cut = cloud.service._cut
+    at_sites = bytes_at_sites(cut.geometry, cut.dtype.itemsize, dict.fromkeys(map(attn, (0, 1)), PROJECTIONS))
     return cloud.service.cost.bytes_for(1, 8, at_sites)
 
 

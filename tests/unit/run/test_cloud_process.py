@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tidelock.cloud.memory import PassCost
 from tidelock.errors import CloudUnreachable
 from tidelock.run import cloud_process
 from tidelock.run.cloud_process import loopback_cloud
@@ -14,7 +15,8 @@ from tidelock.run.cloud_process import loopback_cloud
 LISTENS = """#!/bin/sh
 echo "$@" > "$(dirname "$0")/arguments"
 echo '{"event": "loading"}'
-echo '{"event": "listening", "address": "grpcs://127.0.0.1:7"}'
+echo '{"event": "listening", "address": "grpcs://127.0.0.1:7",' \\
+  '"memory_bytes_per_token": 8, "memory_bytes_per_token_squared": 0.5}'
 echo noise on stderr >&2
 """
 WAITS = "exec sleep 60\n"
@@ -50,6 +52,7 @@ def test_it_runs_as_long_as_it_is_needed(python_is, tmp_path: Path, monkeypatch:
     python_is(LISTENS + then)
     with loopback_cloud("the-model", "--threads", "1") as cloud:
         assert cloud.address == "grpcs://127.0.0.1:7"
+        assert cloud.cost == PassCost(per_token=8.0, per_token_squared=0.5)
         assert is_running(cloud.pid)
         for path in (cloud.token_file, cloud.token_file.with_name("tokens"), cloud.token_file.with_name("cloud.key")):
             assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.unit.run.conftest import Notes
+from tidelock.cloud.memory import PassCost
 from tidelock.errors import DataError
 from tidelock.run import demo
 from tidelock.run.cloud_process import LoopbackCloud
@@ -78,7 +79,7 @@ def test_the_whole_story_with_a_tiny_model(
 
 
 def test_ctrl_c_in_training_ends_the_story(tmp_path: Path, notes: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
-    cloud = LoopbackCloud("grpcs://127.0.0.1:7", tmp_path / "token", tmp_path / "cert", 0)
+    cloud = LoopbackCloud("grpcs://127.0.0.1:7", tmp_path / "token", tmp_path / "cert", 0, PassCost(0.0, 0.0))
     asked: list[object] = []
     interrupted = TrainResult(tmp_path, None, 1, None, None, {}, None, (), 0.0, {}, {}, interrupted=True)
     for name, value in {

@@ -13,7 +13,7 @@ from tidelock.errors import WireError
 from tidelock.wire import tidelock_pb2 as pb
 from tidelock.wire.codec import Codec, Part, write_parts
 from tidelock.wire.limits import MESSAGE_BYTES, PART_BYTES
-from tidelock.wire.stream import read_message, write_part
+from tidelock.wire.stream import read_message, tensor_bytes, write_part
 
 TENSORS = [(pb.DeviceMessage, name) for name in ("embedding", "site_output", "final_gradient", "input_gradient")] + [
     (pb.CloudMessage, name) for name in ("site_input", "final_state", "site_gradient", "tap")
@@ -67,6 +67,15 @@ def test_the_data_of_a_part_is_not_copied():
     (part,) = write_parts("a tensor", torch.ones(1000), Codec.FP32, site=7)
     frame = write_part(pb.CloudMessage, "site_input", part)
     assert read_message(pb.CloudMessage, frame).body.data.obj is frame
+
+
+@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (7, 33), (130, 64), (700, 2051)])
+def test_a_tensors_bytes_are_known_from_its_shape(codec, shape):
+    for site in (0, 5, 300):
+        parts = write_parts("embedding", torch.zeros(shape), codec, site=site)
+        written = sum(len(write_part(pb.DeviceMessage, "embedding", part)) for part in parts)
+        assert tensor_bytes(pb.DeviceMessage, "embedding", shape, codec, site) == written
 
 
 def test_a_full_part_fits_into_one_message():
