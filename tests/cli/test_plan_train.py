@@ -74,6 +74,24 @@ def test_bytes_are_those_of_the_ledger(
             assert size == pytest.approx(phase["epoch"][way][kind], rel=0.02, abs=100), kind
 
 
+def test_bytes_of_a_prefix_that_all_share(
+    capsys: Capture, tmp_path: Path, chat_model: Path, cloud_access: CloudAccess
+) -> None:
+    path = tmp_path / "texts.jsonl"
+    rows = [{"prompt": "by the lake " * 5 + "the house " * number, "completion": "by"} for number in range(1, 6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = [path, "--model", chat_model, *cloud_access.options(), *SIZES]
+    sizes = []
+    for option in ((), ("--no-share-prefix",)):
+        (phase,) = planned(capsys, *args, *option)["phases"]
+        out = tmp_path / f"run{len(option)}"
+        assert tide("train", *args, *option, "--out", out) == 0
+        capsys.readouterr()
+        assert phase["epoch"] == epochs_of(out)[0]
+        sizes.append(sum(phase["epoch"]["sent"].values()))
+    assert sizes[0] < 0.9 * sizes[1]
+
+
 def test_bytes_of_a_schedule(
     capsys: Capture, tmp_path: Path, chat_model: Path, cloud_access: CloudAccess, texts: Path
 ) -> None:

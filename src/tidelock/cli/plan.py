@@ -26,7 +26,7 @@ _KNOBS = (
     *("codec", "gradient_codec", "stochastic_rounding", "in_flight", "micro_batches"),
     *("method", "rank", "target", "bottleneck", "place", "activation", "core_rank", "core_frames", "dropout", "layer"),
     *("reduction", "tap_width", "no_cache", "schedule", "budget", "threshold", "warm_up", "warm_up_active", "period"),
-    *("killed", "epochs", "max_steps", "batch_size", "length_grouped", "accumulate", "clip"),
+    *("killed", "epochs", "max_steps", "batch_size", "length_grouped", "no_share_prefix", "accumulate", "clip"),
     *("max_length", "truncate", "seed", "threads"),
 )
 # Of those, what a plan for a pool reads too.
