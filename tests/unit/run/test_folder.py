@@ -161,8 +161,8 @@ def test_a_refusal_says_what_the_system_said(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "checkpoint-3"
     error = storage_error("Saving", PermissionError(errno.EACCES, "Permission denied"), path)
     assert error.message == (
-        f"Saving: expected the disk to take it, got Permission denied ({path}). Check disk and permissions, then use "
-        "--resume."
+        f"Saving: expected the disk to take it, got Permission denied ({path}). Check disk and permissions, then "
+        "resume."
     )
     assert "got odd (" in storage_error("Saving", OSError("odd"), path).message
     # A library's own words are used where the disk takes what it refused a moment ago.
