@@ -60,7 +60,7 @@ VARIANTS = ("full", "lora", "adapter", "side", "side, cached")
 _LORA_TARGETS = {"smollm2": ["q_proj", "k_proj", "v_proj"], "t5-base": ["q", "k", "v"]}
 _LORA_TARGETS["bart-large"] = _LORA_TARGETS["smollm2"]
 # By variant: full fine-tuning moves weights that know something already.
-_RATES = {"full": 3e-5, "lora": 5e-4, "adapter": 5e-4, "side": 3e-3, "side, cached": 3e-3}
+_RATES = {"full": 3e-5, "lora": 1e-3, "adapter": 1e-3, "side": 3e-3, "side, cached": 3e-3}
 _T5 = {"decoder_start_token_id": 0}
 _GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "t5-base": ("t5", {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12, **_T5}),
