@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from tests.architecture.source import ROOT
 from tests.support.chat_model import save_chat_model
+from tests.support.scripts import load_script
 from tidelock.peft.core import CoreConfig
 from tidelock.run.config import RunConfig
 
@@ -26,13 +26,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("core_benchmark", ROOT / "benchmarks" / "core.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for what an annotation means
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "benchmarks" / "core.py")
 
 
 def a_run(variant: str, frames: str | None, seed: int, score: float, task: str = "sst2") -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import inspect
 import json
 import math
@@ -20,6 +19,7 @@ import typer
 from transformers import LlamaConfig
 
 from tests.architecture.source import ROOT, SRC
+from tests.support.scripts import load_script
 from tidelock.backbone import patience as waiting
 from tidelock.backbone.connection import Connection
 from tidelock.cli.main import COMMANDS
@@ -398,11 +398,7 @@ def test_the_benchmarks_table_has_its_place():
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_examples_start(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(path)
     monkeypatch.setattr("sys.argv", [path.name, "--help"])
     with pytest.raises(SystemExit) as stop:
         module.main()

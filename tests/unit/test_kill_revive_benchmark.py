@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 
 import pytest
 
 from tests.architecture.source import ROOT
+from tests.support.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    path = ROOT / "benchmarks" / "kill_revive.py"
-    spec = importlib.util.spec_from_file_location("kill_revive_benchmark", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for what an annotation means
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "benchmarks" / "kill_revive.py")
 
 
 @pytest.fixture(scope="module")

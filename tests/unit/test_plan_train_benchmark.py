@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import subprocess
 import sys
@@ -15,18 +14,14 @@ import pytest
 from tests.architecture.source import ROOT
 from tests.support.chat_model import save_chat_model
 from tests.support.link import Link
+from tests.support.scripts import load_script
 
 PATH = ROOT / "benchmarks" / "plan_train.py"
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("plan_train_benchmark", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(PATH)
 
 
 def a_run() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,18 +13,14 @@ import pytest
 
 from tests.architecture.source import ROOT
 from tests.support.chat_model import save_chat_model
+from tests.support.scripts import load_script
 
 PATH = ROOT / "benchmarks" / "prefix.py"
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("prefix_benchmark", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(PATH)
 
 
 def a_run(shared: bool, seconds: float, size: int, tokens: int, loss: float) -> dict[str, Any]:

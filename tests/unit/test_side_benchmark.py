@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,19 +11,14 @@ from typing import Any
 import pytest
 
 from tests.architecture.source import ROOT
+from tests.support.scripts import load_script
 
 PATH = ROOT / "benchmarks" / "side.py"
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("side_benchmark", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for what an annotation means
-    spec.loader.exec_module(module)
-    return module
+    return load_script(PATH)
 
 
 def a_run(variant: str, seconds: list[float], rss: int, accuracy: float) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 from tests.architecture.source import ROOT
 from tests.support.chat_model import save_chat_model
 from tests.support.link import Link
+from tests.support.scripts import load_script
 
 PATH = ROOT / "benchmarks" / "wire.py"
 FEW, CORE = "8 of 30 modules, bf16", "core, int8"
@@ -22,13 +22,7 @@ FEW, CORE = "8 of 30 modules, bf16", "core, int8"
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("wire_benchmark", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for what an annotation means
-    spec.loader.exec_module(module)
-    return module
+    return load_script(PATH)
 
 
 def a_run(link: str, variant: str, seconds: list[float], size: int, tokens: int = 100) -> dict[str, Any]:

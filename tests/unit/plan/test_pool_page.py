@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 
 import pytest
 from pydantic import BaseModel
 
 from tests.architecture.source import ROOT
+from tests.support.scripts import load_script
 from tidelock.plan import inputs
 from tidelock.plan.plan import make_plan
 from tidelock.plan.words import plan_text
@@ -20,13 +19,7 @@ PAGE = (ROOT / "docs" / "pool.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("planner_benchmark", ROOT / "benchmarks" / "planner.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for what an annotation means
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "benchmarks" / "planner.py")
 
 
 @pytest.fixture(scope="module")
