@@ -35,8 +35,7 @@ def test_parts_are_the_model(name: str, cuts: tuple[int, ...], tiny_models: Path
     state, found, final = embeddings, list[torch.Tensor](), embeddings
     for first, end in pairwise(cuts):
         part = ModelPart(checkpoint, range(first, end))
-        layout = rows.layout(part.cut.device, joined=part.cut.geometry.family.joins_rows)
-        outputs, final = part.forward(state, layout)
+        outputs, final = part.forward(state, part.cut.layout(rows))
         found += outputs
         state = outputs[-1]
     for ours, theirs in zip((*found, final), (*expected.blocks, expected.final_MD), strict=True):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from tidelock.cli.output import Output
+from tidelock.cloud.turns import AT_ONCE_ON_CPU
 from tidelock.errors import ConfigError, ListenRefused
 from tidelock.units import format_bytes, parse_bytes
 
@@ -76,7 +77,7 @@ def command(
     listener = _listener(listen, tls_cert, tls_key, client_ca, insecure=insecure)
     tenants, token = _tenants(tokens)
     choice = _choice(model, dtype, torch_device, output)
-    at_once = _share_threads(threads, at_once or (2 if torch_device == "cpu" else 1))
+    at_once = _share_threads(threads, at_once or (AT_ONCE_ON_CPU if torch_device == "cpu" else 1))
     # The usual way to stop a service: leave as after any error, tidying up, with exit code 0.
     signal.signal(signal.SIGTERM, _leave)
     # Loads torch, which --help must not wait for; so does what is called above.

@@ -138,8 +138,9 @@ def _check_shared(message: pb.Open, rows: Rows, geometry: Geometry) -> None:
     shares = message.mode in {pb.TRAIN, pb.EVALUATE} and geometry.family.joins_rows
     where = "a shared prefix where the family takes rows end to end, in training and evaluation"
     _require(shares, where, f"mode {message.mode}")
-    at_left, most = not any(rows.starts), min(rows.lengths) - 1
-    fits = at_left and rows.shared <= most
+    # Each of several rows has a token of its own; a single one shares with nobody.
+    most = min(rows.lengths) - 1 if len(rows.lengths) > 1 else 0
+    fits = not any(rows.starts) and rows.shared <= most
     _require(fits, f"a shared prefix of at most {most} tokens, rows padded at the right", f"{rows.shared}")
 
 

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, cast, final
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+# Passes that compute at the same time on a CPU: while one encodes and decodes, another's blocks run.
+AT_ONCE_ON_CPU = 2
 # What a tenant can have in hand that had nothing to compute for a while, in seconds.
 _CLAIM = 1.0
 
@@ -48,7 +50,7 @@ class ComputeQueue:
         self._computing: set[Ticket] = set()
         # Of each tenant, in seconds; there are as many as have a token.
         self._accounts: dict[str, float] = defaultdict(float)
-        # The account of whoever was called last.
+        # The highest account that was called so far.
         self._now = 0.0
 
     def enter(self, tenant: str) -> Ticket:

@@ -184,7 +184,7 @@ class DeviceModel(DeviceCausalLM):
 
     @property
     def _may_share(self) -> bool:
-        """Whether one copy of a token may stand for all: dropout would differ, and who knows an unknown family?"""
+        """Whether one copy of a token may stand for all: where rows are joined, and none drops out otherwise."""
         drops_out = self.training and self.bank.has_dropout
         return self.settings.share_prefix and self.ends.geometry.family.joins_rows and not drops_out
 

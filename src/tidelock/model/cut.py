@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from transformers import Cache, PreTrainedModel
 
-    from tidelock.model.rows import Layout
+    from tidelock.model.rows import Layout, Rows
 
 
 class SiteVisitor(Protocol):
@@ -173,6 +173,17 @@ class CutModel:
             )
             raise ConfigError(msg)
         return weight.T if isinstance(linear, Conv1D) else weight
+
+    def layout(self, rows: Rows, *, generates: bool = False) -> Layout:
+        """Return how rows are laid out for this decoder.
+
+        Args:
+            rows: Those of a batch.
+            generates: Whether a cache is filled: a row padded at the left then counts its positions from its first
+                real token.
+        """
+        joined = self.geometry.family.joins_rows and not generates
+        return rows.layout(self.device, counted=generates, joined=joined)
 
     def run(
         self,

@@ -68,10 +68,7 @@ class TapPass:
 
     def forward(self, cache: Cache | None = None) -> Taps:
         """Return the taps of the batch, without a graph; a cache is filled for `extend`."""
-        # When it generates, a row padded at the left counts its positions from its first real token.
-        generates = cache is not None
-        joined = self._cut.geometry.family.joins_rows and not generates
-        layout = self._batch.rows.layout(self._cut.device, counted=generates, joined=joined)
+        layout = self._cut.layout(self._batch.rows, generates=cache is not None)
         return self._run(self._batch.embeddings_NE, layout, self._batch.select_M, cache)
 
     def extend(self, embeddings_BE: Tensor, cache: Cache) -> Taps:

@@ -165,7 +165,7 @@ def bottleneck(phase: PhaseForecast, link: CloudLink | None) -> str:
     where = max(phase.split, key=lambda name: phase.split[name])
     said = {
         "device": "The device is the bottleneck: fewer labelled tokens or a smaller --method make its part less",
-        "cloud": "The cloud's computing is the bottleneck: shorter examples, or --length-grouped, make it less",
+        "cloud": "The cloud's computing is the bottleneck: shorter examples make it less",
         "waiting": "The turns in the cloud are the bottleneck: fewer --micro-batches wait less",
         "wire": "Messages are the bottleneck: fewer active modules (--layer, --schedule) or --method core send less",
     }[where]

@@ -111,7 +111,7 @@ class BlockStage:
         """Return what the backward needs, and what goes to the next stage, or the loss; see `StageCompute`."""
         batch = padded(examples)
         rows = Rows.from_mask(batch["attention_mask"])
-        layout = rows.layout(self.part.cut.device, joined=self.part.cut.geometry.family.joins_rows)
+        layout = self.part.cut.layout(rows)
         if received_NW is None:
             given_NW = cast("Ends", self._ends).embed(packed_ids(batch["input_ids"], rows))
         else:

@@ -107,7 +107,7 @@ class SideStage:
         """Return what the backward needs, and what goes to the next stage, or the loss; see `StageCompute`."""
         batch = padded(examples)
         rows = Rows.from_mask(batch["attention_mask"])
-        layout = rows.layout(self.part.cut.device, joined=self.part.cut.geometry.family.joins_rows)
+        layout = self.part.cut.layout(rows)
         if received_NW is None:
             embeddings_NE = cast("Ends", self._ends).embed(packed_ids(batch["input_ids"], rows))
             hidden_NW, state_in_NS = embeddings_NE, None

@@ -187,7 +187,7 @@ class RunConfig:
     epochs: float = _knob(3.0, "Passes over the data.", _POSITIVE)
     max_steps: int | None = _knob(None, "Stop after so many optimizer steps instead.", _AT_LEAST_1)
     batch_size: int = _knob(8, "Examples in a batch.", _AT_LEAST_1)
-    length_grouped: bool = _knob(False, "Put examples of like length in a batch: less padding is computed.")
+    length_grouped: bool = _knob(False, "Put examples of like length in a batch.")
     no_share_prefix: bool = _knob(False, "Compute for each example what all of a micro-batch begin with, not once.")
     accumulate: int = _knob(1, "Batches in an optimizer step.", _AT_LEAST_1)
     learning_rate: float = _knob(3e-4, "Peak learning rate of AdamW.", _POSITIVE)

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from tidelock.device.beside_blocks import BesideBlocks
     from tidelock.wire.address import Address
 
+# On their way through a cloud's blocks, unless one says otherwise: one crosses while another is computed.
+EXAMPLES_AT_ONCE = 2
+
 
 def connect_side(  # noqa: PLR0913  (the public door: every argument has a default)
     where: str,
@@ -97,7 +100,7 @@ def connect_side(  # noqa: PLR0913  (the public door: every argument has a defau
         credentials = credentials or Credentials(token or "", Path(ca) if ca is not None else None)
         link = (parse_url(where), credentials, Egress(ledger or Ledger()), patience_seconds)
         blocks = _CloudBlocks(link, Codecs.named(codec), model)
-    source: TapSource[Any] = TapSource(blocks, at_once=in_flight or (1 if where == "local" else 2))
+    source: TapSource[Any] = TapSource(blocks, at_once=in_flight or (1 if where == "local" else EXAMPLES_AT_ONCE))
     device_model = _beside(blocks.ends, source, side_config or SideConfig(), task, num_labels)
     try:
         if cache is not None:

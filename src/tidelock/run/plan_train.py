@@ -18,6 +18,7 @@ from transformers import set_seed
 from tidelock.backbone.crossings import PassSizes
 from tidelock.backbone.pass_times import passes_at_once
 from tidelock.cloud.memory import bytes_at_sites, bytes_of_taps
+from tidelock.cloud.turns import AT_ONCE_ON_CPU
 from tidelock.data.batch import Collator
 from tidelock.device.model import DeviceModel
 from tidelock.device.side_model import SideModel
@@ -25,6 +26,7 @@ from tidelock.errors import ConfigError
 from tidelock.plan.flight import Flight, Processors
 from tidelock.plan.forecast import Forecast, PhaseForecast, Traffic
 from tidelock.run.cloud_process import loopback_cloud
+from tidelock.run.connect_side import EXAMPLES_AT_ONCE
 from tidelock.run.examples import encode_examples, read_run_examples, with_classes_counted
 from tidelock.run.open_model import load_tokenizer, open_model
 from tidelock.run.plan_passes import PlannedBatch, epoch_batches, fly_batch, plan_micro_batches, plan_taps, traffic_of
@@ -52,10 +54,7 @@ if TYPE_CHECKING:
 _PROBES = 3
 # Batches that are simulated for a step's mean, evenly from the short to the long ones.
 _SIMULATED = 24
-# As `tidelock cloud` has them on a CPU.
-_TURNS = 2
 _BYTES_OF_FP32 = 4
-_AT_ONCE_OF_SIDE = 2
 
 
 def forecast(config: RunConfig, link: CloudLink | None, say: Callable[[str], None]) -> Forecast:
@@ -243,7 +242,7 @@ class _Planner:
             return self._cached_pace
 
         def simulate(batch: PlannedBatch, pace: Pace, crowding: float, at_once: int) -> float:
-            return fly_batch(batch, pace, at_once, Processors(_TURNS, crowding, self._shared), None).seconds
+            return fly_batch(batch, pace, at_once, Processors(AT_ONCE_ON_CPU, crowding, self._shared), None).seconds
 
         self._activate(phase, 0)
         first = replace(phase, turns=phase.turns[:1], cached=False)
@@ -251,16 +250,17 @@ class _Planner:
         probes = list(zip(batches, self._plan(first, batches, self._codecs), strict=True))
         self._activate(phase, 0)
         if isinstance(self._model, SideModel):
-            at_once = self._config.in_flight or _AT_ONCE_OF_SIDE
+            at_once = self._config.in_flight or EXAMPLES_AT_ONCE
             pace, crowding = time_taps(self._timer, self._model, probes, at_once, simulate)
         else:
             pace, crowding = time_at_sites(self._timer, self._model, probes, self._config.in_flight, simulate)
-        self._cached_pace = pace, Processors(_TURNS, crowding, self._shared)
+        self._cached_pace = pace, Processors(AT_ONCE_ON_CPU, crowding, self._shared)
         return self._cached_pace
 
     def _fly(self, batches: Sequence[PlannedBatch], pace: Pace, processors: Processors) -> tuple[Flight, int]:
         """Return what batches take one after another over the link, and how many passes were in flight at last."""
-        total, at_once = Flight(), self._config.in_flight or _AT_ONCE_OF_SIDE
+        first = EXAMPLES_AT_ONCE if isinstance(self._model, SideModel) else passes_at_once(0.0, 0.0, 0.0)
+        total, at_once = Flight(), self._config.in_flight or first
         for batch in batches:
             flight = fly_batch(batch, pace, at_once, processors, self._link)
             total = total + flight
@@ -293,7 +293,7 @@ class _Planner:
         """Return what the passes of the largest batch keep in the cloud until they go back, or are read."""
         model, geometry = self._model, self._model.ends.geometry
         if isinstance(model, SideModel):
-            at_once = self._config.in_flight or _AT_ONCE_OF_SIDE
+            at_once = self._config.in_flight or EXAMPLES_AT_ONCE
             longest = max(len(row["input_ids"]) for row in self._rows)
             return at_once * bytes_of_taps(geometry, longest, len(model.tapped), model.side_config.tap_width)
         at_sites = bytes_at_sites(geometry, _BYTES_OF_FP32, model.bank.targets, model.bank.frames)

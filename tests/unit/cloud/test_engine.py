@@ -130,6 +130,7 @@ REFUSED = {
         an_open(starts=[0, 0], lengths=[8, 3], shared=3),
         "a shared prefix of at most 2 tokens, rows padded at the right, got 3",
     ),
+    "a prefix of one row": (an_open(starts=[0], lengths=[8], shared=1), "a shared prefix of at most 0 tokens"),
     "a huge prefix": (an_open(starts=[0, 0], lengths=[8, 8], shared=2**32 - 1), "a shared prefix of at most 7 tokens"),
     "a prefix of rows padded at the left": (
         an_open(starts=[0, 1], lengths=[8, 7], shared=2),
