@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,19 @@ from tidelock.cache.config import CacheConfig
 from tidelock.cache.folder import CacheFolder
 from tidelock.cache.identity import CacheIdentity
 from tidelock.data.batch import Collator
+from tidelock.device.beside_blocks import BesideBlocks
 from tidelock.device.side_model import SideModel
+from tidelock.device.side_seq2seq import SideSeq2SeqModel
 from tidelock.errors import MemoryExceeded, PeerError
 from tidelock.model.checkpoint import Checkpoint
+from tidelock.model.ends import read_config
+from tidelock.model.sizes import sizes_of
 from tidelock.pool.held_out import HeldOut
 from tidelock.pool.job import PoolJob
 from tidelock.pool.layout import PoolLayout, Stage, one_forward_one_backward
 from tidelock.pool.memory import MemoryLimit
 from tidelock.pool.peers import Peers
+from tidelock.pool.pipeline import Example
 from tidelock.pool.recipe import Progress, Recipe
 from tidelock.pool.redistribute import Kept
 from tidelock.pool.side_stage import padded
@@ -36,6 +42,17 @@ from tidelock.pool.train import PoolTraining
 
 RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=1e-2, warmup_steps=2, clip=0.5)
 COUNT = 10
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a side network stands beside, and what it learns from."""
+
+    model: Callable[[Path], SideModel | SideSeq2SeqModel]
+    examples: Callable[[int], list[Example]]
+
+
+DECODER = Beside(partial(side_model, config=CONFIG), examples)
 
 
 class Notes:
@@ -118,6 +135,7 @@ def run_in_pool(
     places: Sequence[int] | None = None,
     held_out: HeldOut | None = None,
     recipe: Recipe = RECIPE,
+    beside: Beside = DECODER,
     **lead: Any,
 ) -> list[Outcome]:
     """Return what each peer saw of a round; those that died are left out.
@@ -130,9 +148,11 @@ def run_in_pool(
         places: Number of each peer's cache; by default that of the peer.
         held_out: What it is measured on.
         recipe: How it is trained; with another one than `RECIPE` no checkpoint is written within an epoch.
+        beside: What kind of model it is.
         lead: `dies_at` of the last peer, `grows_after` so many steps beyond its memory, `changes_after` of peer 0.
     """
-    first = begin or Progress(0, side_model(folder, CONFIG).network.state_dict(), {})
+    first = begin or Progress(0, beside.model(folder).network.state_dict(), {})
+    num_blocks = sizes_of(read_config(folder)).num_blocks
 
     def work(peers: Peers) -> Outcome:
         place = tmp_path / str(peers.peer if places is None else places[peers.peer])
@@ -144,13 +164,14 @@ def run_in_pool(
         there = [range(found.taps[0], found.taps[-1] + 1) for _, found in CacheFolder(place).groups() if found]
         dies_at = lead.get("dies_at") if peers.peer == peers.count - 1 else None
         notes = Notes(first.steps, dies_at, lead.get("changes_after") if peers.peer == 0 else None)
-        kept, looks = Kept(open_cache, there, BLOCKS), itertools.count()
+        kept, looks = Kept(open_cache, there, num_blocks), itertools.count()
         most_steps = lead.get("grows_after", RECIPE.epochs * PER_EPOCH) if peers.peer == peers.count - 1 else COUNT
         # The first two looks are at what there was before, and at the blocks.
         memory = MemoryLimit(10, lambda: 11 if next(looks) > 1 and len(notes.losses) >= most_steps else 0)
         save_every = 2 if recipe == RECIPE else COUNT
         source, measured = Checkpoint.open(str(folder)), held_out or HeldOut()
-        job = PoolJob("llama", source, CONFIG, first, examples(COUNT), recipe, save_every, kept, measured, memory)
+        rows = beside.examples(COUNT)
+        job = PoolJob("tiny", source, CONFIG, first, rows, recipe, save_every, kept, measured, memory)
         training, trained, error = PoolTraining(peers, layout, job, notes), None, None
         try:
             trained = training.run()
@@ -158,7 +179,7 @@ def run_in_pool(
             error = lost.with_traceback(None)  # which would keep the round's connections open
         finally:
             peers.close()
-        state = trained.network.state_dict() if isinstance(trained, SideModel) else None
+        state = trained.network.state_dict() if isinstance(trained, BesideBlocks) else None
         return Outcome(notes, training.progress, state, error)
 
     outcomes = in_pool(layout.num_peers, work)
@@ -167,10 +188,15 @@ def run_in_pool(
     return all_of([outcome for outcome in outcomes if outcome not in died])
 
 
-def one_process(folder: Path, recipe: Recipe = RECIPE, measure: Callable[[int, SideModel], None] | None = None):
+def one_process(
+    folder: Path,
+    recipe: Recipe = RECIPE,
+    measure: Callable[[int, SideModel | SideSeq2SeqModel], None] | None = None,
+    beside: Beside = DECODER,
+) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Train as a person would, on the batches that the pool has; measure after each step."""
-    model, losses = side_model(folder, CONFIG), []
-    rows, steps = examples(COUNT), recipe.epochs * recipe.steps_per_epoch(COUNT)
+    model, losses = beside.model(folder), []
+    rows, steps = beside.examples(COUNT), recipe.epochs * recipe.steps_per_epoch(COUNT)
     adam = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     warm, order = recipe.warmup_steps, recipe.order(COUNT, 0)
     batches = [order[first : first + recipe.batch_size] for first in range(0, COUNT, recipe.batch_size)]
@@ -192,9 +218,9 @@ def one_process(folder: Path, recipe: Recipe = RECIPE, measure: Callable[[int, S
     return model.network.state_dict(), losses
 
 
-def assert_is_that_of_one_process(folder: Path, state: dict[str, torch.Tensor]) -> None:
-    expected, _ = one_process(folder)
-    start = side_model(folder, CONFIG).network.state_dict()
+def assert_is_that_of_one_process(folder: Path, state: dict[str, torch.Tensor], beside: Beside = DECODER) -> None:
+    expected, _ = one_process(folder, beside=beside)
+    start = beside.model(folder).network.state_dict()
     for name, tensor in expected.items():
         assert not torch.equal(state[name], start[name]), name
         torch.testing.assert_close(state[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
@@ -226,7 +252,7 @@ def evaluations_of_one_process(tiny_models: Path, tmp_path_factory: pytest.TempP
     where = str(tmp_path_factory.mktemp("trainer"))
     arguments = TrainingArguments(where, per_device_eval_batch_size=RECIPE.batch_size, use_cpu=True)
 
-    def measure(step: int, model: SideModel) -> None:
+    def measure(step: int, model: SideModel | SideSeq2SeqModel) -> None:
         trainer = Trainer(model, arguments, data_collator=Collator(0), eval_dataset=rows)
         found[step] = trainer.evaluate()["eval_loss"]
 

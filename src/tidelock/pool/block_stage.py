@@ -3,15 +3,13 @@
 Forward sends a block's output, and back comes its gradient, as wide: what PAC's baselines do (arXiv 2408.10746, section
 6.1), and what a side network saves.
 
-Shapes: N real tokens, M tokens with a label, D hidden width. May import `pool`, `device`, `peft`, `model`, errors and
-libraries.
+Shapes: N real tokens, M tokens with a label, D hidden width, P numbers of a message. May import `pool`, `device`,
+`peft`, `model`, errors and libraries.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, cast, final
-
-import torch
 
 from tidelock.device.causal_lm import packed_ids
 from tidelock.device.loss import causal_loss, labelled_tokens
@@ -21,11 +19,11 @@ from tidelock.model.part import ModelPart
 from tidelock.model.rows import Rows
 from tidelock.peft.site_part import SitePart
 from tidelock.pool.full_part import FullConfig, FullPart
-from tidelock.pool.pipeline import Kept
-from tidelock.pool.side_stage import padded
+from tidelock.pool.pipeline import Boundary, Kept, Width
+from tidelock.pool.side_stage import back_through, padded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -67,11 +65,13 @@ class BlockStage:
 
     def __init__(self, part: ModelPart, learning: Learning, ends: Ends | None = None) -> None:
         self.part = part
-        self.tied: tuple[str, ...] = learning.tied if isinstance(learning, FullPart) else ()
+        self.tied: Mapping[str, Collection[int]] = learning.tied if isinstance(learning, FullPart) else {}
+        self.slices: Mapping[str, slice] = {}
         self._learning = learning
         self._ends = ends
-        self.forward_width = part.cut.geometry.block_width
-        self.backward_width = self.forward_width if learning.learns_until else 0
+        width = Width(part.cut.geometry.block_width)
+        self.before = Boundary(width, width if learning.learns_before else None)
+        self.after = Boundary(width, width if learning.learns_until else None)
 
     @classmethod
     def load(cls, source: TensorSource, config: ModuleConfig | FullConfig, blocks: range) -> BlockStage:
@@ -107,24 +107,24 @@ class BlockStage:
             yield self._ends.embedding
             yield from self._ends.head.parameters()
 
-    def forward(self, examples: Sequence[Example], received_NW: Tensor | None, num_labels: int) -> tuple[Kept, Tensor]:
+    def forward(self, examples: Sequence[Example], received_P: Tensor | None, num_labels: int) -> tuple[Kept, Tensor]:
         """Return what the backward needs, and what goes to the next stage, or the loss; see `StageCompute`."""
         batch = padded(examples)
         rows = Rows.from_mask(batch["attention_mask"])
         layout = self.part.cut.layout(rows)
-        if received_NW is None:
+        state_in_ND = None
+        if received_P is None:
             given_NW = cast("Ends", self._ends).embed(packed_ids(batch["input_ids"], rows))
         else:
-            given_NW = received_NW.requires_grad_(self._learning.learns_before)
+            given_NW = state_in_ND = received_P.view(-1, self.before.forward.text)
+            state_in_ND.requires_grad_(self._learning.learns_before)
         state_ND = self.part.through(given_NW, layout, self._learning.visitor(layout))
         if not self.part.is_last:
-            return Kept(received_NW, state_ND), state_ND.detach()
+            return Kept(state_in_ND, state_ND), state_ND.detach()
         select_M, targets_M = labelled_tokens(batch["labels"], rows)
         loss = causal_loss(cast("Ends", self._ends).logits(state_ND[select_M]), targets_M, num_labels)
-        return Kept(received_NW, loss), loss.detach()
+        return Kept(state_in_ND, loss), loss.detach()
 
-    def backward(self, kept: Kept, received_NS: Tensor | None) -> Tensor | None:
+    def backward(self, kept: Kept, received_P: Tensor | None) -> Tensor | None:
         """Return the gradient for the stage before; see `StageCompute`."""
-        if kept.result.requires_grad:
-            torch.autograd.backward(kept.result, received_NS)
-        return None if kept.state_in_NS is None else kept.state_in_NS.grad
+        return back_through(kept, received_P) if kept.result.requires_grad else None

@@ -4,7 +4,10 @@ PAC (arXiv 2408.10746, section 4.1): with a side network forward carries the fro
 back comes the gradient of the side state alone, as nothing flows through the frozen blocks. With a method whose
 gradient goes through the blocks both carry as much. What is trained is summed once a batch over the peers of a stage.
 
-Shapes: N real tokens, D hidden width, S side width. May import `pool`, `model`, errors and libraries.
+A message is one vector: what is sent of one example after the other (`Boundary`), so that peers with other shares of
+the rows find theirs in it.
+
+Shapes: P numbers of a message. May import `pool`, `model`, errors and libraries.
 """
 
 from __future__ import annotations
@@ -20,11 +23,10 @@ from tidelock.pool.memory import MemoryLimit
 from tidelock.pool.timeline import Timeline
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
-    from tidelock.model.part import ModelPart
     from tidelock.pool.layout import PoolLayout
     from tidelock.pool.peers import Peers, Transfer
 
@@ -36,48 +38,109 @@ _FORWARD, _BACKWARD, _KINDS = 0, 1, 2
 @final
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One example: ids and, as long as these, labels, -100 where there is no loss."""
+    """One example.
+
+    Attributes:
+        input_ids: A text's; of an encoder-decoder, the source's.
+        labels: As long as these, -100 where there is no loss; of an encoder-decoder, the target's, all of them learned.
+        decoder_ids: What an encoder-decoder's decoder is given to predict the labels; empty of a text.
+    """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    decoder_ids: tuple[int, ...] = ()
 
     @property
     def num_labels(self) -> int:
         """How many of the tokens predict a label."""
-        return sum(label != IGNORED for label in self.labels[1:])
+        return sum(label != IGNORED for label in (self.labels if self.decoder_ids else self.labels[1:]))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Width:
+    """How many numbers a message has for each token of an example.
+
+    Attributes:
+        text: For each of its input ids.
+        target: For each id that an encoder-decoder's decoder is given.
+    """
+
+    text: int
+    target: int = 0
+
+    def numbers(self, example: Example) -> int:
+        """Return how many numbers of a message are of an example."""
+        return self.text * len(example.input_ids) + self.target * len(example.decoder_ids)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """What crosses between two neighbouring stages.
+
+    Attributes:
+        forward: To the later one.
+        backward: To the earlier one; None when nothing learns in the earlier one or before, and nothing is sent.
+    """
+
+    forward: Width
+    backward: Width | None
+
+
+class BlocksPart(Protocol):
+    """The blocks of a stage: a `ModelPart`, or a `Seq2SeqPart`.
+
+    Attributes:
+        is_first: Whether they begin with the model's first one.
+        is_last: Whether they end with its last one.
+    """
+
+    is_first: bool
+    is_last: bool
+
+    @property
+    def working_widths(self) -> tuple[int, int]:
+        """How many numbers are there while a block is computed, as `Width` counts them."""
+        ...
 
 
 class StageCompute(Protocol):
     """What a stage computes; a peer's own rows of a micro-batch at a time.
 
     Attributes:
-        part: Its blocks.
-        forward_width: Numbers per token that it sends.
-        backward_width: Likewise of what is sent back to it; 0 when nothing learns here or before, and nothing is sent.
-        tied: Names of parameters that the first and the last stage both have.
+        before: What crosses between it and the stage before.
+        after: And between it and the next one.
+        tied: Of a parameter that other stages have too, blocks: the stages with one of them have it.
+        slices: Where in a parameter of the whole this stage's is, if it is not all of it.
     """
 
-    part: ModelPart
-    forward_width: int
-    backward_width: int
-    tied: tuple[str, ...]
+    before: Boundary
+    after: Boundary
+    tied: Mapping[str, Collection[int]]
+    slices: Mapping[str, slice]
 
-    def forward(self, examples: Sequence[Example], received_NW: Tensor | None, num_labels: int) -> tuple[Kept, Tensor]:
-        """Return what the backward needs, and what goes to the next stage: (N, forward width); the last one's loss.
+    @property
+    def part(self) -> BlocksPart:
+        """Its blocks."""
+        ...
+
+    def forward(self, examples: Sequence[Example], received_P: Tensor | None, num_labels: int) -> tuple[Kept, Tensor]:
+        """Return what the backward needs, and the message to the next stage, of any shape; the last one's loss.
 
         Args:
             examples: The rows.
-            received_NW: From the stage before; None in the first.
+            received_P: From the stage before; None in the first.
             num_labels: What the loss is divided by: the labels of the whole batch.
         """
         ...
 
-    def backward(self, kept: Kept, received_NS: Tensor | None) -> Tensor | None:
-        """Return the gradient for the stage before, (N, its backward width); None where none is sent.
+    def backward(self, kept: Kept, received_P: Tensor | None) -> Tensor | None:
+        """Return the gradient for the stage before, of any shape; None where none is sent.
 
         Args:
             kept: From the forward.
-            received_NS: From the next stage; None in the last, and where nothing is sent.
+            received_P: From the next stage; None in the last, and where nothing is sent.
         """
         ...
 
@@ -100,15 +163,15 @@ class Kept:
     """What is kept of a micro-batch from its forward to its backward.
 
     Attributes:
-        state_in_NS: The state that came in, a leaf of the graph; None in the first stage.
+        state_in: The state that came in, a leaf of the graph; None in the first stage.
         result: The state that goes out, or the loss.
     """
 
-    state_in_NS: Tensor | None
+    state_in: Tensor | None
     result: Tensor
 
 
-# Where among the tokens of a peer's rows those are that another peer of the next stage, or of the one before, has.
+# Where in a message of a peer's rows those are that another peer of the next stage, or of the one before, has.
 _Parts: TypeAlias = "list[tuple[int, slice]]"
 
 
@@ -143,8 +206,8 @@ class Pipeline:
         self._number = number
         self._stage = layout.stages[number]
         peers.join(self._stage.peers)
-        if compute.tied:
-            peers.join(layout.peers_of_ends)
+        for blocks in compute.tied.values():
+            peers.join(layout.peers_with(blocks))
 
     def run(self, batch: Sequence[Example]) -> float:
         """Compute the gradients of a batch, which are then the same on all peers of a stage; return the batch's loss.
@@ -167,7 +230,9 @@ class Pipeline:
         with self.timeline.during("all-reduce"):
             trained, tied = self._compute.trained(), self._compute.tied
             sum_gradients(self._peers, [p for name, p in trained.items() if name not in tied], self._stage.peers)
-            sum_gradients(self._peers, [trained[name] for name in tied], self._layout.peers_of_ends)
+            # In one order everywhere: nobody waits for somebody who waits for him.
+            for name, blocks in tied.items():
+                sum_gradients(self._peers, [trained[name]], self._layout.peers_with(blocks))
         return sum_of_losses(self._peers, step.loss)
 
     @torch.no_grad()
@@ -217,11 +282,10 @@ class _Step:
         examples = self._own(number)
         if not examples:
             return
-        width = self.compute.forward_width
         received = None
         if self.number > 0:
             with self.timeline.during("wait-forward", number):
-                received = self._receive(number, self.number - 1, _FORWARD, width)
+                received = self._receive(number, self.number - 1, _FORWARD, self.compute.before.forward)
         num_labels = sum(example.num_labels for example in self.batch)
         with self.timeline.during("forward", number):
             self._kept[number], result = self.compute.forward(examples, received, num_labels)
@@ -229,22 +293,23 @@ class _Step:
         if is_last:
             self.loss += float(result)
         else:
-            self._send(result, number, self.number + 1, _FORWARD)
+            self._send(result, number, self.number + 1, _FORWARD, self.compute.after.forward)
 
     def backward(self, number: int, *, is_last: bool) -> None:
         """Compute the backward of a micro-batch, and send what comes of it."""
         if number not in self._kept:
             return
-        width = self.compute.backward_width
+        width = self.compute.after.backward
         received = None
-        if width and not is_last:
+        if width is not None and not is_last:
             with self.timeline.during("wait-backward", number):
                 received = self._receive(number, self.number + 1, _BACKWARD, width)
         with self.timeline.during("backward", number):
             gradient = self.compute.backward(self._kept.pop(number), received)
         self.memory.look()
-        if gradient is not None:
-            self._send(gradient, number, self.number - 1, _BACKWARD)
+        width = self.compute.before.backward
+        if gradient is not None and width is not None:
+            self._send(gradient, number, self.number - 1, _BACKWARD, width)
 
     def finish(self) -> None:
         """Wait until all that was sent has arrived."""
@@ -255,25 +320,25 @@ class _Step:
         rows = self.rows[number][self.number][self.peers.peer]
         return self.batch[rows.start : rows.stop]
 
-    def _send(self, tensor_NW: Tensor, number: int, stage: int, kind: int) -> None:
-        for peer, tokens in self._parts(number, stage):
-            part = tensor_NW[tokens].contiguous()
-            self._sent.append(self.peers.send(part, peer, number * _KINDS + kind))
+    def _send(self, message: Tensor, number: int, stage: int, kind: int, width: Width) -> None:
+        message_P = message.flatten()
+        for peer, part in self._parts(number, stage, width):
+            self._sent.append(self.peers.send(message_P[part], peer, number * _KINDS + kind))
 
-    def _receive(self, number: int, stage: int, kind: int, width: int) -> Tensor:
-        tokens = sum(len(example.input_ids) for example in self._own(number))
-        into = torch.empty(tokens, width)
+    def _receive(self, number: int, stage: int, kind: int, width: Width) -> Tensor:
+        into_P = torch.empty(sum(width.numbers(example) for example in self._own(number)))
         arriving = [
-            self.peers.receive(into[part], peer, number * _KINDS + kind) for peer, part in self._parts(number, stage)
+            self.peers.receive(into_P[part], peer, number * _KINDS + kind)
+            for peer, part in self._parts(number, stage, width)
         ]
         for part in arriving:
             part.wait()
-        return into
+        return into_P
 
-    def _parts(self, number: int, stage: int) -> _Parts:
-        """Return the peers of a neighbouring stage with rows of this peer's, and which of its tokens these are."""
+    def _parts(self, number: int, stage: int, width: Width) -> _Parts:
+        """Return the peers of a neighbouring stage with rows of this peer's, and where in the message these are."""
         own = self.rows[number][self.number][self.peers.peer]
-        ends = [0, *accumulate(len(self.batch[row].input_ids) for row in own)]
+        ends = [0, *accumulate(width.numbers(self.batch[row]) for row in own)]
         found = []
         for peer, rows in self.rows[number][stage].items():
             first, end = max(own.start, rows.start), min(own.stop, rows.stop)

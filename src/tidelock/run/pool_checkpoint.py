@@ -19,7 +19,9 @@ from tidelock.device.bank import Bank
 from tidelock.errors import CheckpointError
 from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
+from tidelock.model.sizes import sizes_of
 from tidelock.peft.side import SideConfig, SideNetwork
+from tidelock.peft.side_seq2seq import SideSeq2Seq
 from tidelock.pool.full_part import FullConfig
 from tidelock.pool.recipe import MOMENTS, Progress
 from tidelock.run.folder import storage_error
@@ -121,10 +123,10 @@ def _fresh(config: RunConfig, checkpoint: Checkpoint) -> nn.Module:
     model_config, method = read_config(checkpoint.folder), pool_method_of(config)
     if isinstance(method, FullConfig):
         return empty_model(model_config)
+    if isinstance(method, SideConfig) and model_config.is_encoder_decoder:
+        return SideSeq2Seq(method, model_config, sizes_of(model_config).of_stacks)
     geometry = geometry_of(empty_model(model_config))
-    if isinstance(method, SideConfig):
-        return SideNetwork(method, model_config, geometry)
-    return Bank(method, geometry)
+    return SideNetwork(method, model_config, geometry) if isinstance(method, SideConfig) else Bank(method, geometry)
 
 
 def _check_shapes(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:

@@ -11,8 +11,9 @@ import platform
 import socket
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import psutil
 import torch
@@ -20,8 +21,9 @@ import torch
 from tidelock.cache.folder import CacheFolder
 from tidelock.cache.identity import CacheIdentity
 from tidelock.data.encode import Encoder, encode_all
+from tidelock.data.encode_pair import PairEncoder
 from tidelock.model.ends import empty_model, read_config, tokenizer_sha256
-from tidelock.model.geometry import geometry_of
+from tidelock.model.sizes import sizes_of
 from tidelock.peft.side import SideConfig
 from tidelock.pool.full_part import FullConfig
 from tidelock.pool.held_out import HeldOut
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tidelock.cache.store import ActivationCache
+    from tidelock.data.encode_pair import PairRow
     from tidelock.model.checkpoint import Checkpoint
     from tidelock.peft.methods import MethodConfig
     from tidelock.plan.inputs import Profile
@@ -86,14 +89,27 @@ class Holdings:
 
 def read_data(config: RunConfig, checkpoint: Checkpoint) -> PoolData:
     """Return a run's examples; errors as those of the data."""
-    limit = geometry_of(empty_model(read_config(checkpoint.folder))).max_positions
-    max_length = longest_example(config, limit)
-    encoder = Encoder(load_tokenizer(checkpoint.folder), max_length=max_length, truncate=config.truncate)
+    model_config = read_config(checkpoint.folder)
+    max_length = longest_example(config, sizes_of(model_config).max_positions)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    if model_config.is_encoder_decoder:
+        pairs = PairEncoder(tokenizer, max_length=max_length, truncate=config.truncate)
+        shift: Any = empty_model(model_config)  # which knows what its decoder is given
+        return PoolData(
+            *([_pair(row, shift) for row in pairs.encode_all(found)] for found in read_run_examples(config))
+        )
+    encoder = Encoder(tokenizer, max_length=max_length, truncate=config.truncate)
     examples, held_out = (
         [Example(tuple(row["input_ids"]), tuple(row["labels"])) for row in encode_all(encoder, found)]
         for found in read_run_examples(config)
     )
     return PoolData(examples, held_out)
+
+
+def _pair(row: PairRow, model: Any) -> Example:  # noqa: ANN401  (encoder-decoders have no type that says so)
+    labels = torch.tensor([row["labels"]])
+    (decoder_ids,) = model.prepare_decoder_input_ids_from_labels(labels).tolist()
+    return Example(tuple(row["input_ids"]), tuple(row["labels"]), tuple(decoder_ids))
 
 
 def shared_data(peers: Peers, data: PoolData | None) -> PoolData:
@@ -168,7 +184,7 @@ def _kept_of(config: RunConfig, checkpoint: Checkpoint, cache: Path, model: str)
     def open_cache(taps: tuple[int, ...]) -> ActivationCache:
         return cache_config_of(config, cache).open(replace(identity, taps=taps))
 
-    num_blocks = geometry_of(empty_model(read_config(checkpoint.folder))).num_blocks
+    num_blocks = sizes_of(read_config(checkpoint.folder)).num_blocks
     return Kept(open_cache, _kept_blocks(cache, identity), num_blocks)
 
 
@@ -201,20 +217,13 @@ def _kept_blocks(cache: Path, identity: CacheIdentity) -> list[range]:
 
 
 def _packed(examples: Sequence[Example]) -> torch.Tensor:
-    """Return examples as one vector: how many there are, their lengths, their ids, their labels."""
-    lengths = [len(example.input_ids) for example in examples]
-    ids = [token for example in examples for token in example.input_ids]
-    labels = [label for example in examples for label in example.labels]
-    return torch.tensor([len(examples), *lengths, *ids, *labels])
+    """Return examples as one vector: how many there are, the lengths of what each has, and all that."""
+    parts = [part for each in examples for part in (each.input_ids, each.labels, each.decoder_ids)]
+    return torch.tensor([len(examples), *map(len, parts), *(number for part in parts for number in part)])
 
 
 def _unpacked(numbers: torch.Tensor) -> list[Example]:
-    values = numbers.tolist()
-    count = values[0]
-    lengths, tokens = values[1 : 1 + count], values[1 + count :]
-    half, found, first = len(tokens) // 2, [], 0
-    for length in lengths:
-        end = first + length
-        found.append(Example(tuple(tokens[first:end]), tuple(tokens[half + first : half + end])))
-        first = end
-    return found
+    count, *values = numbers.tolist()
+    lengths, given = values[: 3 * count], iter(values[3 * count :])
+    parts = [tuple(islice(given, length)) for length in lengths]
+    return [Example(*parts[first : first + 3]) for first in range(0, len(parts), 3)]

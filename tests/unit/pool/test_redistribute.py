@@ -44,7 +44,7 @@ def keep_own(kept, have):
         for number in numbers:
             *outputs, last = outputs_of(number)
             final = last if blocks.stop == WIDTHS.num_blocks else None
-            kept.keep(blocks, [EXAMPLES[number]], outputs[blocks.start : blocks.stop], final)
+            kept.keep(blocks, [EXAMPLES[number]], [[out] for out in outputs[blocks.start : blocks.stop]], final)
 
 
 def test_each_example_comes_once_and_unchanged(tmp_path):
