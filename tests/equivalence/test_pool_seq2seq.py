@@ -215,8 +215,17 @@ def test_an_example_has_the_key_that_the_model_asks_its_cache_for(name: str, seq
     assert model_of(seq2seq_models / name).examples_of(padded(batch)) == [key_of(example) for example in batch]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["t5", "bart"])
+QUICK = {("t5", "straight pipeline"), ("t5", "one without blocks"), ("bart", "cut at the seam"), ("bart", "hybrid")}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        pytest.param(name, layout, marks=[] if (name, layout) in QUICK else [pytest.mark.slow])
+        for name in ("t5", "bart")
+        for layout in LAYOUTS
+    ],
+)
 def test_a_run_is_that_of_one_process(name: str, layout: str, seq2seq_models: Path, tmp_path: Path) -> None:
     folder, kind = seq2seq_models / name, beside(name)
     _, losses = one_process(folder, beside=kind)
@@ -269,7 +278,7 @@ AFTERWARDS = {
 
 
 @pytest.mark.parametrize("dies_at", ["step 2", "redistributed", "step 7"])
-@pytest.mark.parametrize("layout", ["cut at the seam", "hybrid"])
+@pytest.mark.parametrize("layout", [pytest.param("cut at the seam", marks=pytest.mark.slow), "hybrid"])
 def test_the_others_go_on_without_a_lost_peer(layout: str, dies_at: str, seq2seq_models: Path, tmp_path: Path) -> None:
     folder, kind = seq2seq_models / "bart", beside("bart")
     left = run_in_pool(folder, LAYOUTS[layout], tmp_path, dies_at=dies_at, beside=kind)

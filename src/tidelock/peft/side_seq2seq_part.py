@@ -9,7 +9,7 @@ May import errors, `model`, `peft` and libraries.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -234,4 +234,4 @@ class SideSeq2SeqPart(nn.Module):
     def _nothing(self, which: str, side: SideStack) -> tuple[Tensor, list[Tensor]]:
         """Return states and outputs of two tokens that are all zero."""
         width = side.start.in_features if self._blocks[which].start == 0 else self.side_width
-        return torch.zeros(2, width), [torch.zeros(2, tap.in_features) for tap in side.taps]
+        return torch.zeros(2, width), [torch.zeros(2, cast("nn.Linear", tap).in_features) for tap in side.taps]
