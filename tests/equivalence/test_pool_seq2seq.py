@@ -190,6 +190,10 @@ def test_a_part_holds_no_blocks_but_its_own(name: str, seq2seq_models: Path) -> 
         for blocks in ("block" if name == "t5" else "layers",)
     }
     first, last = stages_of(seq2seq_models / name, (1, 3, 5))
+    for stage in (first, last):  # frozen: nothing learns in it, and nothing drops out
+        assert not any(parameter.requires_grad for parameter in stage.part.parameters())
+        stacks = [stack for stack in (stage.part.encoder, stage.part.decoder) if stack is not None]
+        assert not any(module.training for stack in stacks for module in stack.module.modules())
     around = [sum(p.numel() for p in stage.part.parameters()) for stage in (first, last)]
     around[0] -= 2 * per_block["encoder"]
     around[1] -= per_block["encoder"] + per_block["decoder"]

@@ -73,7 +73,6 @@ class Seq2SeqPart:
         model = AutoModelForSeq2SeqLM.from_config(
             part_config(config, of_encoder, of_decoder), dtype=torch.float32, trust_remote_code=False
         )
-        model.eval().requires_grad_(requires_grad=False)
         counts = self.sizes.of_stacks
         self.encoder = StackPart.read(model, source, self.family.encoder, of_encoder, counts[0])
         self.decoder = StackPart.read(model, source, self.family.decoder, of_decoder, counts[1])
@@ -151,6 +150,7 @@ class StackPart:
         family = encoder_decoder_family(model.config)
         stack = cast("PreTrainedModel", model.get_submodule(path))
         stack.set_input_embeddings(nn.Identity())  # that of a vocabulary which is not there
+        stack.eval().requires_grad_(requires_grad=False)
         for name, parameter in stack.named_parameters():
             whole = f"{path}.{whole_name(name, family, blocks.start)}"
             parameter.data.copy_(read_as(source, stored_name(whole, model.base_model_prefix, source), parameter.shape))
