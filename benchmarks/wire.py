@@ -57,8 +57,9 @@ LINKS = ("loopback", "20/1000", "50/100", "100/10")
 _STRIDE = 4
 # So many times as many examples as are learned from, so that there are some of like length.
 _POOL = 4
-# Of many devices: a model so small that 32 of them fit on a machine.
-_SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+# Of many devices: a model whose ends and modules are so small that 32 devices fit on a machine, and whose blocks are so
+# much larger that one device keeps the cloud busy.
+_SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
 _SMALL |= {"num_key_value_heads": 4, "vocab_size": 512, "max_position_embeddings": 128}
 
 
@@ -365,7 +366,10 @@ def _measure_tenants(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "devices": len(devices),
         "seconds": options.seconds,
-        "model": f"llama of {_SMALL['num_hidden_layers']} blocks of width {_SMALL['hidden_size']}",
+        "model": (
+            f"llama of {_SMALL['num_hidden_layers']} blocks of width {_SMALL['hidden_size']}, modules in every "
+            f"{_STRIDE}th"
+        ),
         "alone": alone,
         "together": counts,
     }
@@ -379,7 +383,8 @@ class _Device:
 
         from tidelock.wire.ledger import Ledger  # noqa: PLC0415
 
-        variant, access = Variant(blocking=False), {"address": address, "token": token, "ca": str(certificate)}
+        variant = Variant(few=True, blocking=False)
+        access = {"address": address, "token": token, "ca": str(certificate)}
         model = _device_model(folder, variant, access, Ledger(), Path())
         ids = torch.randint(1, 512, (8, 16))
         self._batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
