@@ -106,8 +106,9 @@ SCREEN = (
     *(_lora(rate) for rate in (1e-3, 3e-3)),
     *(Variant(frames, 32, 16.0, 1e-3) for frames in ("seeded", "svd")),
     Variant("seeded", 32, 16.0, 3e-3),
+    *(Variant("seeded", 16, scale, 1e-3) for scale in (16.0, 32.0)),
 )
-FINAL = (_lora(3e-3), Variant("seeded", 32, 16.0, 1e-3))
+FINAL = (_lora(3e-3), Variant("seeded", 32, 16.0, 1e-3), Variant("seeded", 16, 32.0, 1e-3))
 
 
 def main() -> None:
