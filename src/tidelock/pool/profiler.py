@@ -131,7 +131,7 @@ class MeasuredDevice(BaseModel):
 def _known_or_measured(job: PoolJob, rows: Sequence[int], device: DeviceFacts) -> MeasuredDevice:
     """Return what is known of a device, or measure it; two processes of one device never measure at once."""
     lengths = [len(example.input_ids) for example in _middling(job.examples, max(rows))]
-    asked = [device.key, type(job.config).__name__, asdict(job.config), list(rows), lengths]
+    asked = [device.key, type(job.config).__name__, asdict(job.config), job.num_labels, list(rows), lengths]
     text = json.dumps(asked, default=sorted)  # a LoraConfig's names are sets
     path = cache_folder() / "profiles" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
     try:
@@ -183,9 +183,9 @@ def _measure_block(job: PoolJob, number: int, rows: Sequence[int]) -> _Measured:
     blocks = range(number, number + 1)
     stage: StageCompute
     if isinstance(job.config, SideConfig):
-        stage = SideStage.load(job.source, job.config, blocks)
+        stage = SideStage.load(job.source, job.config, blocks, job.num_labels)
     else:
-        stage = BlockStage.load(job.source, job.config, blocks)
+        stage = BlockStage.load(job.source, job.config, blocks, job.num_labels)
     trained = _bytes_of(stage.trained().values())
     forward_seconds: list[float] = []
     backward_seconds: list[float] = []

@@ -11,9 +11,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from tidelock.device.bank import Bank
+from tidelock.device.causal_lm import fresh_head
 from tidelock.errors import StorageError
 from tidelock.model.ends import copy_small_files, empty_model, read_config
 from tidelock.model.geometry import geometry_of
+from tidelock.peft.adapter_files import HEAD
 from tidelock.peft.export import save_adapter
 
 if TYPE_CHECKING:
@@ -32,24 +34,32 @@ class TrainedModules:
     Args:
         model: The model's folder.
         config: What the modules are like.
-        parameters: Theirs, by the names that they have in a `Bank`.
+        parameters: Theirs, by the names that they have in a `Bank`; and the weight of the head for whole texts.
+        num_labels: Classes of whole texts, 1 for a number; None without such a head.
     """
 
-    def __init__(self, model: Path, config: ModuleConfig, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, model: Path, config: ModuleConfig, parameters: Mapping[str, Tensor], num_labels: int | None = None
+    ) -> None:
         self._model = model
         self._config = config
-        self._geometry = geometry_of(empty_model(read_config(model)))
+        model_config = read_config(model)
+        self._geometry = geometry_of(empty_model(model_config))
         self.bank = Bank(config, self._geometry)
-        self.bank.load_state_dict(parameters)
+        self.bank.load_state_dict({name: value for name, value in parameters.items() if name != HEAD})
+        self.head = None if num_labels is None else fresh_head(model_config, self._geometry, num_labels)
+        if self.head is not None:
+            self.head.load_state_dict({"weight": parameters[HEAD]})
 
     def save_adapter(self, folder: Path, base_model: str | None = None) -> None:
-        """Write them as an adapter, as `DeviceModel.save_adapter` does.
+        """Write them and the head as an adapter, as `DeviceModel.save_adapter` does.
 
         Raises:
             StorageError: The file system refused.
         """
         modules = {site: self.bank.at(site) for site in self.bank.targets}
-        save_adapter(modules, self._config, self._geometry, folder, base_model=base_model or str(self._model))
+        base_model = base_model or str(self._model)
+        save_adapter(modules, self._config, self._geometry, folder, base_model=base_model, head=self.head)
 
     def close(self) -> None:
         """Nothing is open."""
