@@ -242,6 +242,7 @@ def test_another_model_is_refused(chat_model: Path, facts: Path, tmp_path: Path)
             "expected --task causal-lm with --method full",
             id="a head beside all weights",
         ),
+        pytest.param(("--local", 1, "--dropout", 0.1), "expected no dropout with --method side", id="side dropout"),
         pytest.param(("--local", 1, "--task", "text-to-text"), "got --task text-to-text", id="another task"),
         pytest.param(("--local", 1, "--rank", 4), "--rank: expected it with --method lora only", id="of LoRA"),
         pytest.param(

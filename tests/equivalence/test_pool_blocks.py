@@ -13,6 +13,8 @@ from tests.equivalence.test_pool_training import AFTERWARDS, COUNT, PER_EPOCH, D
 from tests.support.pool import all_of, in_pool
 from tests.support.tiny_models import ALL_MODELS, UNVERIFIED_MODELS
 from tidelock.backbone.local import LocalBackbone
+from tidelock.device.bank import BankPass
+from tidelock.device.in_flight import PassSettings
 from tidelock.device.model import DeviceModel
 from tidelock.errors import PeerError
 from tidelock.model.checkpoint import Checkpoint
@@ -34,6 +36,12 @@ CONFIGS: dict[str, ModuleConfig] = {
     "lora": LoraConfig(r=2, lora_alpha=8, target_modules=["*"]),
     "adapter": AdapterConfig(bottleneck=3, places=("mlp", "attn-out")),
 }
+# Both of them drop out too.
+DROPPING: dict[str, ModuleConfig] = {
+    "lora, dropping": LoraConfig(r=2, lora_alpha=8, target_modules=["*"], lora_dropout=0.3),
+    "adapter, dropping": AdapterConfig(bottleneck=3, places=("mlp", "attn-out"), dropout=0.3),
+}
+ALL_CONFIGS = CONFIGS | DROPPING
 RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=1e-2, warmup_steps=2, clip=0.5)
 
 
@@ -52,6 +60,15 @@ def device_model(folder: Path, config: ModuleConfig, num_labels: int | None = No
 def state_of(model: DeviceModel) -> dict[str, torch.Tensor]:
     """Return what is trained by its names in a pool."""
     return {name.removeprefix("bank."): value for name, value in model.state_dict().items()}
+
+
+def drop_out(model: DeviceModel, seeds: list[int]) -> None:
+    """Have a model take its next batch row by row, each with the masks that follow from a seed of its own."""
+    given, parameters = iter(seeds), list(model.bank.parameters())
+    model.settings = PassSettings(in_flight=1, micro_batches=len(seeds))
+    model.open_sites = lambda: BankPass(  # type: ignore[method-assign]
+        model.bank, parameters, training=True, dropout_seed=next(given)
+    )
 
 
 def batches() -> list[list[int]]:
@@ -75,6 +92,8 @@ def one_process(
     adam = torch.optim.AdamW(model.parameters(), lr=RECIPE.learning_rate, weight_decay=RECIPE.weight_decay)
     for done, batch in enumerate(batches()):
         adam.param_groups[0]["lr"] = RECIPE.learning_rate * share_of_peak(done)
+        if model.bank.has_dropout:
+            drop_out(model, RECIPE.dropout_seeds(done, batch))
         loss = model(**padded([rows[number] for number in batch])).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE.clip)
@@ -140,10 +159,12 @@ def assert_is_that_of_one_process(
             for labels in (None, 3)
             for layout in LAYOUTS
         ),
+        *(("lora, dropping", layout, None) for layout in LAYOUTS),
+        ("adapter, dropping", "hybrid", 3),
     ],
 )
 def test_a_run_is_that_of_one_process(method: str, layout: str, num_labels: int | None, tiny_models: Path) -> None:
-    folder, config = tiny_models / "llama", CONFIGS[method]
+    folder, config = tiny_models / "llama", ALL_CONFIGS[method]
     _, losses = one_process(folder, config, num_labels)
     outcomes = run_in_pool(folder, config, LAYOUTS[layout], num_labels=num_labels)
     first = outcomes[0].state
@@ -154,6 +175,28 @@ def test_a_run_is_that_of_one_process(method: str, layout: str, num_labels: int 
         assert all(torch.equal(outcome.state[name], first[name]) for name in first)
         assert (outcome.notes.sent, outcome.notes.filled) == ([], [])
     assert_is_that_of_one_process(folder, config, first, num_labels)
+
+
+@pytest.mark.parametrize("method", DROPPING)
+def test_it_drops_out_otherwise_in_every_step_and_not_when_it_measures(method: str, tiny_models: Path) -> None:
+    folder, config, batch = tiny_models / "llama", DROPPING[method], texts(4, None)
+    model, layout = device_model(folder, config), LAYOUTS["straight pipeline"]
+    model.eval()
+    undropped = float(model(**padded(batch)).loss.detach())
+    steps = [RECIPE.dropout_seeds(step, range(4)) for step in (0, 1, 0)]
+
+    def work(peers: Peers) -> tuple[float, list[float]]:
+        number = layout.stage_of(peers.peer)
+        assert number is not None
+        stage = BlockStage.load(Checkpoint.open(str(folder)), config, layout.stages[number].blocks)
+        stage.load_whole(state_of(model))
+        pipeline = Pipeline(peers, layout, number, stage)
+        return pipeline.measure(batch).loss, [pipeline.run(batch, seeds) for seeds in steps]
+
+    for measured, (first, second, again) in all_of(in_pool(layout.num_peers, work)):
+        assert measured == pytest.approx(undropped, rel=1e-5)
+        assert first == again
+        assert len({round(loss, 3) for loss in (measured, first, second)}) == 3
 
 
 SOME_LAYERS: dict[str, ModuleConfig] = {
@@ -209,11 +252,15 @@ def test_nothing_is_sent_back_to_where_nothing_learns(method: str, tiny_models: 
 
 
 @pytest.mark.parametrize(
-    ("steps", "num_labels"),
-    [(2, None), (4, None), (9, None), (4, 3)],  # in the first epoch, in a later one, and at the end
+    ("method", "steps", "num_labels"),
+    [
+        *(("lora", steps, None) for steps in (2, 4, 9)),  # in the first epoch, in a later one, and at the end
+        ("lora", 4, 3),
+        ("lora, dropping", 4, None),
+    ],
 )
-def test_a_run_goes_on_bit_for_bit(steps: int, num_labels: int | None, tiny_models: Path) -> None:
-    folder, config, layout = tiny_models / "llama", CONFIGS["lora"], LAYOUTS["hybrid"]
+def test_a_run_goes_on_bit_for_bit(method: str, steps: int, num_labels: int | None, tiny_models: Path) -> None:
+    folder, config, layout = tiny_models / "llama", ALL_CONFIGS[method], LAYOUTS["hybrid"]
     whole = run_in_pool(folder, config, layout, num_labels=num_labels)
     state, notes = whole[0].state, whole[0].notes
     assert state is not None
@@ -225,13 +272,17 @@ def test_a_run_goes_on_bit_for_bit(steps: int, num_labels: int | None, tiny_mode
 
 
 @pytest.mark.parametrize(
-    ("dies_at", "goes_on_from", "num_labels"),
-    [("step 1", 0, None), ("save 2", 2, None), ("step 7", 6, None), ("step 7", 6, 3)],
+    ("method", "dies_at", "goes_on_from", "num_labels"),
+    [
+        *(("adapter", *case, None) for case in (("step 1", 0), ("save 2", 2), ("step 7", 6))),
+        ("adapter", "step 7", 6, 3),
+        ("adapter, dropping", "step 7", 6, None),
+    ],
 )
 def test_the_others_go_on_without_a_lost_peer(
-    dies_at: str, goes_on_from: int, num_labels: int | None, tiny_models: Path
+    method: str, dies_at: str, goes_on_from: int, num_labels: int | None, tiny_models: Path
 ) -> None:
-    folder, config = tiny_models / "llama", CONFIGS["adapter"]
+    folder, config = tiny_models / "llama", ALL_CONFIGS[method]
     left = run_in_pool(folder, config, LAYOUTS["hybrid"], num_labels=num_labels, dies_at=dies_at)
     assert all(outcome.error is not None for outcome in left)
     assert left[0].progress.steps == goes_on_from

@@ -50,8 +50,8 @@ class Learning(Protocol):
         """Take the part's parameters out of those of the whole."""
         ...
 
-    def visitor(self, layout: Layout) -> SiteVisitor | None:
-        """Return who is told when a block reaches a site, if anybody is."""
+    def visitor(self, layout: Layout, drops: Sequence[tuple[int, int]] | None) -> SiteVisitor | None:
+        """Return who is told when a block reaches a site, if anybody is; see `SitePart.visitor`."""
         ...
 
 
@@ -123,7 +123,13 @@ class BlockStage:
             yield self._ends.embedding
             yield from self._ends.head.parameters()
 
-    def forward(self, examples: Sequence[Example], received_NW: Tensor | None, num_labels: int) -> tuple[Kept, Tensor]:
+    def forward(
+        self,
+        examples: Sequence[Example],
+        received_NW: Tensor | None,
+        num_labels: int,
+        dropout_seeds: Sequence[int] | None = None,
+    ) -> tuple[Kept, Tensor]:
         """Return what the backward needs, and what goes to the next stage, or the loss; see `StageCompute`."""
         batch = padded(examples)
         rows = Rows.from_mask(batch["attention_mask"])
@@ -132,7 +138,8 @@ class BlockStage:
             given_NW = cast("Ends", self._ends).embed(packed_ids(batch["input_ids"], rows))
         else:
             given_NW = received_NW.requires_grad_(self._learning.learns_before)
-        state_ND = self.part.through(given_NW, layout, self._learning.visitor(layout))
+        drops = None if dropout_seeds is None else list(zip(rows.lengths, dropout_seeds, strict=True))
+        state_ND = self.part.through(given_NW, layout, self._learning.visitor(layout, drops))
         if not self.part.is_last:
             return Kept(received_NW, state_ND), state_ND.detach()
         select_M, targets_M = self._head.select(batch, rows)

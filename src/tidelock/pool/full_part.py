@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, final
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -66,6 +66,6 @@ class FullPart:
             for name, parameter in self._parameters.items():
                 parameter.copy_(state[name])
 
-    def visitor(self, layout: Layout) -> None:  # noqa: ARG002  (as `SitePart` has it)
+    def visitor(self, layout: Layout, drops: Sequence[tuple[int, int]] | None) -> None:  # noqa: ARG002  (as `SitePart`)
         """There is no module at any site."""
         return

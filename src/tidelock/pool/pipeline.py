@@ -78,13 +78,20 @@ class StageCompute(Protocol):
     backward_width: int
     tied: tuple[str, ...]
 
-    def forward(self, examples: Sequence[Example], received_NW: Tensor | None, num_labels: int) -> tuple[Kept, Tensor]:
+    def forward(
+        self,
+        examples: Sequence[Example],
+        received_NW: Tensor | None,
+        num_labels: int,
+        dropout_seeds: Sequence[int] | None = None,
+    ) -> tuple[Kept, Tensor]:
         """Return what the backward needs, and what goes to the next stage: (N, forward width); the last one's loss.
 
         Args:
             examples: The rows.
             received_NW: From the stage before; None in the first.
             num_labels: What the loss is divided by: the labels of the whole batch.
+            dropout_seeds: For each row, what its dropout masks follow from; None leaves dropout off.
         """
         ...
 
@@ -164,17 +171,18 @@ class Pipeline:
         if compute.tied:
             peers.join(layout.peers_of_ends)
 
-    def run(self, batch: Sequence[Example]) -> float:
+    def run(self, batch: Sequence[Example], dropout_seeds: Sequence[int] | None = None) -> float:
         """Compute the gradients of a batch, which are then the same on all peers of a stage; return the batch's loss.
 
         Args:
             batch: All its examples, the same on every peer; they are padded at the right.
+            dropout_seeds: For each of them, what its dropout masks follow from; None leaves dropout off.
 
         Raises:
             NonFiniteError: The loss is infinite or not a number.
             PeerError: A peer was lost.
         """
-        step = self._begin(batch)
+        step = self._begin(batch, dropout_seeds)
         last = len(self._layout.stages) - 1
         for work, number in one_forward_one_backward(len(step.rows), self._stage.in_flight):
             if work == "forward":
@@ -207,10 +215,10 @@ class Pipeline:
         step.collect(outputs_BC)
         return sum_of_measures(self._peers, step.loss, outputs_BC)
 
-    def _begin(self, batch: Sequence[Example]) -> _Step:
+    def _begin(self, batch: Sequence[Example], dropout_seeds: Sequence[int] | None = None) -> _Step:
         self.timeline = Timeline(self._peers.peer, self._number)
         rows = self._layout.rows_of(len(batch))
-        return _Step(self._peers, self._compute, self._memory, self._number, self.timeline, rows, batch)
+        return _Step(self._peers, self._compute, self._memory, self._number, self.timeline, rows, batch, dropout_seeds)
 
 
 @final
@@ -229,6 +237,7 @@ class _Step:
     timeline: Timeline
     rows: list[list[dict[int, range]]]
     batch: Sequence[Example]
+    dropout_seeds: Sequence[int] | None
     loss: float = 0.0
     _kept: dict[int, Kept] = field(default_factory=dict)
     _sent: list[Transfer] = field(default_factory=list)
@@ -244,8 +253,10 @@ class _Step:
             with self.timeline.during("wait-forward", number):
                 received = self._receive(number, self.number - 1, _FORWARD, width)
         num_labels = sum(example.num_labels for example in self.batch)
+        own = self._own_rows(number)
+        seeds = None if self.dropout_seeds is None else self.dropout_seeds[own.start : own.stop]
         with self.timeline.during("forward", number):
-            self._kept[number], result = self.compute.forward(examples, received, num_labels)
+            self._kept[number], result = self.compute.forward(examples, received, num_labels, seeds)
         self.memory.look()
         if is_last:
             self.loss += float(result)

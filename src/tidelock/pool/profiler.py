@@ -237,7 +237,7 @@ def _inputs(stage: StageCompute, examples: Sequence[Example]) -> tuple[Tensor | 
 def _time(stage: StageCompute, examples: Sequence[Example]) -> tuple[float, float]:
     received, gradient = _inputs(stage, examples)
     began = time.perf_counter()
-    kept, _ = stage.forward(examples, received, 1)
+    kept, _ = stage.forward(examples, received, 1, range(len(examples)))
     half = time.perf_counter()
     stage.backward(kept, gradient)
     return half - began, time.perf_counter() - half
@@ -256,7 +256,7 @@ def _kept_bytes(stage: StageCompute, examples: Sequence[Example]) -> int:
 
     received, _ = _inputs(stage, examples)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        held = stage.forward(examples, received, 1)
+        held = stage.forward(examples, received, 1, range(len(examples)))
     del held
     return sum(kept.values())
 

@@ -115,7 +115,7 @@ class PoolTraining:
             epoch, place = divmod(step, self._per_epoch)
             order = job.recipe.order(len(job.examples), epoch)
             batch = order[place * size : (place + 1) * size]
-            loss = self._stages.run([job.examples[number] for number in batch])
+            loss = self._stages.run([job.examples[number] for number in batch], job.recipe.dropout_seeds(step, batch))
             optimizer.step()
             self._watcher.step(optimizer.steps, loss)
             if optimizer.steps == min(job.begin.steps + _SHOWN_STEP, self._pipeline_steps):
@@ -276,9 +276,9 @@ class _Stages:
         optimizer.go_on(job.begin.steps, own)
         return optimizer
 
-    def run(self, batch: Sequence[Example]) -> float:
+    def run(self, batch: Sequence[Example], dropout_seeds: Sequence[int]) -> float:
         """Take a batch through the stages; see `Pipeline.run`."""
-        return sum_of_losses(self._peers, 0.0) if self._pipeline is None else self._pipeline.run(batch)
+        return sum_of_losses(self._peers, 0.0) if self._pipeline is None else self._pipeline.run(batch, dropout_seeds)
 
     def measure(self, batch: Sequence[Example]) -> Measured:
         """Take a batch through the stages, forward only; see `Pipeline.measure`."""
