@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 
 from tests.equivalence.test_pool import LAYOUTS, texts
-from tests.equivalence.test_pool_training import AFTERWARDS, COUNT, PER_EPOCH, DiedError, Notes, Outcome
+from tests.equivalence.test_pool_training import AFTERWARDS, COUNT, PER_EPOCH, QUICK, DiedError, Notes, Outcome
 from tests.support.pool import all_of, in_pool
 from tests.support.tiny_models import ALL_MODELS, UNVERIFIED_MODELS
 from tidelock.backbone.local import LocalBackbone
@@ -42,7 +42,8 @@ DROPPING: dict[str, ModuleConfig] = {
     "adapter, dropping": AdapterConfig(bottleneck=3, places=("mlp", "attn-out"), dropout=0.3),
 }
 ALL_CONFIGS = CONFIGS | DROPPING
-RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=1e-2, warmup_steps=2, clip=0.5)
+# With steps of 1e-2 Adam makes more than 1e-4 of a loss out of rounding before a run ends.
+RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=3e-3, warmup_steps=2, clip=0.5)
 
 
 def device_model(folder: Path, config: ModuleConfig, num_labels: int | None = None) -> DeviceModel:
@@ -152,14 +153,18 @@ def assert_is_that_of_one_process(
 @pytest.mark.parametrize(
     ("method", "layout", "num_labels"),
     [
-        *(("lora", layout, labels) for labels in (None, 3) for layout in LAYOUTS),
+        *(("lora", layout, None) for layout in LAYOUTS),
+        *(pytest.param("lora", layout, 3, marks=[] if layout in QUICK else pytest.mark.slow) for layout in LAYOUTS),
         ("lora", "hybrid", 1),
         *(
             pytest.param("adapter", layout, labels, marks=[] if layout == "hybrid" else pytest.mark.slow)
             for labels in (None, 3)
             for layout in LAYOUTS
         ),
-        *(("lora, dropping", layout, None) for layout in LAYOUTS),
+        *(
+            pytest.param("lora, dropping", layout, None, marks=[] if layout in QUICK else pytest.mark.slow)
+            for layout in LAYOUTS
+        ),
         ("adapter, dropping", "hybrid", 3),
     ],
 )

@@ -96,7 +96,7 @@ class BlockStage:
         part = ModelPart(source, blocks)
         ends, texts = load_ends(source, part, num_labels)
         if isinstance(config, FullConfig):
-            return cls(part, FullPart(part, ends), ends)
+            return cls(part, FullPart(part, ends, with_own_head=num_labels is None), ends, texts)
         geometry = geometry_of(empty_model(read_config(source.folder)))
         return cls(part, SitePart(config, geometry, blocks), ends, texts)
 

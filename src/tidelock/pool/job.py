@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, final
 
-from tidelock.model.ends import empty_model, read_config
-from tidelock.pool.full_part import FullConfig
+from tidelock.model.ends import read_config
+from tidelock.pool.full_part import FullConfig, learning_weights
 from tidelock.pool.held_out import HeldOut
 from tidelock.pool.memory import MemoryLimit
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from torch import Tensor
 
     from tidelock.model.checkpoint import TensorSource
     from tidelock.peft.methods import MethodConfig
@@ -114,7 +115,8 @@ class PoolJob:
 
     def shapes(self) -> dict[str, torch.Size]:
         """Return the shapes of all parameters that are trained, by name."""
-        if isinstance(self.config, FullConfig):
-            whole = empty_model(read_config(self.source.folder))
-            return {name: parameter.shape for name, parameter in whole.named_parameters()}
-        return {name: tensor.shape for name, tensor in self.begin.parameters.items()}
+        known: dict[str, Tensor] = dict(self.begin.parameters)
+        if isinstance(self.config, FullConfig):  # of which at first a head for whole texts is known alone
+            config = read_config(self.source.folder)
+            known = {**learning_weights(config, with_own_head=self.num_labels is None), **known}
+        return {name: tensor.shape for name, tensor in known.items()}

@@ -13,7 +13,8 @@ from torch import nn
 from tidelock.device.bank import Bank
 from tidelock.device.causal_lm import fresh_head
 from tidelock.errors import StorageError
-from tidelock.model.ends import copy_small_files, empty_model, read_config
+from tidelock.model.checkpoint import Checkpoint
+from tidelock.model.ends import copy_small_files, empty_model, load_ends, read_config
 from tidelock.model.geometry import geometry_of
 from tidelock.peft.adapter_files import HEAD
 from tidelock.peft.export import save_adapter
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tidelock.peft.methods import ModuleConfig
+
+# What `transformers` calls a decoder's head for whole texts.
+SCORE = "score"
 
 
 @final
@@ -71,7 +75,7 @@ class TrainedModel:
 
     Args:
         model: Folder of the model that they began as.
-        parameters: By their names in the model.
+        parameters: By their names in the model; and the weight of the head for whole texts.
     """
 
     def __init__(self, model: Path, parameters: Mapping[str, Tensor]) -> None:
@@ -81,11 +85,19 @@ class TrainedModel:
     def save_adapter(self, folder: Path, base_model: str | None = None) -> None:  # noqa: ARG002  (there is none)
         """Write the model as `transformers` reads it: weights in safetensors, configuration, tokenizer.
 
+        A head for whole texts is among the weights under the name that it has there; beside it is the model's own.
+
         Raises:
             StorageError: The file system refused.
         """
-        model = empty_model(read_config(self._model))
-        for name, value in self._parameters.items():
+        model, parameters = empty_model(read_config(self._model)), dict(self._parameters)
+        head = parameters.pop(HEAD, None)
+        if head is not None:
+            load_ends(model, Checkpoint.open(str(self._model)))
+            setattr(model, SCORE, fresh_head(model.config, geometry_of(model), len(head)))
+            parameters[f"{SCORE}.weight"] = head
+            model.config.num_labels = len(head)
+        for name, value in parameters.items():
             owner, _, last = name.rpartition(".")
             setattr(model.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
         model.tie_weights()

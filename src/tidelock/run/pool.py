@@ -338,8 +338,6 @@ def _check(config: RunConfig) -> None:
         ("--method " + " or ".join(METHODS), config.method in METHODS, f"--method {config.method}"),
         ("every block to be read with --method side", config.method != "side" or not config.layer, "--layer"),
         ("--task causal-lm, classification or regression", config.task in _TASKS, f"--task {config.task}"),
-        ("--task causal-lm with --method full", config.method != "full" or config.task == "causal-lm",
-         f"--task {config.task}"),
         ("no dropout with --method side", config.method != "side" or not config.dropout, f"--dropout {config.dropout}"),
         ("no weight decay with --method full", config.method != "full" or not config.weight_decay, "--weight-decay"),
         ("whole epochs", config.epochs == int(config.epochs) >= 1, f"--epochs {config.epochs}"),

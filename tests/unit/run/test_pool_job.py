@@ -43,17 +43,30 @@ def test_examples_come_as_they_are(labels):
     )
 
 
+def begun(config: RunConfig) -> dict[str, torch.Tensor]:
+    """Return what a pool of one peer begins with."""
+    checkpoint = Checkpoint.open(str(config.model))
+    (begin,) = all_of(in_pool(1, lambda peers: shared_begin(peers, config, checkpoint, None)))
+    return dict(begin.parameters)
+
+
 @pytest.mark.parametrize("method", ["lora", "adapter", "side"])
 @pytest.mark.parametrize("task", ["causal-lm", "classification", "regression"])
 def test_a_run_begins_as_on_one_device(method: str, task: str, tmp_path: Path) -> None:
     """A head for whole texts among it, which is drawn like the modules, or after them."""
     folder = save_tiny_model("llama", tmp_path / "model")
-    more = {"num_labels": 3} if task == "classification" else {}
-    config = RunConfig(data="", out="", model=str(folder), method=method, task=task, seed=5, **more)
+    num_labels = 3 if task == "classification" else None
+    config = RunConfig(data="", out="", model=str(folder), method=method, task=task, num_labels=num_labels, seed=5)
     set_seed(config.seed)
     model: DeviceLM = open_model(config, Ledger())
     expected = {name.removeprefix("network.").removeprefix("bank."): value for name, value in model.named_parameters()}
     model.close()
-    (begin,) = all_of(in_pool(1, lambda peers: shared_begin(peers, config, Checkpoint.open(str(folder)), None)))
-    assert begin.parameters.keys() == expected.keys()
-    assert all(torch.equal(begin.parameters[name], value) for name, value in expected.items())
+    found = begun(config)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(("task", "drawn"), [("causal-lm", set()), ("regression", {"head.weight"})])
+def test_of_a_whole_model_only_a_head_is_drawn(task: str, drawn: set[str], tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path / "model")
+    assert begun(RunConfig(data="", out="", model=str(folder), method="full", task=task)).keys() == drawn
