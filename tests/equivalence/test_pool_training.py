@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from tests.equivalence.test_pool import CONFIG, LAYOUTS, examples
+from tests.equivalence.test_pool import CONFIG, LAYOUTS, examples, state_of, texts
 from tests.support.plain_side import side_model
 from tests.support.pool import all_of, in_pool
 from tests.support.tiny_models import BLOCKS
@@ -23,7 +23,7 @@ from tidelock.data.batch import Collator
 from tidelock.device.side_model import SideModel
 from tidelock.errors import MemoryExceeded, PeerError
 from tidelock.model.checkpoint import Checkpoint
-from tidelock.pool.held_out import HeldOut
+from tidelock.pool.held_out import HeldOut, Measured
 from tidelock.pool.job import PoolJob
 from tidelock.pool.layout import PoolLayout, Stage, one_forward_one_backward
 from tidelock.pool.memory import MemoryLimit
@@ -36,6 +36,8 @@ from tidelock.pool.train import PoolTraining
 
 RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=1e-2, warmup_steps=2, clip=0.5)
 COUNT = 10
+# The layouts that are always tried where all are tried with something else too.
+QUICK = ("data parallel", "straight pipeline", "hybrid")
 
 
 class Notes:
@@ -48,6 +50,7 @@ class Notes:
         self.sent: list[int] = []
         self.filled: list[int] = []
         self.evaluated_at: dict[int, float] = {}
+        self.outputs_at: dict[int, torch.Tensor] = {}
         self.owed: list[int] = []
         self.activities: dict[int, list[Activity]] = {}
         self.timeline: tuple[int, list[Timeline]] | None = None
@@ -64,9 +67,9 @@ class Notes:
         self.saved[progress.steps] = Progress(progress.steps, parameters, copied)
         self._may_die(f"save {progress.steps}")
 
-    def evaluated(self, step: int, loss: float) -> None:
+    def evaluated(self, step: int, found: Measured) -> None:
         assert step not in self.evaluated_at
-        self.evaluated_at[step] = loss
+        self.evaluated_at[step], self.outputs_at[step] = found.loss, found.outputs_BC
         self._may_die(f"evaluation {step}")
 
     def owes_evaluation(self, step: int) -> bool:
@@ -118,6 +121,7 @@ def run_in_pool(
     places: Sequence[int] | None = None,
     held_out: HeldOut | None = None,
     recipe: Recipe = RECIPE,
+    num_labels: int | None = None,
     **lead: Any,
 ) -> list[Outcome]:
     """Return what each peer saw of a round; those that died are left out.
@@ -130,9 +134,10 @@ def run_in_pool(
         places: Number of each peer's cache; by default that of the peer.
         held_out: What it is measured on.
         recipe: How it is trained; with another one than `RECIPE` no checkpoint is written within an epoch.
+        num_labels: Of a head for whole texts.
         lead: `dies_at` of the last peer, `grows_after` so many steps beyond its memory, `changes_after` of peer 0.
     """
-    first = begin or Progress(0, side_model(folder, CONFIG).network.state_dict(), {})
+    first = begin or Progress(0, start_of(folder, num_labels), {})
 
     def work(peers: Peers) -> Outcome:
         place = tmp_path / str(peers.peer if places is None else places[peers.peer])
@@ -149,8 +154,8 @@ def run_in_pool(
         # The first two looks are at what there was before, and at the blocks.
         memory = MemoryLimit(10, lambda: 11 if next(looks) > 1 and len(notes.losses) >= most_steps else 0)
         save_every = 2 if recipe == RECIPE else COUNT
-        source, measured = Checkpoint.open(str(folder)), held_out or HeldOut()
-        job = PoolJob("llama", source, CONFIG, first, examples(COUNT), recipe, save_every, kept, measured, memory)
+        source, measured, rows = Checkpoint.open(str(folder)), held_out or HeldOut(), texts(COUNT, num_labels)
+        job = PoolJob("llama", source, CONFIG, first, rows, recipe, save_every, kept, measured, memory, num_labels)
         training, trained, error = PoolTraining(peers, layout, job, notes), None, None
         try:
             trained = training.run()
@@ -158,7 +163,7 @@ def run_in_pool(
             error = lost.with_traceback(None)  # which would keep the round's connections open
         finally:
             peers.close()
-        state = trained.network.state_dict() if isinstance(trained, SideModel) else None
+        state = state_of(trained) if isinstance(trained, SideModel) else None
         return Outcome(notes, training.progress, state, error)
 
     outcomes = in_pool(layout.num_peers, work)
@@ -167,10 +172,26 @@ def run_in_pool(
     return all_of([outcome for outcome in outcomes if outcome not in died])
 
 
-def one_process(folder: Path, recipe: Recipe = RECIPE, measure: Callable[[int, SideModel], None] | None = None):
+def begun_model(folder: Path, num_labels: int | None) -> SideModel:
+    """Return the model as a run begins with it; only a head for whole texts is drawn from the global generator."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return side_model(folder, CONFIG, num_labels)
+
+
+def start_of(folder: Path, num_labels: int | None) -> dict[str, torch.Tensor]:
+    return state_of(begun_model(folder, num_labels))
+
+
+def one_process(
+    folder: Path,
+    recipe: Recipe = RECIPE,
+    measure: Callable[[int, SideModel], None] | None = None,
+    num_labels: int | None = None,
+):
     """Train as a person would, on the batches that the pool has; measure after each step."""
-    model, losses = side_model(folder, CONFIG), []
-    rows, steps = examples(COUNT), recipe.epochs * recipe.steps_per_epoch(COUNT)
+    model, losses = begun_model(folder, num_labels), []
+    rows, steps = texts(COUNT, num_labels), recipe.epochs * recipe.steps_per_epoch(COUNT)
     adam = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     warm, order = recipe.warmup_steps, recipe.order(COUNT, 0)
     batches = [order[first : first + recipe.batch_size] for first in range(0, COUNT, recipe.batch_size)]
@@ -189,21 +210,29 @@ def one_process(folder: Path, recipe: Recipe = RECIPE, measure: Callable[[int, S
         losses.append(float(loss.detach()))
         if measure is not None:
             measure(done + 1, model)
-    return model.network.state_dict(), losses
+    return state_of(model), losses
 
 
-def assert_is_that_of_one_process(folder: Path, state: dict[str, torch.Tensor]) -> None:
-    expected, _ = one_process(folder)
-    start = side_model(folder, CONFIG).network.state_dict()
+def assert_is_that_of_one_process(folder: Path, state: dict[str, torch.Tensor], num_labels: int | None = None) -> None:
+    expected, _ = one_process(folder, num_labels=num_labels)
+    start = start_of(folder, num_labels)
+    assert state.keys() == expected.keys()
     for name, tensor in expected.items():
         assert not torch.equal(state[name], start[name]), name
         torch.testing.assert_close(state[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_is_that_of_one_process(layout: str, tiny_models: Path, tmp_path: Path) -> None:
-    _, losses = one_process(tiny_models / "llama")
-    outcomes = run_in_pool(tiny_models / "llama", LAYOUTS[layout], tmp_path)
+@pytest.mark.parametrize(
+    ("layout", "num_labels"),
+    [
+        *((layout, None) for layout in LAYOUTS),
+        *(pytest.param(layout, 3, marks=[] if layout in QUICK else pytest.mark.slow) for layout in LAYOUTS),
+        ("hybrid", 1),
+    ],
+)
+def test_a_run_is_that_of_one_process(layout: str, num_labels: int | None, tiny_models: Path, tmp_path: Path) -> None:
+    _, losses = one_process(tiny_models / "llama", num_labels=num_labels)
+    outcomes = run_in_pool(tiny_models / "llama", LAYOUTS[layout], tmp_path, num_labels=num_labels)
     first = outcomes[0].state
     assert first is not None
     for outcome in outcomes:
@@ -212,7 +241,7 @@ def test_a_run_is_that_of_one_process(layout: str, tiny_models: Path, tmp_path: 
         assert all(torch.equal(outcome.state[name], first[name]) for name in first)
         assert len(outcome.notes.sent) == 1
         assert outcome.notes.filled == []
-    assert_is_that_of_one_process(tiny_models / "llama", first)
+    assert_is_that_of_one_process(tiny_models / "llama", first, num_labels)
 
 
 HELD_OUT = examples(COUNT + 6)[COUNT:]
@@ -222,7 +251,7 @@ HELD_OUT = examples(COUNT + 6)[COUNT:]
 def evaluations_of_one_process(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """Return what `transformers.Trainer` measures after each step of one process."""
     found: dict[int, float] = {}
-    rows = [{"input_ids": list(example.input_ids), "labels": list(example.labels)} for example in HELD_OUT]
+    rows = [{"input_ids": list(example.input_ids), "labels": example.labels} for example in HELD_OUT]
     where = str(tmp_path_factory.mktemp("trainer"))
     arguments = TrainingArguments(where, per_device_eval_batch_size=RECIPE.batch_size, use_cpu=True)
 
@@ -263,6 +292,29 @@ def test_what_it_measures_is_what_one_process_does(
         assert outcome.notes.owed == []
         assert outcome.state is not None
         assert all(torch.equal(outcome.state[name], value) for name, value in undisturbed.state.items())
+
+
+@pytest.mark.parametrize(("layout", "num_labels"), [("hybrid", 3), ("one without blocks", 1)])
+def test_what_a_head_for_whole_texts_gives_is_measured(
+    layout: str, num_labels: int, tiny_models: Path, tmp_path: Path
+) -> None:
+    """In the order of the examples, in the first epoch and in a cached one; and how far off that is."""
+    rows, expected = texts(COUNT + 6, num_labels)[COUNT:], {}
+
+    @torch.no_grad()
+    def measure(step: int, model: SideModel) -> None:
+        found = model(**padded(rows))
+        expected[step] = (float(found.loss), found.logits)
+
+    one_process(tiny_models / "llama", measure=measure, num_labels=num_labels)
+    # In batches of as many, so that the mean of their losses is that of all.
+    for outcome in run_in_pool(
+        tiny_models / "llama", LAYOUTS[layout], tmp_path, num_labels=num_labels, held_out=HeldOut(rows, 3, 2)
+    ):
+        assert list(outcome.notes.evaluated_at) == [2, 4, 6, 8, 9]
+        for step, loss in outcome.notes.evaluated_at.items():
+            assert loss == pytest.approx(expected[step][0], rel=1e-4)
+            torch.testing.assert_close(outcome.notes.outputs_at[step], expected[step][1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -353,13 +405,16 @@ def test_peers_tell_each_other_in_short_what_they_do(tiny_models: Path, tmp_path
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 8])  # in the first epoch, at its end, and in later ones
-@pytest.mark.parametrize("layout", ["hybrid", "one without blocks"])
-def test_a_run_goes_on_bit_for_bit(layout: str, steps: int, tiny_models: Path, tmp_path: Path) -> None:
-    whole = run_in_pool(tiny_models / "llama", LAYOUTS[layout], tmp_path)
+@pytest.mark.parametrize(("layout", "num_labels"), [("hybrid", None), ("one without blocks", None), ("hybrid", 3)])
+def test_a_run_goes_on_bit_for_bit(
+    layout: str, num_labels: int | None, steps: int, tiny_models: Path, tmp_path: Path
+) -> None:
+    folder = tiny_models / "llama"
+    whole = run_in_pool(folder, LAYOUTS[layout], tmp_path, num_labels=num_labels)
     state, notes = whole[0].state, whole[0].notes
     assert state is not None
     assert list(notes.saved) == [2, 3, 4, 6, 8]
-    for later in run_in_pool(tiny_models / "llama", LAYOUTS[layout], tmp_path, notes.saved[steps]):
+    for later in run_in_pool(folder, LAYOUTS[layout], tmp_path, notes.saved[steps], num_labels=num_labels):
         assert later.state is not None
         assert later.notes.losses == notes.losses[steps:]
         assert all(torch.equal(later.state[name], state[name]) for name in state)
@@ -433,6 +488,16 @@ def test_the_others_go_on_without_a_lost_peer(
         else:
             assert filled == most
         assert_is_that_of_one_process(tiny_models / "llama", outcome.state)
+
+
+@pytest.mark.parametrize("dies_at", ["save 2", "redistributed", "step 7"])
+def test_a_head_for_whole_texts_is_not_lost_with_a_peer(dies_at: str, tiny_models: Path, tmp_path: Path) -> None:
+    folder = tiny_models / "llama"
+    left = run_in_pool(folder, LAYOUTS["straight pipeline"], tmp_path, num_labels=3, dies_at=dies_at)
+    assert all(outcome.error is not None for outcome in left)  # the last one had the head
+    for outcome in run_in_pool(folder, AFTERWARDS[2], tmp_path, left[0].progress, num_labels=3):
+        assert outcome.state is not None
+        assert_is_that_of_one_process(folder, outcome.state, 3)
 
 
 def test_a_lost_peer_costs_fewer_than_five_steps(tiny_models: Path, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, TypeAlias, final
 import torch
 
 from tidelock.errors import CacheError
-from tidelock.pool.pipeline import IGNORED
 from tidelock.pool.recipe import MOMENTS, Progress
 
 if TYPE_CHECKING:
@@ -40,8 +39,7 @@ Key: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]]"
 
 def key_of(example: Example) -> Key:
     """Return an example as a cache has it: its ids, and where it begins and which tokens predict a label."""
-    selected = [place for place, label in enumerate(example.labels[1:]) if label != IGNORED]
-    return example.input_ids, (0, *selected)
+    return example.input_ids, (0, *example.selected)
 
 
 @final

@@ -19,7 +19,6 @@ import torch
 
 from tidelock.cache.folder import CacheFolder
 from tidelock.cache.identity import CacheIdentity
-from tidelock.data.encode import Encoder, encode_all
 from tidelock.model.ends import empty_model, read_config, tokenizer_sha256
 from tidelock.model.geometry import geometry_of
 from tidelock.peft.side import SideConfig
@@ -31,8 +30,9 @@ from tidelock.pool.pipeline import Example
 from tidelock.pool.profiler import DeviceFacts, measure_pool
 from tidelock.pool.recipe import Recipe
 from tidelock.pool.redistribute import Kept
+from tidelock.run.connect import num_outputs
 from tidelock.run.connect_side import model_hash
-from tidelock.run.examples import longest_example, read_run_examples
+from tidelock.run.examples import encode_for, read_run_examples, with_classes_counted
 from tidelock.run.open_model import cache_config_of, load_tokenizer, method_config_of
 from tidelock.units import parse_bytes
 
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tidelock.cache.store import ActivationCache
+    from tidelock.data.encode import TokenRow
+    from tidelock.data.encode_pair import PairRow
+    from tidelock.data.encode_sequence import SequenceRow
     from tidelock.model.checkpoint import Checkpoint
     from tidelock.peft.methods import MethodConfig
     from tidelock.plan.inputs import Profile
@@ -84,16 +87,21 @@ class Holdings:
         return cls(cache, MemoryLimit(None if config.memory_limit is None else parse_bytes(config.memory_limit)))
 
 
-def read_data(config: RunConfig, checkpoint: Checkpoint) -> PoolData:
-    """Return a run's examples; errors as those of the data."""
+def read_data(config: RunConfig, checkpoint: Checkpoint) -> tuple[RunConfig, PoolData]:
+    """Return a run with its classes counted, and its examples; errors as those of the data."""
+    examples, held_out = read_run_examples(config)
+    config = with_classes_counted(config, [*examples, *held_out])
     limit = geometry_of(empty_model(read_config(checkpoint.folder))).max_positions
-    max_length = longest_example(config, limit)
-    encoder = Encoder(load_tokenizer(checkpoint.folder), max_length=max_length, truncate=config.truncate)
-    examples, held_out = (
-        [Example(tuple(row["input_ids"]), tuple(row["labels"])) for row in encode_all(encoder, found)]
-        for found in read_run_examples(config)
+    num_labels, tokenizer = num_outputs(config.task, config.num_labels), load_tokenizer(checkpoint.folder)
+    encoded = (
+        [_example(row) for row in encode_for(config, num_labels, limit, tokenizer, some)]
+        for some in (examples, held_out)
     )
-    return PoolData(examples, held_out)
+    return config, PoolData(*encoded)
+
+
+def _example(row: TokenRow | PairRow | SequenceRow) -> Example:
+    return Example(tuple(row["input_ids"]), row["label"] if "label" in row else tuple(row["labels"]))
 
 
 def shared_data(peers: Peers, data: PoolData | None) -> PoolData:
@@ -146,6 +154,7 @@ def job_of(config: RunConfig, checkpoint: Checkpoint, data: PoolData, holdings: 
         kept=_kept_of(config, checkpoint, holdings.cache, model) if isinstance(method, SideConfig) else None,
         held_out=HeldOut(data.held_out, config.batch_size, every),
         memory=holdings.memory,
+        num_labels=num_outputs(config.task, config.num_labels),
     )
 
 
@@ -201,20 +210,11 @@ def _kept_blocks(cache: Path, identity: CacheIdentity) -> list[range]:
 
 
 def _packed(examples: Sequence[Example]) -> torch.Tensor:
-    """Return examples as one vector: how many there are, their lengths, their ids, their labels."""
-    lengths = [len(example.input_ids) for example in examples]
-    ids = [token for example in examples for token in example.input_ids]
-    labels = [label for example in examples for label in example.labels]
-    return torch.tensor([len(examples), *lengths, *ids, *labels])
+    """Return examples as one int64 vector: the bytes of their JSON, which may end with blanks."""
+    text = json.dumps([(example.input_ids, example.labels) for example in examples]).encode()
+    return torch.frombuffer(bytearray(text.ljust(-(-len(text) // 8) * 8)), dtype=torch.int64)
 
 
 def _unpacked(numbers: torch.Tensor) -> list[Example]:
-    values = numbers.tolist()
-    count = values[0]
-    lengths, tokens = values[1 : 1 + count], values[1 + count :]
-    half, found, first = len(tokens) // 2, [], 0
-    for length in lengths:
-        end = first + length
-        found.append(Example(tuple(tokens[first:end]), tuple(tokens[half + first : half + end])))
-        first = end
-    return found
+    rows = json.loads(numbers.numpy().tobytes())
+    return [Example(tuple(ids), tuple(labels) if isinstance(labels, list) else labels) for ids, labels in rows]
