@@ -74,7 +74,7 @@ class Variant:
         padding: Whether padding crosses.
         all_positions: Whether the final states of all tokens cross.
         few: Whether few modules are active.
-        rank: Of the cores; the scale is such that rank times scale is that of the default.
+        rank: Of the cores.
         blocking: One micro-batch a batch; else as many, and as many in flight, as tidelock chooses.
         grouped: Batches of examples of like length.
     """
@@ -100,7 +100,7 @@ VARIANTS: dict[str, Variant] = {
     "+ length-grouped": Variant(codec="int8", few=True, blocking=False, grouped=True),
     "8 of 30 modules, bf16": Variant(codec="bf16", few=True, blocking=False),
     "core, int8": Variant(method="core", codec="int8", blocking=False),
-    "core, int8, rank 16": Variant(method="core", codec="int8", rank=16, blocking=False),
+    "core, int8, rank 24": Variant(method="core", codec="int8", rank=24, blocking=False),
     "core, int8, 8 of 30 modules": Variant(method="core", codec="int8", few=True, blocking=False),
     "side, bf16, first epoch": Variant(method="side", codec="bf16", blocking=False),
 }
@@ -303,7 +303,7 @@ def _device_model(folder: str, variant: Variant, access: dict[str, str], ledger:
         return connect_side(where, side_config=tidelock.SideConfig(init="random"), cache=cache, **shared)
     config: Any = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
     if variant.method == "core":
-        config = tidelock.CoreConfig(rank=variant.rank, scaling=512 / variant.rank)
+        config = tidelock.CoreConfig(rank=variant.rank)
     if variant.blocking:
         shared |= {"micro_batches": 1, "in_flight": 1}
     model = tidelock.connect(where, peft_config=config, share_prefix=False, **shared)
@@ -445,7 +445,7 @@ def _aims(summary: dict[str, Any], tenants: dict[str, Any] | None) -> list[dict[
                 add(f"{name}: time to peft's, {link}", wanted, rows[name]["ratio"], at_most=True)
         if link != "loopback" and "naive" in rows:
             add(f"naive: time to peft's, {link}", 20, rows["naive"]["ratio"], at_most=False)
-    for name in (core, f"{core}, rank 16"):
+    for name in (core, f"{core}, rank 24"):
         rows = next((rows for rows in summary.values() if {"naive", name} <= rows.keys()), None)
         if rows is not None:
             share = rows["naive"]["bytes_per_token"] / rows[name]["bytes_per_token"]
