@@ -9,6 +9,7 @@ from the short to the long ones. Bytes are those of the ledger, per real token t
     python benchmarks/wire.py --data ../shared/data
     python benchmarks/wire.py --data ../shared/data --links loopback 50/100 --variants naive "core, int8"
     python benchmarks/wire.py --data ../shared/data --links --seconds 30     # only many devices at one cloud
+    python benchmarks/wire.py --data ../shared/data --more --seconds 0       # what the last run did not come to
     python benchmarks/wire.py --show        # the tables and the plot of the last results, measuring nothing
 
 What is naive: the whole batch as one pass that waits for every answer, in fp32, with padding as if it were tokens and
@@ -57,8 +58,9 @@ LINKS = ("loopback", "20/1000", "50/100", "100/10")
 _STRIDE = 4
 # So many times as many examples as are learned from, so that there are some of like length.
 _POOL = 4
-# Of many devices: a model so small that 32 of them fit on a machine.
-_SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+# Of many devices: a model whose ends and modules are so small that 32 devices fit on a machine, and whose blocks are so
+# much larger that one device keeps the cloud busy.
+_SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
 _SMALL |= {"num_key_value_heads": 4, "vocab_size": 512, "max_position_embeddings": 128}
 
 
@@ -72,6 +74,7 @@ class Variant:
         padding: Whether padding crosses.
         all_positions: Whether the final states of all tokens cross.
         few: Whether few modules are active.
+        rank: Of the cores.
         blocking: One micro-batch a batch; else as many, and as many in flight, as tidelock chooses.
         grouped: Batches of examples of like length.
     """
@@ -81,6 +84,7 @@ class Variant:
     padding: bool = False
     all_positions: bool = False
     few: bool = False
+    rank: int = 32
     blocking: bool = True
     grouped: bool = False
 
@@ -96,6 +100,7 @@ VARIANTS: dict[str, Variant] = {
     "+ length-grouped": Variant(codec="int8", few=True, blocking=False, grouped=True),
     "8 of 30 modules, bf16": Variant(codec="bf16", few=True, blocking=False),
     "core, int8": Variant(method="core", codec="int8", blocking=False),
+    "core, int8, rank 24": Variant(method="core", codec="int8", rank=24, blocking=False),
     "core, int8, 8 of 30 modules": Variant(method="core", codec="int8", few=True, blocking=False),
     "side, bf16, first epoch": Variant(method="side", codec="bf16", blocking=False),
 }
@@ -110,7 +115,7 @@ def main() -> None:
         return
     if not options.show:
         os.environ.update(SHARED_CORES)
-        result = _setting(options)
+        result = json.loads(options.out.read_text()) if options.more else _setting(options)
         if options.seconds:
             result["tenants"] = _measure_tenants(options)
             _write(options.out, result)
@@ -139,6 +144,7 @@ def _measure_links(options: argparse.Namespace, result: dict[str, Any]) -> None:
         peft = stack.enter_context(_Worker("peft", model, options))
         device = stack.enter_context(_Worker("device", model, options))
         peft.ask({"steps": 1})  # warms up
+        done = {(run["link"], run["variant"], run["round"]) for run in result["runs"]}
         port = int(cloud.address.rpartition(":")[2])
         for round_ in range(options.rounds):
             for name in options.links:
@@ -148,7 +154,7 @@ def _measure_links(options: argparse.Namespace, result: dict[str, Any]) -> None:
                     for title in options.variants:
                         variant = VARIANTS[title]
                         steps = steps_of(variant, link, options.steps)
-                        if not steps:
+                        if not steps or (name, title, round_) in done:
                             continue
                         reference = peft.ask({"steps": steps})
                         order = {"steps": steps, "address": address, **access, **asdict(variant)}
@@ -297,7 +303,7 @@ def _device_model(folder: str, variant: Variant, access: dict[str, str], ledger:
         return connect_side(where, side_config=tidelock.SideConfig(init="random"), cache=cache, **shared)
     config: Any = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
     if variant.method == "core":
-        config = tidelock.CoreConfig()
+        config = tidelock.CoreConfig(rank=variant.rank)
     if variant.blocking:
         shared |= {"micro_batches": 1, "in_flight": 1}
     model = tidelock.connect(where, peft_config=config, share_prefix=False, **shared)
@@ -365,7 +371,10 @@ def _measure_tenants(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "devices": len(devices),
         "seconds": options.seconds,
-        "model": f"llama of {_SMALL['num_hidden_layers']} blocks of width {_SMALL['hidden_size']}",
+        "model": (
+            f"llama of {_SMALL['num_hidden_layers']} blocks of width {_SMALL['hidden_size']}, modules in every "
+            f"{_STRIDE}th"
+        ),
         "alone": alone,
         "together": counts,
     }
@@ -379,7 +388,8 @@ class _Device:
 
         from tidelock.wire.ledger import Ledger  # noqa: PLC0415
 
-        variant, access = Variant(blocking=False), {"address": address, "token": token, "ca": str(certificate)}
+        variant = Variant(few=True, blocking=False)
+        access = {"address": address, "token": token, "ca": str(certificate)}
         model = _device_model(folder, variant, access, Ledger(), Path())
         ids = torch.randint(1, 512, (8, 16))
         self._batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
@@ -435,10 +445,11 @@ def _aims(summary: dict[str, Any], tenants: dict[str, Any] | None) -> list[dict[
                 add(f"{name}: time to peft's, {link}", wanted, rows[name]["ratio"], at_most=True)
         if link != "loopback" and "naive" in rows:
             add(f"naive: time to peft's, {link}", 20, rows["naive"]["ratio"], at_most=False)
-    rows = next((rows for rows in summary.values() if {"naive", core} <= rows.keys()), None)
-    if rows is not None:
-        share = rows["naive"]["bytes_per_token"] / rows[core]["bytes_per_token"]
-        add("naive's bytes a token over those of core, int8", 100, share, at_most=False)
+    for name in (core, f"{core}, rank 24"):
+        rows = next((rows for rows in summary.values() if {"naive", name} <= rows.keys()), None)
+        if rows is not None:
+            share = rows["naive"]["bytes_per_token"] / rows[name]["bytes_per_token"]
+            add(f"naive's bytes a token over those of {name}", 100, share, at_most=False)
     if tenants is not None:
         add("many devices' steps over one's", 0.9, sum(tenants["together"]) / tenants["alone"], at_most=False)
         slowest, fastest = min(tenants["together"]), max(tenants["together"])
@@ -545,6 +556,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tenants", type=int, default=32, help="devices at one cloud")
     parser.add_argument("--seconds", type=float, default=30.0, help="for which they train; 0 leaves them out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write the JSON, and beside it the plot")
+    parser.add_argument("--more", action="store_true", help="measure what --out has not, and add it there")
     parser.add_argument("--show", action="store_true", help="print the tables of --out, and measure nothing")
     parser.add_argument("--worker", choices=("peft", "device"), help=argparse.SUPPRESS)
     options = parser.parse_args()

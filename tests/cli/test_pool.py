@@ -75,6 +75,45 @@ def test_it_is_measured_on_what_it_does_not_learn_from(
     assert found["metrics"]["loss"] == pytest.approx(done["eval_loss"], rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return texts with a class each, to learn from and to measure on."""
+    path = tmp_path_factory.mktemp("data") / "reviews.jsonl"
+    rows = [
+        {"text_a": "the box " * (1 + number % 3) + ("is red" if number % 2 else "was lost"), "label": number % 2}
+        for number in range(12)
+    ]
+    splits = ["train"] * 8 + ["held_out"] * 4
+    path.write_text("".join(json.dumps({**row, "split": each}) + "\n" for row, each in zip(rows, splits, strict=True)))
+    return path
+
+
+@pytest.mark.parametrize(
+    "method", ["side", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "adapter", "full"))]
+)
+def test_a_pool_learns_classes(method: str, capsys: Capture, chat_model: Path, reviews: Path, tmp_path: Path) -> None:
+    command = ("pool", "train", reviews, "--split", "train", "--model", chat_model, "--task", "classification")
+    learn = ("--method", method, "--epochs", 3, "--batch-size", 4, "--threads", 1, "--learning-rate", 0.02)
+    held_out = ("--eval-split", "held_out", "--json", *(("--reduction", 2) if method == "side" else ()))
+    stages = ("--local", 2, "--stage", "0-1@1", "--stage", "2-2@0")
+    assert tide(*command, *learn, *held_out, *stages, "--out", tmp_path / "two") == 0
+    done = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert tide(*command, *learn, *held_out, "--local", 1, "--stage", "0-2@0", "--out", tmp_path / "one") == 0
+    assert losses(tmp_path / "two")[:4] == pytest.approx(losses(tmp_path / "one")[:4], rel=1e-3)
+    measured = [row for row in read_rows(tmp_path / "two" / "metrics.jsonl") if "eval_loss" in row]
+    assert [row["epoch"] for row in measured] == [1.0, 2.0, 3.0]
+    capsys.readouterr()
+    assert tide("eval", tmp_path / "two", "--data", reviews, "--split", "held_out", "--json") == 0
+    found = json.loads(capsys.readouterr().out)["metrics"]
+    assert found.keys() == {"loss", "accuracy", "matthews", "f1", "mean_of_accuracy_and_f1"}
+    assert found["loss"] == pytest.approx(done["eval_loss"], rel=1e-4)
+    assert found == pytest.approx({name: measured[-1][f"eval_{name}"] for name in found}, rel=1e-4, abs=1e-6)
+    forms = {"lora": ("peft", "merged"), "full": ()}.get(method, ("adapter",))
+    for form in forms:
+        assert tide("export", tmp_path / "two", tmp_path / form, "--to", form) == 0
+    assert tide("report", tmp_path / "two") == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "adapter", "full"])
 def test_what_is_in_the_blocks_is_trained_too(
@@ -258,6 +297,8 @@ def test_another_model_is_refused(chat_model: Path, facts: Path, tmp_path: Path)
             "expected no weight decay with --method full",
             id="weight decay of all weights",
         ),
+        pytest.param(("--local", 1, "--dropout", 0.1), "expected no dropout with --method side", id="side dropout"),
+        pytest.param(("--local", 1, "--task", "text-to-text"), "got --task text-to-text", id="another task"),
         pytest.param(("--local", 1, "--rank", 4), "--rank: expected it with --method lora only", id="of LoRA"),
         pytest.param(
             ("--local", 1, "--method", "lora", "--reduction", 4),

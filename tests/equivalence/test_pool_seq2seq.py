@@ -247,7 +247,10 @@ def test_a_run_is_that_of_one_process(name: str, layout: str, seq2seq_models: Pa
 def test_what_it_measures_is_what_one_process_does(seq2seq_models: Path, tmp_path: Path) -> None:
     folder, kind = seq2seq_models / "t5", beside("t5")
     held_out = HeldOut(pairs("t5", COUNT + 6)[COUNT:], RECIPE.batch_size, 2)
-    rows = [{"input_ids": list(each.input_ids), "labels": list(each.labels)} for each in held_out.examples]
+    rows = [
+        {"input_ids": list(each.input_ids), "labels": list(cast("tuple[int, ...]", each.labels))}
+        for each in held_out.examples
+    ]
     arguments = TrainingArguments(str(tmp_path), per_device_eval_batch_size=RECIPE.batch_size, use_cpu=True)
     expected: dict[int, float] = {}
 

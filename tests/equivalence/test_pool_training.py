@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from tests.equivalence.test_pool import CONFIG, LAYOUTS, examples
+from tests.equivalence.test_pool import CONFIG, LAYOUTS, examples, state_of, texts
 from tests.support.plain_side import side_model
 from tests.support.pool import all_of, in_pool
 from tests.support.tiny_models import BLOCKS
@@ -28,7 +27,7 @@ from tidelock.errors import MemoryExceeded, PeerError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import read_config
 from tidelock.model.sizes import sizes_of
-from tidelock.pool.held_out import HeldOut
+from tidelock.pool.held_out import HeldOut, Measured
 from tidelock.pool.job import PoolJob
 from tidelock.pool.layout import PoolLayout, Stage, one_forward_one_backward
 from tidelock.pool.memory import MemoryLimit
@@ -42,6 +41,8 @@ from tidelock.pool.train import PoolTraining
 
 RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=1e-2, warmup_steps=2, clip=0.5)
 COUNT = 10
+# The layouts that are always tried where all are tried with something else too.
+QUICK = ("data parallel", "straight pipeline", "hybrid")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,15 @@ class Beside:
     examples: Callable[[int], list[Example]]
 
 
-DECODER = Beside(partial(side_model, config=CONFIG), examples)
+def decoder(num_labels: int | None) -> Beside:
+    """Return a decoder as a run begins with it; a head for whole texts is drawn from the global generator."""
+
+    def begun_model(folder: Path) -> SideModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            return side_model(folder, CONFIG, num_labels)
+
+    return Beside(begun_model, lambda count: texts(count, num_labels))
 
 
 class Notes:
@@ -65,6 +74,7 @@ class Notes:
         self.sent: list[int] = []
         self.filled: list[int] = []
         self.evaluated_at: dict[int, float] = {}
+        self.outputs_at: dict[int, torch.Tensor] = {}
         self.owed: list[int] = []
         self.activities: dict[int, list[Activity]] = {}
         self.timeline: tuple[int, list[Timeline]] | None = None
@@ -81,9 +91,9 @@ class Notes:
         self.saved[progress.steps] = Progress(progress.steps, parameters, copied)
         self._may_die(f"save {progress.steps}")
 
-    def evaluated(self, step: int, loss: float) -> None:
+    def evaluated(self, step: int, found: Measured) -> None:
         assert step not in self.evaluated_at
-        self.evaluated_at[step] = loss
+        self.evaluated_at[step], self.outputs_at[step] = found.loss, found.outputs_BC
         self._may_die(f"evaluation {step}")
 
     def owes_evaluation(self, step: int) -> bool:
@@ -135,7 +145,8 @@ def run_in_pool(
     places: Sequence[int] | None = None,
     held_out: HeldOut | None = None,
     recipe: Recipe = RECIPE,
-    beside: Beside = DECODER,
+    beside: Beside | None = None,
+    num_labels: int | None = None,
     **lead: Any,
 ) -> list[Outcome]:
     """Return what each peer saw of a round; those that died are left out.
@@ -148,10 +159,12 @@ def run_in_pool(
         places: Number of each peer's cache; by default that of the peer.
         held_out: What it is measured on.
         recipe: How it is trained; with another one than `RECIPE` no checkpoint is written within an epoch.
-        beside: What kind of model it is.
+        beside: What kind of model it is; a decoder if it is not said.
+        num_labels: Of a decoder's head for whole texts.
         lead: `dies_at` of the last peer, `grows_after` so many steps beyond its memory, `changes_after` of peer 0.
     """
-    first = begin or Progress(0, beside.model(folder).network.state_dict(), {})
+    kind = beside or decoder(num_labels)
+    first = begin or Progress(0, state_of(kind.model(folder)), {})
     num_blocks = sizes_of(read_config(folder)).num_blocks
 
     def work(peers: Peers) -> Outcome:
@@ -169,9 +182,8 @@ def run_in_pool(
         # The first two looks are at what there was before, and at the blocks.
         memory = MemoryLimit(10, lambda: 11 if next(looks) > 1 and len(notes.losses) >= most_steps else 0)
         save_every = 2 if recipe == RECIPE else COUNT
-        source, measured = Checkpoint.open(str(folder)), held_out or HeldOut()
-        rows = beside.examples(COUNT)
-        job = PoolJob("tiny", source, CONFIG, first, rows, recipe, save_every, kept, measured, memory)
+        source, measured, rows = Checkpoint.open(str(folder)), held_out or HeldOut(), kind.examples(COUNT)
+        job = PoolJob("tiny", source, CONFIG, first, rows, recipe, save_every, kept, measured, memory, num_labels)
         training, trained, error = PoolTraining(peers, layout, job, notes), None, None
         try:
             trained = training.run()
@@ -179,7 +191,7 @@ def run_in_pool(
             error = lost.with_traceback(None)  # which would keep the round's connections open
         finally:
             peers.close()
-        state = trained.network.state_dict() if isinstance(trained, BesideBlocks) else None
+        state = state_of(trained) if isinstance(trained, BesideBlocks) else None
         return Outcome(notes, training.progress, state, error)
 
     outcomes = in_pool(layout.num_peers, work)
@@ -192,11 +204,13 @@ def one_process(
     folder: Path,
     recipe: Recipe = RECIPE,
     measure: Callable[[int, SideModel | SideSeq2SeqModel], None] | None = None,
-    beside: Beside = DECODER,
+    beside: Beside | None = None,
+    num_labels: int | None = None,
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Train as a person would, on the batches that the pool has; measure after each step."""
-    model, losses = beside.model(folder), []
-    rows, steps = beside.examples(COUNT), recipe.epochs * recipe.steps_per_epoch(COUNT)
+    kind = beside or decoder(num_labels)
+    model, losses = kind.model(folder), []
+    rows, steps = kind.examples(COUNT), recipe.epochs * recipe.steps_per_epoch(COUNT)
     adam = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     warm, order = recipe.warmup_steps, recipe.order(COUNT, 0)
     batches = [order[first : first + recipe.batch_size] for first in range(0, COUNT, recipe.batch_size)]
@@ -215,21 +229,31 @@ def one_process(
         losses.append(float(loss.detach()))
         if measure is not None:
             measure(done + 1, model)
-    return model.network.state_dict(), losses
+    return state_of(model), losses
 
 
-def assert_is_that_of_one_process(folder: Path, state: dict[str, torch.Tensor], beside: Beside = DECODER) -> None:
-    expected, _ = one_process(folder, beside=beside)
-    start = beside.model(folder).network.state_dict()
+def assert_is_that_of_one_process(
+    folder: Path, state: dict[str, torch.Tensor], beside: Beside | None = None, num_labels: int | None = None
+) -> None:
+    expected, _ = one_process(folder, beside=beside, num_labels=num_labels)
+    start = state_of((beside or decoder(num_labels)).model(folder))
+    assert state.keys() == expected.keys()
     for name, tensor in expected.items():
         assert not torch.equal(state[name], start[name]), name
         torch.testing.assert_close(state[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_is_that_of_one_process(layout: str, tiny_models: Path, tmp_path: Path) -> None:
-    _, losses = one_process(tiny_models / "llama")
-    outcomes = run_in_pool(tiny_models / "llama", LAYOUTS[layout], tmp_path)
+@pytest.mark.parametrize(
+    ("layout", "num_labels"),
+    [
+        *((layout, None) for layout in LAYOUTS),
+        *(pytest.param(layout, 3, marks=[] if layout in QUICK else pytest.mark.slow) for layout in LAYOUTS),
+        ("hybrid", 1),
+    ],
+)
+def test_a_run_is_that_of_one_process(layout: str, num_labels: int | None, tiny_models: Path, tmp_path: Path) -> None:
+    _, losses = one_process(tiny_models / "llama", num_labels=num_labels)
+    outcomes = run_in_pool(tiny_models / "llama", LAYOUTS[layout], tmp_path, num_labels=num_labels)
     first = outcomes[0].state
     assert first is not None
     for outcome in outcomes:
@@ -238,7 +262,7 @@ def test_a_run_is_that_of_one_process(layout: str, tiny_models: Path, tmp_path: 
         assert all(torch.equal(outcome.state[name], first[name]) for name in first)
         assert len(outcome.notes.sent) == 1
         assert outcome.notes.filled == []
-    assert_is_that_of_one_process(tiny_models / "llama", first)
+    assert_is_that_of_one_process(tiny_models / "llama", first, num_labels=num_labels)
 
 
 HELD_OUT = examples(COUNT + 6)[COUNT:]
@@ -248,7 +272,7 @@ HELD_OUT = examples(COUNT + 6)[COUNT:]
 def evaluations_of_one_process(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """Return what `transformers.Trainer` measures after each step of one process."""
     found: dict[int, float] = {}
-    rows = [{"input_ids": list(example.input_ids), "labels": list(example.labels)} for example in HELD_OUT]
+    rows = [{"input_ids": list(example.input_ids), "labels": example.labels} for example in HELD_OUT]
     where = str(tmp_path_factory.mktemp("trainer"))
     arguments = TrainingArguments(where, per_device_eval_batch_size=RECIPE.batch_size, use_cpu=True)
 
@@ -289,6 +313,29 @@ def test_what_it_measures_is_what_one_process_does(
         assert outcome.notes.owed == []
         assert outcome.state is not None
         assert all(torch.equal(outcome.state[name], value) for name, value in undisturbed.state.items())
+
+
+@pytest.mark.parametrize(("layout", "num_labels"), [("hybrid", 3), ("one without blocks", 1)])
+def test_what_a_head_for_whole_texts_gives_is_measured(
+    layout: str, num_labels: int, tiny_models: Path, tmp_path: Path
+) -> None:
+    """In the order of the examples, in the first epoch and in a cached one; and how far off that is."""
+    rows, expected = texts(COUNT + 6, num_labels)[COUNT:], {}
+
+    @torch.no_grad()
+    def measure(step: int, model: SideModel | SideSeq2SeqModel) -> None:
+        found = model(**padded(rows))
+        expected[step] = (float(found.loss), found.logits)
+
+    one_process(tiny_models / "llama", measure=measure, num_labels=num_labels)
+    # In batches of as many, so that the mean of their losses is that of all.
+    for outcome in run_in_pool(
+        tiny_models / "llama", LAYOUTS[layout], tmp_path, num_labels=num_labels, held_out=HeldOut(rows, 3, 2)
+    ):
+        assert list(outcome.notes.evaluated_at) == [2, 4, 6, 8, 9]
+        for step, loss in outcome.notes.evaluated_at.items():
+            assert loss == pytest.approx(expected[step][0], rel=1e-4)
+            torch.testing.assert_close(outcome.notes.outputs_at[step], expected[step][1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -379,13 +426,16 @@ def test_peers_tell_each_other_in_short_what_they_do(tiny_models: Path, tmp_path
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 8])  # in the first epoch, at its end, and in later ones
-@pytest.mark.parametrize("layout", ["hybrid", "one without blocks"])
-def test_a_run_goes_on_bit_for_bit(layout: str, steps: int, tiny_models: Path, tmp_path: Path) -> None:
-    whole = run_in_pool(tiny_models / "llama", LAYOUTS[layout], tmp_path)
+@pytest.mark.parametrize(("layout", "num_labels"), [("hybrid", None), ("one without blocks", None), ("hybrid", 3)])
+def test_a_run_goes_on_bit_for_bit(
+    layout: str, num_labels: int | None, steps: int, tiny_models: Path, tmp_path: Path
+) -> None:
+    folder = tiny_models / "llama"
+    whole = run_in_pool(folder, LAYOUTS[layout], tmp_path, num_labels=num_labels)
     state, notes = whole[0].state, whole[0].notes
     assert state is not None
     assert list(notes.saved) == [2, 3, 4, 6, 8]
-    for later in run_in_pool(tiny_models / "llama", LAYOUTS[layout], tmp_path, notes.saved[steps]):
+    for later in run_in_pool(folder, LAYOUTS[layout], tmp_path, notes.saved[steps], num_labels=num_labels):
         assert later.state is not None
         assert later.notes.losses == notes.losses[steps:]
         assert all(torch.equal(later.state[name], state[name]) for name in state)
@@ -459,6 +509,16 @@ def test_the_others_go_on_without_a_lost_peer(
         else:
             assert filled == most
         assert_is_that_of_one_process(tiny_models / "llama", outcome.state)
+
+
+@pytest.mark.parametrize("dies_at", ["save 2", "redistributed", "step 7"])
+def test_a_head_for_whole_texts_is_not_lost_with_a_peer(dies_at: str, tiny_models: Path, tmp_path: Path) -> None:
+    folder = tiny_models / "llama"
+    left = run_in_pool(folder, LAYOUTS["straight pipeline"], tmp_path, num_labels=3, dies_at=dies_at)
+    assert all(outcome.error is not None for outcome in left)  # the last one had the head
+    for outcome in run_in_pool(folder, AFTERWARDS[2], tmp_path, left[0].progress, num_labels=3):
+        assert outcome.state is not None
+        assert_is_that_of_one_process(folder, outcome.state, num_labels=3)
 
 
 def test_a_lost_peer_costs_fewer_than_five_steps(tiny_models: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from tests.architecture.source import ROOT
 from tests.support.cloud_process import TOKEN, CloudProcess, Service
+from tests.support.link import Link
 from tests.support.parity import (
     IGNORED,
     TokenBatch,
@@ -222,6 +223,14 @@ class _CutOnce:
 def proxy(cloud: CloudProcess) -> Iterator[LinkProxy]:
     with LinkProxy(cloud.port(_MODEL)) as proxy:
         yield proxy
+
+
+def test_a_cloud_far_away_is_reached_at_the_first_attempt(cloud: CloudProcess, tiny_models: Path):
+    # TCP and TLS take three round trips or more: longer than the pause after a failed attempt.
+    with LinkProxy(cloud.port(_MODEL), link=Link(delay_seconds=0.3)) as proxy:
+        model = _join(proxy.port, tiny_models / _MODEL)
+        assert proxy.connections == 1
+        model.close()
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

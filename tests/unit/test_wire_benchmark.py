@@ -107,6 +107,12 @@ def test_it_measures_and_draws(tmp_path: Path) -> None:
     assert len(result["tenants"]["together"]) == 2
     assert min(result["tenants"]["together"]) > 0
     assert out.with_suffix(".png").stat().st_size > 5000
+    more = [*options, "--more", "--seconds", "0", "--variants", "naive", "core, int8, rank 24", "--out", str(out)]
+    subprocess.run([sys.executable, str(PATH), *more], check=True, capture_output=True)
+    later = json.loads(out.read_text())
+    assert later["tenants"] == result["tenants"]
+    assert later["runs"][: len(result["runs"])] == result["runs"]
+    assert [run["variant"] for run in later["runs"][len(result["runs"]) :]] == ["core, int8, rank 24"]
 
 
 @pytest.mark.parametrize("name", ["wire", "wire_quiet"])

@@ -96,6 +96,11 @@ class LocalBackbone:
         """The shape of the model."""
         return self._cut.geometry
 
+    @property
+    def on_own_cores(self) -> bool:
+        """Whether the blocks are in main memory."""
+        return self._cut.device.type == "cpu"
+
     def take_times(self) -> TimeSplit:
         """Nothing is waited for: all is this process's own computing."""
         return TimeSplit()

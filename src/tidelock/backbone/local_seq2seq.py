@@ -24,6 +24,11 @@ class LocalSeq2Seq:
     def __init__(self, frozen: FrozenSeq2Seq) -> None:
         self._frozen = frozen
 
+    @property
+    def on_own_cores(self) -> bool:
+        """Whether the blocks are in main memory."""
+        return self._frozen.device.type == "cpu"
+
     def take_times(self) -> TimeSplit:
         """Nothing is waited for: all is this process's own computing."""
         return TimeSplit()

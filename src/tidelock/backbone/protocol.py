@@ -129,6 +129,11 @@ class TappedBackbone(Protocol):
         """The shape of the model."""
         ...
 
+    @property
+    def on_own_cores(self) -> bool:
+        """Whether it is this process's own processor that computes."""
+        ...
+
     def take_times(self) -> TimeSplit:
         """Return what passes have waited for since the last call, in seconds on the clock."""
         ...
@@ -148,6 +153,11 @@ class TappedBackbone(Protocol):
 
 class Seq2SeqBackbone(Protocol):
     """The frozen stacks of one encoder-decoder, for a side network: run forward only."""
+
+    @property
+    def on_own_cores(self) -> bool:
+        """Whether it is this process's own processor that computes."""
+        ...
 
     def take_times(self) -> TimeSplit:
         """Return what passes have waited for since the last call, in seconds on the clock."""

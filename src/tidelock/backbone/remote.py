@@ -271,6 +271,11 @@ class RemoteBackbone:
         """The shape of the model."""
         return self._geometry
 
+    @property
+    def on_own_cores(self) -> bool:
+        """No: the cloud's processor computes."""
+        return False
+
     def take_times(self) -> TimeSplit:
         """Return what training passes have waited for since the last call."""
         return self.connection.times.take()

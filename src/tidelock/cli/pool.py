@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 ACTIONS = ("train", "join", "resume")
 _KNOBS = (
-    *("model", "out", "task", "split", "eval_data", "eval_split", "eval_every", "max_length", "truncate"),
-    *("rank", "alpha", "rslora", "target", "bottleneck", "place", "activation", "layer"),
+    *("model", "out", "split", "eval_data", "eval_split", "eval_every", "max_length", "truncate", "task", "num_labels"),
+    *("rank", "alpha", "rslora", "target", "bottleneck", "place", "activation", "dropout", "layer"),
     *("reduction", "side_init", "upsample", "side_output", "cache_codec", "cache_limit", "cache_key"),
     *("epochs", "batch_size", "learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "clip", "seed"),
     *("save_every", "keep", "threads", "memory_limit"),

@@ -1,7 +1,8 @@
 """Where a side network's taps come from: the frozen blocks, one example at a time, or what was kept of them.
 
 An example goes through the blocks by itself. So its taps depend on nothing but the example: with a cache, epochs give
-what they give without one, bit for bit on a CPU, in whatever order and in batches of whatever size.
+what they give without one, bit for bit on a CPU, in whatever order and in batches of whatever size. Where this
+process's own cores compute, each has an example to itself: products of so few rows gain little from a second core.
 
 May import `backbone`, `cache`, `model` and libraries.
 """
@@ -9,13 +10,16 @@ May import `backbone`, `cache`, `model` and libraries.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar, final
+
+import torch
 
 from tidelock.backbone.pass_times import TimeSplit
 from tidelock.model.memory import give_back_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -27,6 +31,11 @@ ExampleIds: TypeAlias = tuple[tuple[int, ...], ...]
 
 class FrozenBlocks(Protocol):
     """What gives taps."""
+
+    @property
+    def on_own_cores(self) -> bool:
+        """Whether it is this process's own processor that computes."""
+        ...
 
     def take_times(self) -> TimeSplit:
         """Return what passes have waited for since the last call, in seconds on the clock."""
@@ -47,7 +56,8 @@ class TapSource(Generic[BlocksT]):
     Args:
         open_blocks: Called when the blocks are needed and not at hand: at first, and after `release`.
         cache: Keeps the taps of examples; None computes them each time.
-        at_once: Examples on their way through the blocks at the same time.
+        at_once: Examples on their way through the blocks at the same time; None is one for each core where this
+            process's own cores compute, else one.
 
     Attributes:
         cache: As given.
@@ -55,13 +65,14 @@ class TapSource(Generic[BlocksT]):
     """
 
     def __init__(
-        self, open_blocks: Callable[[], BlocksT], cache: ActivationCache | None = None, *, at_once: int = 1
+        self, open_blocks: Callable[[], BlocksT], cache: ActivationCache | None = None, *, at_once: int | None = None
     ) -> None:
         self.cache = cache
         self.computed = 0
         self._open_blocks = open_blocks
         self._blocks: BlocksT | None = None
-        self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="taps")
+        self._at_once = at_once
+        self._threads: ThreadPoolExecutor | None = None
         # Batches that were announced and not read yet.
         self._announced: list[list[ExampleIds]] = []
 
@@ -94,10 +105,11 @@ class TapSource(Generic[BlocksT]):
         missing = [number for number, tensors in enumerate(found) if tensors is None]
         if missing:
             blocks = self.blocks()
-            passes = self._threads.map(lambda number: compute(blocks, number), missing)
-            for number, tensors in zip(missing, passes, strict=True):
-                found[number] = self._keep(examples[number], tensors)
-                self.computed += 1
+            with _one_core_each() if blocks.on_own_cores else nullcontext(1) as cores:
+                passes = self._pool(self._at_once or cores).map(lambda number: compute(blocks, number), missing)
+                for number, tensors in zip(missing, passes, strict=True):
+                    found[number] = self._keep(examples[number], tensors)
+                    self.computed += 1
         return [tensors for tensors in found if tensors is not None]
 
     def announce(self, examples: list[ExampleIds]) -> None:
@@ -122,7 +134,13 @@ class TapSource(Generic[BlocksT]):
         self.release()
         if self.cache is not None:
             self.cache.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _pool(self, at_once: int) -> ThreadPoolExecutor:
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="taps")
+        return self._threads
 
     def _drop_announced(self, batch: list[ExampleIds]) -> None:
         """Forget a batch that is read now, and what was announced before it and is read no more."""
@@ -135,3 +153,14 @@ class TapSource(Generic[BlocksT]):
         self.cache.put(ids, tensors)
         # What a later epoch reads, so that this one learns from the same.
         return self.cache.as_stored(tensors)
+
+
+@contextmanager
+def _one_core_each() -> Iterator[int]:
+    """Have each of torch's operations use one core; give how many there are to use."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield count
+    finally:
+        torch.set_num_threads(count)

@@ -134,14 +134,14 @@ class FrozenSeq2Seq:
                 some, there is one target more in every row.
         """
         state_ND, source_rows = source
-        layout = source_rows.layout(self._device)
+        layout = source_rows.layout(self.device)
         return self._run(
             self.decoder,
             embeddings_KE,
             rows,
             blocks,
             {
-                "encoder_hidden_states": layout.unpack(state_ND.to(self._device)),
+                "encoder_hidden_states": layout.unpack(state_ND.to(self.device)),
                 "encoder_attention_mask": layout.mask,
             },
             cache,
@@ -158,16 +158,17 @@ class FrozenSeq2Seq:
         cache: Cache | None = None,
     ) -> Taps:
         past = 0 if cache is None else cache.get_seq_length()
-        layout = rows.next_layout(past, self._device) if past else rows.layout(self._device)
+        layout = rows.next_layout(past, self.device) if past else rows.layout(self.device)
         dtype = next(stack.parameters()).dtype
         with reading() as read:
             final_BTD = call_decoder(
-                stack, layout.unpack(embeddings_NE.to(self._device, dtype)), layout, cache=cache, more=more
+                stack, layout.unpack(embeddings_NE.to(self.device, dtype)), layout, cache=cache, more=more
             )
         return Taps(tuple(layout.pack(read[block]) for block in blocks), layout.pack(final_BTD))
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the frozen stacks are."""
         return next(self.encoder.parameters()).device
 
 

@@ -18,7 +18,7 @@ from tidelock.model.geometry import SiteId
 from tidelock.peft.methods import module_at, targets_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -67,13 +67,14 @@ class SitePart(nn.Module):
         for name, parameter in self.trained().items():
             parameter.copy_(state[name])
 
-    def visitor(self, layout: Layout) -> AtSites:
+    def visitor(self, layout: Layout, drops: Sequence[tuple[int, int]] | None) -> AtSites:
         """Return who has the modules answer in one pass.
 
         Args:
             layout: How the pass's tokens lie in the padded batch.
+            drops: For each row its number of tokens and the seed of its dropout masks; None leaves dropout off.
         """
-        return AtSites(self, layout)
+        return AtSites(self, layout, drops)
 
     def at(self, site: SiteId) -> tuple[SiteModule | None, dict[str, int]]:
         """Return the module at a site, if there is one, and the widths of what it gives by linear, in their order.
@@ -81,12 +82,16 @@ class SitePart(nn.Module):
         Args:
             site: Counted from the part's first block.
         """
-        whole = SiteId(self._first + site.block, site.place)
+        whole = self.in_whole(site)
         if whole not in self.targets:
             return None, {}
         widths = {projection.name: projection.width for projection in self._geometry.sites[whole].projections}
         names = self.targets[whole]
         return cast("SiteModule", self._module(whole.block)[whole.place.label]), {name: widths[name] for name in names}
+
+    def in_whole(self, site: SiteId) -> SiteId:
+        """Return a site, counted from the part's first block, as the whole model has it."""
+        return SiteId(self._first + site.block, site.place)
 
     def _module(self, block: int) -> nn.ModuleDict:
         return cast("nn.ModuleDict", self.blocks[str(block)])
@@ -94,11 +99,18 @@ class SitePart(nn.Module):
 
 @final
 class AtSites:
-    """Has a part's modules answer in one pass, within autograd's graph; see `model.cut.SiteVisitor`."""
+    """Has a part's modules answer in one pass, within autograd's graph; see `model.cut.SiteVisitor`.
 
-    def __init__(self, part: SitePart, layout: Layout) -> None:
+    Args:
+        part: The modules.
+        layout: As for `SitePart.visitor`.
+        drops: Likewise.
+    """
+
+    def __init__(self, part: SitePart, layout: Layout, drops: Sequence[tuple[int, int]] | None) -> None:
         self._part = part
         self._layout = layout
+        self._drops = drops
         self._read_BTD: Tensor | None = None
         self._answers: dict[str, Tensor] = {}
 
@@ -108,7 +120,7 @@ class AtSites:
         if x_BTD is not self._read_BTD:
             self._read_BTD, self._answers = x_BTD, {}
             if module is not None:
-                answer_NW = module(self._layout.pack(x_BTD), None)
+                answer_NW = self._answer(site, module, self._layout.pack(x_BTD))
                 self._answers = dict(zip(widths, answer_NW.split(list(widths.values()), dim=1), strict=True))
         return x_BTD
 
@@ -123,5 +135,13 @@ class AtSites:
         if module is None:
             return y_BTD
         # Some blocks flatten rows and positions into one axis there.
-        answer_ND = module(self._layout.pack(y_BTD.view(*self._layout.shape_BT, -1)), None)
+        answer_ND = self._answer(site, module, self._layout.pack(y_BTD.view(*self._layout.shape_BT, -1)))
         return y_BTD + self._layout.unpack(answer_ND).view_as(y_BTD)
+
+    def _answer(self, site: SiteId, module: SiteModule, x_ND: Tensor) -> Tensor:
+        if self._drops is None or not module.dropout:
+            return cast("Tensor", module(x_ND, None))
+        # Row by row, so that its masks do not depend on which rows are computed together.
+        number = self._part.in_whole(site).number
+        rows = x_ND.split([tokens for tokens, _ in self._drops])
+        return torch.cat([module(row, seed + number) for row, (_, seed) in zip(rows, self._drops, strict=True)])

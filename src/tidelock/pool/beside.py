@@ -29,12 +29,16 @@ if TYPE_CHECKING:
 
 
 def side_stage(
-    source: TensorSource, config: SideConfig, blocks: range, on_outputs: OnOutputs | None = None
+    source: TensorSource,
+    config: SideConfig,
+    blocks: range,
+    num_labels: int | None = None,
+    on_outputs: OnOutputs | None = None,
 ) -> SideStage | Seq2SeqStage:
     """Return what a stage computes; arguments and errors as of `SideStage.load`."""
     if read_config(source.folder).is_encoder_decoder:
         return Seq2SeqStage.load(source, config, blocks, on_outputs)
-    return SideStage.load(source, config, blocks, on_outputs)
+    return SideStage.load(source, config, blocks, num_labels, on_outputs)
 
 
 def no_scores(source: TensorSource) -> Tensor:
@@ -43,18 +47,21 @@ def no_scores(source: TensorSource) -> Tensor:
     return torch.zeros(2 if sizes.num_encoder_blocks else 1, sizes.block_width)
 
 
-def cached_model(source: TensorSource, config: SideConfig, cache: ActivationCache) -> SideModel | SideSeq2SeqModel:
+def cached_model(
+    source: TensorSource, config: SideConfig, cache: ActivationCache, num_labels: int | None = None
+) -> SideModel | SideSeq2SeqModel:
     """Return a model with a fresh side network that learns from what was cached, without any blocks.
 
     Args:
         source: The model's stored tensors.
         config: What the side network is like.
         cache: Has the outputs of all blocks for all examples that it is asked for.
+        num_labels: Classes of whole texts, 1 for a number, of a decoder with a head for them; None without one.
     """
     model_config = read_config(source.folder)
     if model_config.is_encoder_decoder:
         return SideSeq2SeqModel(Seq2SeqEnds.read(model_config, source), TapSource(_no_blocks, cache), config)
-    return SideModel(Ends(model_config, source), TapSource(_no_blocks, cache), config)
+    return SideModel(Ends(model_config, source), TapSource(_no_blocks, cache), config, num_labels=num_labels)
 
 
 def _no_blocks() -> NoReturn:

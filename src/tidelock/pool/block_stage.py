@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, cast, final
 
+import torch
+
 from tidelock.device.causal_lm import packed_ids
-from tidelock.device.loss import causal_loss, labelled_tokens
 from tidelock.model.ends import Ends, empty_model, read_config
 from tidelock.model.geometry import geometry_of
 from tidelock.model.part import ModelPart
 from tidelock.model.rows import Rows
 from tidelock.peft.site_part import SitePart
 from tidelock.pool.full_part import FullConfig, FullPart
+from tidelock.pool.loss_head import LossHead, load_ends
 from tidelock.pool.pipeline import Boundary, Kept, Width
 from tidelock.pool.side_stage import back_through, padded
 
@@ -48,8 +50,8 @@ class Learning(Protocol):
         """Take the part's parameters out of those of the whole."""
         ...
 
-    def visitor(self, layout: Layout) -> SiteVisitor | None:
-        """Return who is told when a block reaches a site, if anybody is."""
+    def visitor(self, layout: Layout, drops: Sequence[tuple[int, int]] | None) -> SiteVisitor | None:
+        """Return who is told when a block reaches a site, if anybody is; see `SitePart.visitor`."""
         ...
 
 
@@ -61,39 +63,55 @@ class BlockStage:
         part: The blocks.
         learning: The modules at their sites, or all weights.
         ends: The embedding, for the first stage, and the head, for the last one; None between.
+        texts: The head for whole texts instead, for the last stage.
     """
 
-    def __init__(self, part: ModelPart, learning: Learning, ends: Ends | None = None) -> None:
+    def __init__(
+        self, part: ModelPart, learning: Learning, ends: Ends | None = None, texts: nn.Linear | None = None
+    ) -> None:
         self.part = part
         self.tied: Mapping[str, Collection[int]] = learning.tied if isinstance(learning, FullPart) else {}
         self.slices: Mapping[str, slice] = {}
         self._learning = learning
         self._ends = ends
+        self._head = LossHead(ends, texts)
         width = Width(part.cut.geometry.block_width)
         self.before = Boundary(width, width if learning.learns_before else None)
         self.after = Boundary(width, width if learning.learns_until else None)
 
     @classmethod
-    def load(cls, source: TensorSource, config: ModuleConfig | FullConfig, blocks: range) -> BlockStage:
-        """Return a stage of a stored model's blocks; modules at their sites are fresh.
+    def load(
+        cls, source: TensorSource, config: ModuleConfig | FullConfig, blocks: range, num_labels: int | None = None
+    ) -> BlockStage:
+        """Return a stage of a stored model's blocks; modules at their sites, and a head for whole texts, are fresh.
+
+        Args:
+            source: The model's stored tensors.
+            config: What learns.
+            blocks: Numbers of the blocks, consecutive.
+            num_labels: Classes of whole texts, 1 for a number; None models language.
 
         Raises:
             ConfigError: The configuration targets nothing, or something that is not a site.
             ModelError: A tensor is missing or has the wrong shape.
         """
-        part, model_config = ModelPart(source, blocks), read_config(source.folder)
-        ends = Ends(model_config, source) if part.is_first or part.is_last else None
+        part = ModelPart(source, blocks)
+        ends, texts = load_ends(source, part, num_labels)
         if isinstance(config, FullConfig):
-            return cls(part, FullPart(part, ends), ends)
-        return cls(part, SitePart(config, geometry_of(empty_model(model_config)), blocks), ends)
+            return cls(part, FullPart(part, ends, with_own_head=num_labels is None), ends, texts)
+        geometry = geometry_of(empty_model(read_config(source.folder)))
+        return cls(part, SitePart(config, geometry, blocks), ends, texts)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the stage's parameters, by their names in the whole."""
-        return self._learning.trained()
+        return self._learning.trained() | self._head.trained()
 
+    @torch.no_grad()
     def load_whole(self, state: Mapping[str, Tensor]) -> None:
         """Take this stage's parameters out of those of the whole."""
         self._learning.load_whole(state)
+        for name, parameter in self._head.trained().items():
+            parameter.copy_(state[name])
 
     def own_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what is this stage's of tensors that are shaped as the whole's parameters, by their names."""
@@ -107,7 +125,13 @@ class BlockStage:
             yield self._ends.embedding
             yield from self._ends.head.parameters()
 
-    def forward(self, examples: Sequence[Example], received_P: Tensor | None, num_labels: int) -> tuple[Kept, Tensor]:
+    def forward(
+        self,
+        examples: Sequence[Example],
+        received_P: Tensor | None,
+        num_labels: int,
+        dropout_seeds: Sequence[int] | None = None,
+    ) -> tuple[Kept, Tensor]:
         """Return what the backward needs, and what goes to the next stage, or the loss; see `StageCompute`."""
         batch = padded(examples)
         rows = Rows.from_mask(batch["attention_mask"])
@@ -118,12 +142,13 @@ class BlockStage:
         else:
             given_NW = state_in_ND = received_P.view(-1, self.before.forward.text)
             state_in_ND.requires_grad_(self._learning.learns_before)
-        state_ND = self.part.through(given_NW, layout, self._learning.visitor(layout))
+        drops = None if dropout_seeds is None else list(zip(rows.lengths, dropout_seeds, strict=True))
+        state_ND = self.part.through(given_NW, layout, self._learning.visitor(layout, drops))
         if not self.part.is_last:
             return Kept(state_in_ND, state_ND), state_ND.detach()
-        select_M, targets_M = labelled_tokens(batch["labels"], rows)
-        loss = causal_loss(cast("Ends", self._ends).logits(state_ND[select_M]), targets_M, num_labels)
-        return Kept(state_in_ND, loss), loss.detach()
+        select_M, targets_M = self._head.select(batch, rows)
+        loss, outputs_BC = self._head.loss(state_ND[select_M], targets_M, num_labels)
+        return Kept(state_in_ND, loss, outputs_BC), loss.detach()
 
     def backward(self, kept: Kept, received_P: Tensor | None) -> Tensor | None:
         """Return the gradient for the stage before; see `StageCompute`."""

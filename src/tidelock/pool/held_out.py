@@ -1,6 +1,6 @@
-"""Examples that a pool does not learn from: when the loss on them is measured, and who has which of them.
+"""Examples that a pool does not learn from: when they are measured, who has which of them, and what came of it.
 
-May import `pool`.
+Shapes: N examples, C classes (1 for a number). May import `pool` and libraries.
 """
 
 from __future__ import annotations
@@ -8,12 +8,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+import torch
+
 from tidelock.pool.layout import divide
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torch import Tensor
+
+    from tidelock.pool.peers import Peers
     from tidelock.pool.pipeline import Example
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a batch was measured to give, the same on every peer.
+
+    Attributes:
+        loss: Its loss.
+        outputs_BC: What a head for whole texts gave for its rows; C is 0 without one.
+    """
+
+    loss: float
+    outputs_BC: Tensor
 
 
 @final
@@ -48,15 +67,36 @@ class HeldOut:
             for _ in range(len(own))
         ]
 
-    def mean(self, loss_of: Callable[[Sequence[Example]], float]) -> float:
-        """Return the mean over examples of the loss of the batch that they are in, as `transformers.Trainer` has it.
+    def measured(self, measure: Callable[[Sequence[Example]], Measured]) -> Measured:
+        """Return what all examples were measured to give, with outputs of shape (N, C).
+
+        The loss is the mean over examples of that of the batch that they are in, as `transformers.Trainer` has it.
 
         Args:
-            loss_of: Given a batch, returns its loss: the mean over its labels.
+            measure: Given a batch, returns what it gives; the loss is the mean over its labels.
         """
-        return sum(loss_of(batch) * len(batch) for batch in self._batches()) / len(self.examples)
+        batches = self._batches()
+        found = [measure(batch) for batch in batches]
+        total = sum(each.loss * len(batch) for each, batch in zip(found, batches, strict=True))
+        return Measured(total / len(self.examples), torch.cat([each.outputs_BC for each in found]))
 
     def _batches(self) -> list[Sequence[Example]]:
         return [
             self.examples[first : first + self.batch_size] for first in range(0, len(self.examples), self.batch_size)
         ]
+
+
+def sum_of_measures(peers: Peers, loss: float, outputs_BC: Tensor) -> Measured:
+    """Return what a batch was measured to give, out of what each peer has of it.
+
+    Args:
+        peers: All peers; all of them call this.
+        loss: This peer's part of it.
+        outputs_BC: What a head gave for this peer's rows; zero at others'.
+
+    Raises:
+        PeerError: A peer was lost.
+    """
+    total = torch.cat([torch.tensor([loss], dtype=torch.float64), outputs_BC.flatten().double()])
+    peers.sum(total, range(peers.count))
+    return Measured(float(total[0]), total[1:].view_as(outputs_BC).float())

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, final
 
-from tidelock.model.ends import empty_model, read_config
-from tidelock.pool.full_part import FullConfig
+from tidelock.model.ends import read_config
+from tidelock.pool.full_part import FullConfig, learning_weights
 from tidelock.pool.held_out import HeldOut
 from tidelock.pool.memory import MemoryLimit
 
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from torch import Tensor
 
     from tidelock.model.checkpoint import TensorSource
     from tidelock.peft.methods import MethodConfig
+    from tidelock.pool.held_out import Measured
     from tidelock.pool.pipeline import Example
     from tidelock.pool.recipe import Progress, Recipe
     from tidelock.pool.redistribute import Kept
@@ -38,8 +40,8 @@ class Watcher(Protocol):
         """All that is trained as it is now, which a run can go on with; the same on every peer."""
         ...
 
-    def evaluated(self, step: int, loss: float) -> None:
-        """After a step, the loss on the examples that are held out."""
+    def evaluated(self, step: int, found: Measured) -> None:
+        """After a step, what was measured on the examples that are held out, in their order."""
         ...
 
     def owes_evaluation(self, step: int) -> bool:
@@ -96,6 +98,7 @@ class PoolJob:
         kept: What this peer has of the blocks' outputs, for a side network; None for what learns in the blocks.
         held_out: What it is measured on.
         memory: What this peer may take; one that takes more leaves after the step.
+        num_labels: Classes of whole texts, 1 for a number; None models language.
     """
 
     model: str
@@ -108,10 +111,12 @@ class PoolJob:
     kept: Kept | None
     held_out: HeldOut = field(default_factory=HeldOut)
     memory: MemoryLimit = field(default_factory=lambda: MemoryLimit(None))
+    num_labels: int | None = None
 
     def shapes(self) -> dict[str, torch.Size]:
         """Return the shapes of all parameters that are trained, by name."""
-        if isinstance(self.config, FullConfig):
-            whole = empty_model(read_config(self.source.folder))
-            return {name: parameter.shape for name, parameter in whole.named_parameters()}
-        return {name: tensor.shape for name, tensor in self.begin.parameters.items()}
+        known: dict[str, Tensor] = dict(self.begin.parameters)
+        if isinstance(self.config, FullConfig):  # of which at first a head for whole texts is known alone
+            config = read_config(self.source.folder)
+            known = {**learning_weights(config, with_own_head=self.num_labels is None), **known}
+        return {name: tensor.shape for name, tensor in known.items()}

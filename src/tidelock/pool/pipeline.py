@@ -7,7 +7,7 @@ gradient goes through the blocks both carry as much. What is trained is summed o
 A message is one vector: what is sent of one example after the other (`Boundary`), so that peers with other shares of
 the rows find theirs in it.
 
-Shapes: P numbers of a message. May import `pool`, `model`, errors and libraries.
+Shapes: P numbers of a message, B rows, C classes (1 for a number). May import `pool`, `model`, errors and libraries.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, final
 
 import torch
 
+from tidelock.pool.held_out import sum_of_measures
 from tidelock.pool.layout import one_forward_one_backward
 from tidelock.pool.memory import MemoryLimit
 from tidelock.pool.timeline import Timeline
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from tidelock.pool.held_out import Measured
     from tidelock.pool.layout import PoolLayout
     from tidelock.pool.peers import Peers, Transfer
 
@@ -42,18 +44,28 @@ class Example:
 
     Attributes:
         input_ids: A text's; of an encoder-decoder, the source's.
-        labels: As long as these, -100 where there is no loss; of an encoder-decoder, the target's, all of them learned.
+        labels: As long as these, -100 where there is no loss; of an encoder-decoder, the target's, all of them learned;
+            or one for the whole text, an int is a class, a float a number to be predicted.
         decoder_ids: What an encoder-decoder's decoder is given to predict the labels; empty of a text.
     """
 
     input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
+    labels: tuple[int, ...] | float
     decoder_ids: tuple[int, ...] = ()
+
+    @property
+    def selected(self) -> tuple[int, ...]:
+        """Which of the tokens predict a label: those before one; of a whole text its last; all that a decoder has."""
+        if self.decoder_ids:
+            return tuple(range(len(self.decoder_ids)))
+        if isinstance(self.labels, tuple):
+            return tuple(place for place, label in enumerate(self.labels[1:]) if label != IGNORED)
+        return (len(self.input_ids) - 1,)
 
     @property
     def num_labels(self) -> int:
         """How many of the tokens predict a label."""
-        return sum(label != IGNORED for label in (self.labels if self.decoder_ids else self.labels[1:]))
+        return len(self.selected)
 
 
 @final
@@ -125,13 +137,20 @@ class StageCompute(Protocol):
         """Its blocks."""
         ...
 
-    def forward(self, examples: Sequence[Example], received_P: Tensor | None, num_labels: int) -> tuple[Kept, Tensor]:
+    def forward(
+        self,
+        examples: Sequence[Example],
+        received_P: Tensor | None,
+        num_labels: int,
+        dropout_seeds: Sequence[int] | None = None,
+    ) -> tuple[Kept, Tensor]:
         """Return what the backward needs, and the message to the next stage, of any shape; the last one's loss.
 
         Args:
             examples: The rows.
             received_P: From the stage before; None in the first.
             num_labels: What the loss is divided by: the labels of the whole batch.
+            dropout_seeds: For each row, what its dropout masks follow from; None leaves dropout off.
         """
         ...
 
@@ -165,10 +184,12 @@ class Kept:
     Attributes:
         state_in: The state that came in, a leaf of the graph; None in the first stage.
         result: The state that goes out, or the loss.
+        outputs_BC: What a head for whole texts gave for the rows; None without one.
     """
 
     state_in: Tensor | None
     result: Tensor
+    outputs_BC: Tensor | None = None
 
 
 # Where in a message of a peer's rows those are that another peer of the next stage, or of the one before, has.
@@ -209,17 +230,18 @@ class Pipeline:
         for blocks in compute.tied.values():
             peers.join(layout.peers_with(blocks))
 
-    def run(self, batch: Sequence[Example]) -> float:
+    def run(self, batch: Sequence[Example], dropout_seeds: Sequence[int] | None = None) -> float:
         """Compute the gradients of a batch, which are then the same on all peers of a stage; return the batch's loss.
 
         Args:
             batch: All its examples, the same on every peer; they are padded at the right.
+            dropout_seeds: For each of them, what its dropout masks follow from; None leaves dropout off.
 
         Raises:
             NonFiniteError: The loss is infinite or not a number.
             PeerError: A peer was lost.
         """
-        step = self._begin(batch)
+        step = self._begin(batch, dropout_seeds)
         last = len(self._layout.stages) - 1
         for work, number in one_forward_one_backward(len(step.rows), self._stage.in_flight):
             if work == "forward":
@@ -236,11 +258,12 @@ class Pipeline:
         return sum_of_losses(self._peers, step.loss)
 
     @torch.no_grad()
-    def measure(self, batch: Sequence[Example]) -> float:
-        """Compute forwards alone, and keep what the blocks give; return the batch's loss.
+    def measure(self, batch: Sequence[Example], num_outputs: int = 0) -> Measured:
+        """Compute forwards alone, and keep what the blocks give; return what came of it.
 
         Args:
             batch: As for `run`.
+            num_outputs: C of the head for whole texts; 0 without one.
 
         Raises:
             PeerError: A peer was lost.
@@ -249,12 +272,14 @@ class Pipeline:
         for number in range(len(step.rows)):
             step.forward(number, is_last=self._number == len(self._layout.stages) - 1)
         step.finish()
-        return sum_of_losses(self._peers, step.loss)
+        outputs_BC = torch.zeros(len(batch), num_outputs)
+        step.collect(outputs_BC)
+        return sum_of_measures(self._peers, step.loss, outputs_BC)
 
-    def _begin(self, batch: Sequence[Example]) -> _Step:
+    def _begin(self, batch: Sequence[Example], dropout_seeds: Sequence[int] | None = None) -> _Step:
         self.timeline = Timeline(self._peers.peer, self._number)
         rows = self._layout.rows_of(len(batch))
-        return _Step(self._peers, self._compute, self._memory, self._number, self.timeline, rows, batch)
+        return _Step(self._peers, self._compute, self._memory, self._number, self.timeline, rows, batch, dropout_seeds)
 
 
 @final
@@ -273,6 +298,7 @@ class _Step:
     timeline: Timeline
     rows: list[list[dict[int, range]]]
     batch: Sequence[Example]
+    dropout_seeds: Sequence[int] | None
     loss: float = 0.0
     _kept: dict[int, Kept] = field(default_factory=dict)
     _sent: list[Transfer] = field(default_factory=list)
@@ -287,8 +313,10 @@ class _Step:
             with self.timeline.during("wait-forward", number):
                 received = self._receive(number, self.number - 1, _FORWARD, self.compute.before.forward)
         num_labels = sum(example.num_labels for example in self.batch)
+        own = self._own_rows(number)
+        seeds = None if self.dropout_seeds is None else self.dropout_seeds[own.start : own.stop]
         with self.timeline.during("forward", number):
-            self._kept[number], result = self.compute.forward(examples, received, num_labels)
+            self._kept[number], result = self.compute.forward(examples, received, num_labels, seeds)
         self.memory.look()
         if is_last:
             self.loss += float(result)
@@ -316,8 +344,18 @@ class _Step:
         for sent in self._sent:
             sent.wait()
 
+    def collect(self, outputs_BC: Tensor) -> None:
+        """Write what a head gave for this peer's rows, after forwards alone, where these are in the batch."""
+        for number, kept in self._kept.items():
+            if kept.outputs_BC is not None:
+                rows = self._own_rows(number)
+                outputs_BC[rows.start : rows.stop] = kept.outputs_BC
+
+    def _own_rows(self, number: int) -> range:
+        return self.rows[number][self.number][self.peers.peer]
+
     def _own(self, number: int) -> Sequence[Example]:
-        rows = self.rows[number][self.number][self.peers.peer]
+        rows = self._own_rows(number)
         return self.batch[rows.start : rows.stop]
 
     def _send(self, message: Tensor, number: int, stage: int, kind: int, width: Width) -> None:
@@ -337,7 +375,7 @@ class _Step:
 
     def _parts(self, number: int, stage: int, width: Width) -> _Parts:
         """Return the peers of a neighbouring stage with rows of this peer's, and where in the message these are."""
-        own = self.rows[number][self.number][self.peers.peer]
+        own = self._own_rows(number)
         ends = [0, *accumulate(width.numbers(self.batch[row]) for row in own)]
         found = []
         for peer, rows in self.rows[number][stage].items():

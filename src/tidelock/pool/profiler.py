@@ -132,7 +132,7 @@ class MeasuredDevice(BaseModel):
 def _known_or_measured(job: PoolJob, rows: Sequence[int], device: DeviceFacts) -> MeasuredDevice:
     """Return what is known of a device, or measure it; two processes of one device never measure at once."""
     lengths = [(len(each.input_ids), len(each.decoder_ids)) for each in _middling(job.examples, max(rows))]
-    asked = [device.key, type(job.config).__name__, asdict(job.config), list(rows), lengths]
+    asked = [device.key, type(job.config).__name__, asdict(job.config), job.num_labels, list(rows), lengths]
     text = json.dumps(asked, default=sorted)  # a LoraConfig's names are sets
     path = cache_folder() / "profiles" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
     try:
@@ -185,9 +185,9 @@ def _measure_block(job: PoolJob, number: int, rows: Sequence[int]) -> _Measured:
     blocks = range(number, number + 1)
     stage: StageCompute
     if isinstance(job.config, SideConfig):
-        stage = side_stage(job.source, job.config, blocks)
+        stage = side_stage(job.source, job.config, blocks, job.num_labels)
     else:
-        stage = BlockStage.load(job.source, job.config, blocks)
+        stage = BlockStage.load(job.source, job.config, blocks, job.num_labels)
     trained = _bytes_of(stage.trained().values())
     forward_seconds: list[float] = []
     backward_seconds: list[float] = []
@@ -246,7 +246,7 @@ def _inputs(stage: StageCompute, examples: Sequence[Example]) -> tuple[Tensor | 
 def _time(stage: StageCompute, examples: Sequence[Example]) -> tuple[float, float]:
     received, gradient = _inputs(stage, examples)
     began = time.perf_counter()
-    kept, _ = stage.forward(examples, received, 1)
+    kept, _ = stage.forward(examples, received, 1, range(len(examples)))
     half = time.perf_counter()
     stage.backward(kept, gradient)
     return half - began, time.perf_counter() - half
@@ -265,7 +265,7 @@ def _kept_bytes(stage: StageCompute, examples: Sequence[Example]) -> int:
 
     received, _ = _inputs(stage, examples)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        held = stage.forward(examples, received, 1)
+        held = stage.forward(examples, received, 1, range(len(examples)))
     del held
     return sum(kept.values())
 

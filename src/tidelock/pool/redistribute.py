@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, TypeAlias, final
 import torch
 
 from tidelock.errors import CacheError
-from tidelock.pool.pipeline import IGNORED
 from tidelock.pool.recipe import MOMENTS, Progress
 
 if TYPE_CHECKING:
@@ -44,10 +43,8 @@ def key_of(example: Example) -> Key:
 
     Of an encoder-decoder, the source's ids, the decoder's, and these of the decoder's.
     """
-    if example.decoder_ids:
-        return example.input_ids, example.decoder_ids, (0, *range(len(example.decoder_ids)))
-    selected = [place for place, label in enumerate(example.labels[1:]) if label != IGNORED]
-    return example.input_ids, (0, *selected)
+    ids = (example.input_ids, example.decoder_ids) if example.decoder_ids else (example.input_ids,)
+    return *ids, (0, *example.selected)
 
 
 @final

@@ -116,7 +116,13 @@ class Seq2SeqStage:
         if self._ends is not None:
             yield from self._ends.weights()
 
-    def forward(self, examples: Sequence[Example], received_P: Tensor | None, num_labels: int) -> tuple[Kept, Tensor]:
+    def forward(
+        self,
+        examples: Sequence[Example],
+        received_P: Tensor | None,
+        num_labels: int,
+        dropout_seeds: Sequence[int] | None = None,  # noqa: ARG002  (a pool's side networks have no dropout)
+    ) -> tuple[Kept, Tensor]:
         """Return what the backward needs, and what goes to the next stage, or the loss; see `StageCompute`."""
         batch = _Batch.of(examples)
         state_in_P, source, target = self._unpack(batch, received_P)
@@ -131,7 +137,9 @@ class Seq2SeqStage:
             final_KD = cast("_States", target).hidden if self.part.is_last else None
             self._on_outputs(examples, outputs, final_KD)
         if self.side.head is not None and target is not None:
-            labels_K = torch.tensor([label for example in examples for label in example.labels])
+            labels_K = torch.tensor(
+                [label for example in examples for label in cast("tuple[int, ...]", example.labels)]
+            )
             logits_KV = cast("Seq2SeqEnds", self._ends).logits(self.side.head(target.side, target.hidden))
             loss = causal_loss(logits_KV, labels_K, num_labels)
             return Kept(state_in_P, loss), loss.detach()

@@ -13,12 +13,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from tidelock.device.causal_lm import packed_ids
-from tidelock.device.loss import causal_loss, labelled_tokens
 from tidelock.model.ends import Ends, empty_model, read_config
 from tidelock.model.geometry import geometry_of
 from tidelock.model.part import ModelPart
 from tidelock.model.rows import Rows
 from tidelock.peft.side_part import SidePart
+from tidelock.pool.loss_head import LossHead, load_ends
 from tidelock.pool.pipeline import IGNORED, Boundary, Example, Kept, Width
 
 if TYPE_CHECKING:
@@ -41,18 +41,25 @@ class SideStage:
         part: The blocks.
         side: What is beside them.
         ends: The embedding, for the first stage, and the head, for the last one; None between.
+        texts: The head for whole texts instead, for the last stage.
         on_outputs: Told of each block's outputs for each of the rows, and of the final states at labelled tokens in the
             last stage.
     """
 
     def __init__(
-        self, part: ModelPart, side: SidePart, ends: Ends | None = None, on_outputs: OnOutputs | None = None
+        self,
+        part: ModelPart,
+        side: SidePart,
+        ends: Ends | None = None,
+        texts: nn.Linear | None = None,
+        on_outputs: OnOutputs | None = None,
     ) -> None:
         self.part = part
         self.side = side
         self.tied: Mapping[str, Collection[int]] = {}
         self.slices: Mapping[str, slice] = side.slices
         self._ends = ends
+        self._head = LossHead(ends, texts)
         self._on_outputs = on_outputs
         self._widths = part.cut.geometry.block_width, side.network.side.start.out_features
         self.before = self.after = Boundary(Width(sum(self._widths)), Width(self._widths[1]))
@@ -63,14 +70,16 @@ class SideStage:
         source: TensorSource,
         config: SideConfig,
         blocks: range,
+        num_labels: int | None = None,
         on_outputs: OnOutputs | None = None,
     ) -> SideStage:
-        """Return a stage of a stored model's blocks, with a fresh part of a side network.
+        """Return a stage of a stored model's blocks, with a fresh part of a side network, and of a head.
 
         Args:
             source: The model's stored tensors.
             config: What the side network is like.
             blocks: Numbers of the blocks, consecutive.
+            num_labels: Classes of whole texts, 1 for a number; None models language.
             on_outputs: As for the class.
 
         Raises:
@@ -79,8 +88,8 @@ class SideStage:
         """
         model_config = read_config(source.folder)
         side = SidePart(config, model_config, geometry_of(empty_model(model_config)), blocks)
-        ends = Ends(model_config, source) if side.is_first or side.is_last else None
-        return cls(ModelPart(source, blocks), side, ends, on_outputs)
+        part = ModelPart(source, blocks)
+        return cls(part, side, *load_ends(source, part, num_labels), on_outputs)
 
     def residual_scores(self) -> Tensor:
         """Return the scores of the residual channels in this part; see `SidePart.residual_scores`."""
@@ -90,17 +99,20 @@ class SideStage:
         """Begin by the weights' magnitude, given the sum of all stages' scores; see `SidePart.start_from`."""
         self.side.start_from(self.part, scores)
 
-    def load_whole(self, state: Mapping[str, Tensor]) -> None:
-        """Take this stage's parameters out of those of the whole network."""
-        self.side.load_whole(state)
-
     def trained(self) -> dict[str, nn.Parameter]:
-        """Return the stage's parameters, by their names in the whole network."""
-        return self.side.trained()
+        """Return the stage's parameters, by their names in the whole network, and the head's."""
+        return self.side.trained() | self._head.trained()
+
+    @torch.no_grad()
+    def load_whole(self, state: Mapping[str, Tensor]) -> None:
+        """Take this stage's parameters out of those of the whole."""
+        own = self.own_of(state)
+        for name, parameter in self.trained().items():
+            parameter.copy_(own[name])
 
     def own_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what is this stage's of tensors that are shaped as the whole network's parameters, by their names."""
-        return self.side.own_of(whole)
+        """Return what is this stage's of tensors that are shaped as the whole's parameters, by their names."""
+        return self.side.own_of(whole) | {name: whole[name] for name in self._head.trained()}
 
     def weights(self) -> Iterator[Tensor]:
         """Yield all weights that a pass reads, trained or not."""
@@ -110,7 +122,13 @@ class SideStage:
             yield self._ends.embedding
             yield from self._ends.head.parameters()
 
-    def forward(self, examples: Sequence[Example], received_P: Tensor | None, num_labels: int) -> tuple[Kept, Tensor]:
+    def forward(
+        self,
+        examples: Sequence[Example],
+        received_P: Tensor | None,
+        num_labels: int,
+        dropout_seeds: Sequence[int] | None = None,  # noqa: ARG002  (a pool's side networks have no dropout)
+    ) -> tuple[Kept, Tensor]:
         """Return what the backward needs, and what goes to the next stage, or the loss; see `StageCompute`."""
         batch = padded(examples)
         rows = Rows.from_mask(batch["attention_mask"])
@@ -128,11 +146,11 @@ class SideStage:
             self._tell(examples, outputs_ND, None)
             message_NW = torch.cat([outputs_ND[-1].float(), state_NS.detach()], 1)
             return Kept(state_in_NS, state_NS), message_NW
-        select_M, targets_M = labelled_tokens(batch["labels"], rows)
+        select_M, targets_M = self._head.select(batch, rows)
         self._tell(examples, outputs_ND, final_ND[select_M])
         final_MF = self.side.network.head(side_final_NS[select_M], final_ND[select_M])
-        loss = causal_loss(cast("Ends", self._ends).logits(final_MF), targets_M, num_labels)
-        return Kept(state_in_NS, loss), loss.detach()
+        loss, outputs_BC = self._head.loss(final_MF, targets_M, num_labels)
+        return Kept(state_in_NS, loss, outputs_BC), loss.detach()
 
     def backward(self, kept: Kept, received_P: Tensor | None) -> Tensor | None:
         """Return the gradient for the stage before; see `StageCompute`."""
@@ -152,10 +170,14 @@ def back_through(kept: Kept, received_P: Tensor | None) -> Tensor | None:
 
 
 def padded(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Return examples as a batch that is padded at the right: `input_ids`, `attention_mask`, `labels`, each (B, T)."""
+    """Return examples as a batch that is padded at the right: `input_ids`, `attention_mask`, `labels`, each (B, T).
+
+    Where each text has one label, `labels` is of shape (B,), int64 for classes and fp32 for numbers.
+    """
     pad = partial(pad_sequence, batch_first=True)
+    labels = [torch.tensor(example.labels) for example in examples]
     return {
         "input_ids": pad([torch.tensor(example.input_ids) for example in examples]),
         "attention_mask": pad([torch.ones(len(example.input_ids), dtype=torch.long) for example in examples]),
-        "labels": pad([torch.tensor(example.labels) for example in examples], padding_value=IGNORED),
+        "labels": pad(labels, padding_value=IGNORED) if labels[0].dim() else torch.stack(labels),
     }

@@ -19,10 +19,12 @@ import torch
 from tidelock.model.ends import read_config
 from tidelock.model.memory import give_back_memory
 from tidelock.model.sizes import sizes_of
+from tidelock.peft.adapter_files import HEAD
 from tidelock.peft.side import SideConfig
 from tidelock.pool.beside import cached_model, no_scores, side_stage
 from tidelock.pool.block_stage import BlockStage
 from tidelock.pool.full_part import FullConfig
+from tidelock.pool.held_out import sum_of_measures
 from tidelock.pool.pipeline import Pipeline, sum_gradients, sum_of_losses
 from tidelock.pool.recipe import Optimizer
 from tidelock.pool.redistribute import Widths, find_routes, gather, redistribute
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
     from tidelock.device.beside_blocks import BesideBlocks
     from tidelock.peft.methods import ModuleConfig
+    from tidelock.pool.held_out import Measured
     from tidelock.pool.job import PoolJob, Trained, Watcher
     from tidelock.pool.layout import PoolLayout
     from tidelock.pool.peers import Peers
@@ -100,7 +103,7 @@ class PoolTraining:
         if isinstance(job.config, FullConfig):
             return TrainedModel(job.source.folder, self._gathered.parameters)
         if not isinstance(job.config, SideConfig):
-            return TrainedModules(job.source.folder, job.config, self._gathered.parameters)
+            return TrainedModules(job.source.folder, job.config, self._gathered.parameters, job.num_labels)
         return self._on_outputs(job.config, cast("Kept", job.kept))
 
     def _through_pipeline(self) -> bool:
@@ -112,7 +115,7 @@ class PoolTraining:
             epoch, place = divmod(step, self._per_epoch)
             order = job.recipe.order(len(job.examples), epoch)
             batch = order[place * size : (place + 1) * size]
-            loss = self._stages.run([job.examples[number] for number in batch])
+            loss = self._stages.run([job.examples[number] for number in batch], job.recipe.dropout_seeds(step, batch))
             optimizer.step()
             self._watcher.step(optimizer.steps, loss)
             if optimizer.steps == min(job.begin.steps + _SHOWN_STEP, self._pipeline_steps):
@@ -135,13 +138,14 @@ class PoolTraining:
         """Learn from what the blocks gave; return the model, or None when the pool is to change."""
         peers, job = self._peers, self._job
         self._share_outputs(kept)
-        model = cached_model(job.source, config, kept.whole)
-        model.load_state_dict({f"network.{name}": value for name, value in self._gathered.parameters.items()})
-        parameters = dict(model.network.named_parameters())
+        model = cached_model(job.source, config, kept.whole, job.num_labels)
+        gathered = self._gathered.parameters.items()
+        model.load_state_dict({name if name == HEAD else f"network.{name}": value for name, value in gathered})
+        parameters = {name.removeprefix("network."): parameter for name, parameter in model.named_parameters()}
         optimizer = Optimizer(peers, parameters, dict.fromkeys(parameters, peers.count), job.recipe, self._steps)
         optimizer.go_on(self._gathered.steps, self._gathered.moments)
         self._optimizer = optimizer
-        measure = partial(self._cached_loss, model)
+        measure = partial(self._measure_cached, model)
         if optimizer.steps == job.begin.steps:
             self._evaluate_if_owed(measure)
         for epoch in range(optimizer.steps // self._per_epoch, job.recipe.epochs):
@@ -178,12 +182,12 @@ class PoolTraining:
         peers, job = self._peers, self._job
         timeline = Timeline(peers.peer, None)
         with timeline.during("forward"):
-            result = self._share_of_loss(model, [[job.examples[number] for number in own] for own in numbers])
+            result = self._on_share(model, [[job.examples[number] for number in own] for own in numbers])
         if result is not None:
             with timeline.during("backward"):
-                result.backward()
+                result[0].backward()
         job.memory.look()
-        loss = 0.0 if result is None else float(result.detach())
+        loss = 0.0 if result is None else float(result[0].detach())
         with timeline.during("all-reduce"):
             sum_gradients(peers, optimizer.parameters.values(), range(peers.count))
         total = sum_of_losses(peers, loss)
@@ -198,31 +202,43 @@ class PoolTraining:
             timeline.memory_bytes = psutil.Process().memory_info().rss
             self._watcher.activity(step, activities(self._peers.gather(timeline.numbers())))
 
-    def _share_of_loss(self, model: BesideBlocks, shards: Sequence[Sequence[Example]]) -> Tensor | None:
-        """Return this peer's part of a batch's loss, out of its examples by peer; None of one that has none of them."""
+    def _on_share(self, model: BesideBlocks, shards: Sequence[Sequence[Example]]) -> tuple[Tensor, Tensor] | None:
+        """Return this peer's part of a batch's loss, and the logits of its examples; None where it has none.
+
+        Args:
+            model: The model.
+            shards: The batch's examples, by peer.
+        """
         own = shards[self._peers.peer]
         if not own:
             return None
         num_labels = sum(example.num_labels for shard in shards for example in shard)
-        result: Tensor = model(**padded(own), num_items_in_batch=num_labels).loss
-        return result
+        result = model(**padded(own), num_items_in_batch=num_labels)
+        return result.loss, result.logits
 
     @torch.no_grad()
-    def _cached_loss(self, model: BesideBlocks, batch: Sequence[Example]) -> float:
-        """Return the loss of a batch that is held out, of which each peer computes its share."""
-        result = self._share_of_loss(model, self._job.held_out.shards(batch, self._peers.count))
-        return sum_of_losses(self._peers, 0.0 if result is None else float(result))
+    def _measure_cached(self, model: BesideBlocks, batch: Sequence[Example]) -> Measured:
+        """Return what a batch gives that is held out, of which each peer computes its share."""
+        shards = self._job.held_out.shards(batch, self._peers.count)
+        result = self._on_share(model, shards)
+        loss, outputs_BC = 0.0, torch.zeros(len(batch), self._job.num_labels or 0)
+        if result is not None:
+            loss = float(result[0])
+            if model.head is not None:
+                first = sum(len(shard) for shard in shards[: self._peers.peer])
+                outputs_BC[first : first + len(result[1])] = result[1]
+        return sum_of_measures(self._peers, loss, outputs_BC)
 
-    def _evaluate_if_due(self, step: int, loss_of: Callable[[Sequence[Example]], float]) -> None:
+    def _evaluate_if_due(self, step: int, measure: Callable[[Sequence[Example]], Measured]) -> None:
         if self._job.held_out.is_due(step, self._steps):
-            self._watcher.evaluated(step, self._job.held_out.mean(loss_of))
+            self._watcher.evaluated(step, self._job.held_out.measured(measure))
 
-    def _evaluate_if_owed(self, loss_of: Callable[[Sequence[Example]], float]) -> None:
+    def _evaluate_if_owed(self, measure: Callable[[Sequence[Example]], Measured]) -> None:
         """Evaluate if the round before was broken off between a step and the evaluation after it."""
         step = self._job.begin.steps
         is_due = self._job.held_out.is_due(step, self._steps)
         if is_due and self._peers.agree(says=self._watcher.owes_evaluation(step)):
-            self._evaluate_if_due(step, loss_of)
+            self._evaluate_if_due(step, measure)
 
     def _changes(self) -> bool:
         return self._peers.agree(says=self._watcher.wants_change() or self._job.memory.is_exceeded)
@@ -258,13 +274,16 @@ class _Stages:
         optimizer.go_on(job.begin.steps, own)
         return optimizer
 
-    def run(self, batch: Sequence[Example]) -> float:
+    def run(self, batch: Sequence[Example], dropout_seeds: Sequence[int]) -> float:
         """Take a batch through the stages; see `Pipeline.run`."""
-        return sum_of_losses(self._peers, 0.0) if self._pipeline is None else self._pipeline.run(batch)
+        return sum_of_losses(self._peers, 0.0) if self._pipeline is None else self._pipeline.run(batch, dropout_seeds)
 
-    def measure(self, batch: Sequence[Example]) -> float:
+    def measure(self, batch: Sequence[Example]) -> Measured:
         """Take a batch through the stages, forward only; see `Pipeline.measure`."""
-        return sum_of_losses(self._peers, 0.0) if self._pipeline is None else self._pipeline.measure(batch)
+        num_outputs = self._job.num_labels or 0
+        if self._pipeline is None:
+            return sum_of_measures(self._peers, 0.0, torch.zeros(len(batch), num_outputs))
+        return self._pipeline.measure(batch, num_outputs)
 
     @property
     def timeline(self) -> Timeline:
@@ -325,7 +344,7 @@ class _Stages:
         """Return what this peer computes, with what learns as the run has it."""
         if self._stage is None:
             return None
-        stage = BlockStage.load(self._job.source, method, self._stage.blocks)
+        stage = BlockStage.load(self._job.source, method, self._stage.blocks, self._job.num_labels)
         stage.load_whole(self._job.begin.parameters)
         return stage
 
@@ -338,7 +357,7 @@ class _Stages:
                 peers.sum(no_scores(job.source), range(peers.count))
             return None
         keep = partial(cast("Kept", job.kept).keep, self._stage.blocks)
-        stage = side_stage(job.source, method, self._stage.blocks, keep)
+        stage = side_stage(job.source, method, self._stage.blocks, job.num_labels, keep)
         stage.load_whole(job.begin.parameters)
         if by_magnitude:
             scores = stage.residual_scores()

@@ -11,9 +11,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from tidelock.device.bank import Bank
+from tidelock.device.causal_lm import fresh_head
 from tidelock.errors import StorageError
-from tidelock.model.ends import copy_small_files, empty_model, read_config
+from tidelock.model.checkpoint import Checkpoint
+from tidelock.model.ends import copy_small_files, empty_model, load_ends, read_config
 from tidelock.model.geometry import geometry_of
+from tidelock.peft.adapter_files import HEAD
 from tidelock.peft.export import save_adapter
 
 if TYPE_CHECKING:
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 
     from tidelock.peft.methods import ModuleConfig
 
+# What `transformers` calls a decoder's head for whole texts.
+SCORE = "score"
+
 
 @final
 class TrainedModules:
@@ -32,24 +38,32 @@ class TrainedModules:
     Args:
         model: The model's folder.
         config: What the modules are like.
-        parameters: Theirs, by the names that they have in a `Bank`.
+        parameters: Theirs, by the names that they have in a `Bank`; and the weight of the head for whole texts.
+        num_labels: Classes of whole texts, 1 for a number; None without such a head.
     """
 
-    def __init__(self, model: Path, config: ModuleConfig, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, model: Path, config: ModuleConfig, parameters: Mapping[str, Tensor], num_labels: int | None = None
+    ) -> None:
         self._model = model
         self._config = config
-        self._geometry = geometry_of(empty_model(read_config(model)))
+        model_config = read_config(model)
+        self._geometry = geometry_of(empty_model(model_config))
         self.bank = Bank(config, self._geometry)
-        self.bank.load_state_dict(parameters)
+        self.bank.load_state_dict({name: value for name, value in parameters.items() if name != HEAD})
+        self.head = None if num_labels is None else fresh_head(model_config, self._geometry, num_labels)
+        if self.head is not None:
+            self.head.load_state_dict({"weight": parameters[HEAD]})
 
     def save_adapter(self, folder: Path, base_model: str | None = None) -> None:
-        """Write them as an adapter, as `DeviceModel.save_adapter` does.
+        """Write them and the head as an adapter, as `DeviceModel.save_adapter` does.
 
         Raises:
             StorageError: The file system refused.
         """
         modules = {site: self.bank.at(site) for site in self.bank.targets}
-        save_adapter(modules, self._config, self._geometry, folder, base_model=base_model or str(self._model))
+        base_model = base_model or str(self._model)
+        save_adapter(modules, self._config, self._geometry, folder, base_model=base_model, head=self.head)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -61,7 +75,7 @@ class TrainedModel:
 
     Args:
         model: Folder of the model that they began as.
-        parameters: By their names in the model.
+        parameters: By their names in the model; and the weight of the head for whole texts.
     """
 
     def __init__(self, model: Path, parameters: Mapping[str, Tensor]) -> None:
@@ -71,11 +85,19 @@ class TrainedModel:
     def save_adapter(self, folder: Path, base_model: str | None = None) -> None:  # noqa: ARG002  (there is none)
         """Write the model as `transformers` reads it: weights in safetensors, configuration, tokenizer.
 
+        A head for whole texts is among the weights under the name that it has there; beside it is the model's own.
+
         Raises:
             StorageError: The file system refused.
         """
-        model = empty_model(read_config(self._model))
-        for name, value in self._parameters.items():
+        model, parameters = empty_model(read_config(self._model)), dict(self._parameters)
+        head = parameters.pop(HEAD, None)
+        if head is not None:
+            load_ends(model, Checkpoint.open(str(self._model)))
+            setattr(model, SCORE, fresh_head(model.config, geometry_of(model), len(head)))
+            parameters[f"{SCORE}.weight"] = head
+            model.config.num_labels = len(head)
+        for name, value in parameters.items():
             owner, _, last = name.rpartition(".")
             setattr(model.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
         model.tie_weights()

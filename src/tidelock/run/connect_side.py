@@ -81,7 +81,8 @@ def connect_side(  # noqa: PLR0913  (the public door: every argument has a defau
             need, or to a state that is loaded.
         cache: Where the blocks' outputs are kept; None computes them each time.
         codec: How embeddings and taps cross: `fp32`, `bf16`, `int8`, `int4`.
-        in_flight: Examples on their way through the blocks at once; None is 2 with a cloud and 1 with `local`.
+        in_flight: Examples on their way through the blocks at once; None is 2 with a cloud, and with `local` one
+            for each of torch's threads.
 
     Raises:
         CacheError, StorageError: The cache is of another key, or cannot be written.
@@ -100,7 +101,7 @@ def connect_side(  # noqa: PLR0913  (the public door: every argument has a defau
         credentials = credentials or Credentials(token or "", Path(ca) if ca is not None else None)
         link = (parse_url(where), credentials, Egress(ledger or Ledger()), patience_seconds)
         blocks = _CloudBlocks(link, Codecs.named(codec), model)
-    source: TapSource[Any] = TapSource(blocks, at_once=in_flight or (1 if where == "local" else EXAMPLES_AT_ONCE))
+    source: TapSource[Any] = TapSource(blocks, at_once=in_flight or (None if where == "local" else EXAMPLES_AT_ONCE))
     device_model = _beside(blocks.ends, source, side_config or SideConfig(), task, num_labels)
     try:
         if cache is not None:

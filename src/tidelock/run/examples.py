@@ -58,11 +58,31 @@ def encode_examples(
     Raises:
         TidelockError: As the encoders.
     """
-    max_length = longest_example(config, model.ends.max_positions)
-    if model.num_labels is not None:
-        encoder = SequenceEncoder(
-            tokenizer, max_length=max_length, truncate=config.truncate, num_labels=model.num_labels
-        )
+    return encode_for(config, model.num_labels, model.ends.max_positions, tokenizer, examples)
+
+
+def encode_for(
+    config: RunConfig,
+    num_labels: int | None,
+    limit: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+) -> EncodedRows:
+    """Return the rows that a model learns from or is measured on, of which this is known.
+
+    Args:
+        config: The run.
+        num_labels: Classes of whole texts, 1 for a number; None without labels of whole texts.
+        limit: Most positions that the model was made for, or None.
+        tokenizer: The model's.
+        examples: To encode.
+
+    Raises:
+        TidelockError: As the encoders.
+    """
+    max_length = longest_example(config, limit)
+    if num_labels is not None:
+        encoder = SequenceEncoder(tokenizer, max_length=max_length, truncate=config.truncate, num_labels=num_labels)
         return list(encoder.encode_all(examples))
     if config.task == "text-to-text":
         return list(PairEncoder(tokenizer, max_length=max_length, truncate=config.truncate).encode_all(examples))

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from tidelock.errors import CheckpointError, ConfigError
+from tidelock.model.checkpoint import Checkpoint
 from tidelock.peft.export import holds_adapter
+from tidelock.pool.trained import SCORE
 from tidelock.run.open_model import open_model
 from tidelock.wire.ledger import Ledger
 
@@ -47,7 +49,10 @@ def open_trained(folder: RunFolder, config: RunConfig, ledger: Ledger | None = N
         raise CheckpointError(msg)
     if is_whole:
         # A fresh LoRA adds zero, exactly.
-        return open_model(replace(config, method="lora", model=str(trained)), ledger or Ledger())
+        model = open_model(replace(config, method="lora", model=str(trained)), ledger or Ledger())
+        if model.head is not None:
+            model.head.load_state_dict({"weight": Checkpoint.open(str(trained)).read(f"{SCORE}.weight")})
+        return model
     return open_model(replace(config, adapter=str(folder.adapter)), ledger or Ledger())
 
 

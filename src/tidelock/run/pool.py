@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 # Those that a pool trains.
 METHODS = ("side", "lora", "adapter", "full")
+_TASKS = ("causal-lm", "classification", "regression")  # of decoders
 
 _CONFIG, _LAYOUT, _MODEL, _MEASURES = "configuration", "layout", "model's fingerprint", "word whether to measure"
 
@@ -97,7 +98,7 @@ def lead(
     checkpoint.materialise()
     _check_task(config, checkpoint)
     layout_of(_num_blocks(checkpoint), count, None)  # refuses a layout that cannot be before anybody comes
-    data = read_data(config, checkpoint)
+    config, data = read_data(config, checkpoint)
     folder.write_config(config)
     on_ready()
     observer.say(f"Data: {len(data.examples)} examples to learn from, {len(data.held_out)} to measure on.")
@@ -131,7 +132,7 @@ def resume(
     before = layout_from_json(folder.read_layout())
     checkpoint = Checkpoint.open(str(config.model))
     checkpoint.materialise()
-    data = read_data(config, checkpoint)
+    config, data = read_data(config, checkpoint)
     saved = folder.latest_checkpoint()
     found = None if saved is None else load_progress(saved)
 
@@ -338,7 +339,7 @@ def _check_task(config: RunConfig, checkpoint: Checkpoint) -> None:
     rules = [("--task text-to-text", config.task == "text-to-text", f"--task {config.task}"),
              ("--method side", config.method == "side", f"--method {config.method}")]  # fmt: skip
     if not model.is_encoder_decoder:
-        rules = [("--task causal-lm", config.task != "text-to-text", f"--task {config.task}")]
+        rules = [("--task " + " or ".join(_TASKS), config.task in _TASKS, f"--task {config.task}")]
     kind = "an encoder-decoder" if model.is_encoder_decoder else "a decoder"
     for expected, holds, got in rules:
         if not holds:
@@ -351,11 +352,11 @@ def _check(config: RunConfig) -> None:
     rules = (
         ("--method " + " or ".join(METHODS), config.method in METHODS, f"--method {config.method}"),
         ("every block to be read with --method side", config.method != "side" or not config.layer, "--layer"),
-        ("--task causal-lm or text-to-text", config.task in {"causal-lm", "text-to-text"}, f"--task {config.task}"),
+        ("no dropout with --method side", config.method != "side" or not config.dropout, f"--dropout {config.dropout}"),
         ("no weight decay with --method full", config.method != "full" or not config.weight_decay, "--weight-decay"),
         ("whole epochs", config.epochs == int(config.epochs) >= 1, f"--epochs {config.epochs}"),
         ("--side-init magnitude or random", config.side_init != "fisher", "--side-init fisher"),
-    )
+    )  # fmt: skip
     for expected, holds, got in rules:
         if not holds:
             msg = f"Training in a pool: expected {expected}, got {got}. Change it, or train on one device."

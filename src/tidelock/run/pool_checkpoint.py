@@ -8,7 +8,7 @@ May import everything below `run`, and `run.folder`.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError
@@ -16,14 +16,17 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from tidelock.device.bank import Bank
+from tidelock.device.causal_lm import fresh_head
 from tidelock.errors import CheckpointError
 from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
 from tidelock.model.sizes import sizes_of
+from tidelock.peft.adapter_files import HEAD
 from tidelock.peft.side import SideConfig, SideNetwork
 from tidelock.peft.side_seq2seq import SideSeq2Seq
-from tidelock.pool.full_part import FullConfig
+from tidelock.pool.full_part import FullConfig, learning_weights
 from tidelock.pool.recipe import MOMENTS, Progress
+from tidelock.run.connect import num_outputs
 from tidelock.run.folder import storage_error
 from tidelock.run.pool_job import pool_method_of
 
@@ -32,8 +35,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
+    from transformers import PretrainedConfig
 
     from tidelock.model.checkpoint import Checkpoint
+    from tidelock.model.geometry import Geometry
     from tidelock.pool.peers import Peers
     from tidelock.run.config import RunConfig
     from tidelock.run.folder import RunFolder
@@ -100,10 +105,11 @@ def shared_begin(peers: Peers, config: RunConfig, checkpoint: Checkpoint, saved:
         CheckpointError: What was saved is of something else.
         PeerError: A peer was lost.
     """
-    fresh = {name: parameter.detach() for name, parameter in _fresh(config, checkpoint).named_parameters()}
+    fresh = _fresh(config, checkpoint)
     steps = peers.share(torch.tensor([0 if saved is None else saved.steps]) if peers.peer == 0 else None)
     if not int(steps):
-        return Progress(0, {} if config.method == "full" else fresh, {})
+        drawn = {HEAD} if config.method == "full" else fresh.keys()
+        return Progress(0, {name: value for name, value in fresh.items() if name in drawn}, {})
     kinds: list[dict[str, torch.Tensor]] = []
     for kind in ("", *MOMENTS):
         flat = torch.zeros(sum(parameter.numel() for parameter in fresh.values()))
@@ -117,16 +123,26 @@ def shared_begin(peers: Peers, config: RunConfig, checkpoint: Checkpoint, saved:
     return Progress(int(steps), kinds[0], dict(zip(MOMENTS, kinds[1:], strict=True)))
 
 
-def _fresh(config: RunConfig, checkpoint: Checkpoint) -> nn.Module:
-    """Return all that a run trains, as it begins on one device; of a whole model, only what it is like."""
+def _fresh(config: RunConfig, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Return all that a run trains, as it begins on one device; of a model's own weights, only what they are like."""
     set_seed(config.seed)
     model_config, method = read_config(checkpoint.folder), pool_method_of(config)
+    num_labels = num_outputs(config.task, config.num_labels)
     if isinstance(method, FullConfig):
-        return empty_model(model_config)
-    if isinstance(method, SideConfig) and model_config.is_encoder_decoder:
-        return SideSeq2Seq(method, model_config, sizes_of(model_config).of_stacks)
-    geometry = geometry_of(empty_model(model_config))
-    return SideNetwork(method, model_config, geometry) if isinstance(method, SideConfig) else Bank(method, geometry)
+        trained = learning_weights(model_config, with_own_head=num_labels is None)
+    elif isinstance(method, SideConfig) and model_config.is_encoder_decoder:
+        trained = dict(SideSeq2Seq(method, model_config, sizes_of(model_config).of_stacks).named_parameters())
+    elif isinstance(method, SideConfig):
+        trained = dict(SideNetwork(method, model_config, _geometry(model_config)).named_parameters())
+    else:
+        trained = dict(Bank(method, _geometry(model_config)).named_parameters())
+    if num_labels is not None:
+        trained[HEAD] = cast("nn.Parameter", fresh_head(model_config, _geometry(model_config), num_labels).weight)
+    return {name: parameter.detach() for name, parameter in trained.items()}
+
+
+def _geometry(config: PretrainedConfig) -> Geometry:
+    return geometry_of(empty_model(config))
 
 
 def _check_shapes(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:

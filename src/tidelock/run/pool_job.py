@@ -11,7 +11,6 @@ import platform
 import socket
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -20,8 +19,6 @@ import torch
 
 from tidelock.cache.folder import CacheFolder
 from tidelock.cache.identity import CacheIdentity
-from tidelock.data.encode import Encoder, encode_all
-from tidelock.data.encode_pair import PairEncoder
 from tidelock.model.ends import empty_model, read_config, tokenizer_sha256
 from tidelock.model.sizes import sizes_of
 from tidelock.peft.side import SideConfig
@@ -33,8 +30,9 @@ from tidelock.pool.pipeline import Example
 from tidelock.pool.profiler import DeviceFacts, measure_pool
 from tidelock.pool.recipe import Recipe
 from tidelock.pool.redistribute import Kept
+from tidelock.run.connect import num_outputs
 from tidelock.run.connect_side import model_hash
-from tidelock.run.examples import longest_example, read_run_examples
+from tidelock.run.examples import encode_for, read_run_examples, with_classes_counted
 from tidelock.run.open_model import cache_config_of, load_tokenizer, method_config_of
 from tidelock.units import parse_bytes
 
@@ -42,7 +40,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tidelock.cache.store import ActivationCache
+    from tidelock.data.encode import TokenRow
     from tidelock.data.encode_pair import PairRow
+    from tidelock.data.encode_sequence import SequenceRow
     from tidelock.model.checkpoint import Checkpoint
     from tidelock.peft.methods import MethodConfig
     from tidelock.plan.inputs import Profile
@@ -87,28 +87,28 @@ class Holdings:
         return cls(cache, MemoryLimit(None if config.memory_limit is None else parse_bytes(config.memory_limit)))
 
 
-def read_data(config: RunConfig, checkpoint: Checkpoint) -> PoolData:
-    """Return a run's examples; errors as those of the data."""
+def read_data(config: RunConfig, checkpoint: Checkpoint) -> tuple[RunConfig, PoolData]:
+    """Return a run with its classes counted, and its examples; errors as those of the data."""
+    examples, held_out = read_run_examples(config)
+    config = with_classes_counted(config, [*examples, *held_out])
     model_config = read_config(checkpoint.folder)
-    max_length = longest_example(config, sizes_of(model_config).max_positions)
-    tokenizer = load_tokenizer(checkpoint.folder)
-    if model_config.is_encoder_decoder:
-        pairs = PairEncoder(tokenizer, max_length=max_length, truncate=config.truncate)
-        shift: Any = empty_model(model_config)  # which knows what its decoder is given
-        return PoolData(
-            *([_pair(row, shift) for row in pairs.encode_all(found)] for found in read_run_examples(config))
-        )
-    encoder = Encoder(tokenizer, max_length=max_length, truncate=config.truncate)
-    examples, held_out = (
-        [Example(tuple(row["input_ids"]), tuple(row["labels"])) for row in encode_all(encoder, found)]
-        for found in read_run_examples(config)
+    limit = sizes_of(model_config).max_positions
+    num_labels, tokenizer = num_outputs(config.task, config.num_labels), load_tokenizer(checkpoint.folder)
+    # It knows what its decoder is given to predict labels.
+    decoder = empty_model(model_config) if model_config.is_encoder_decoder else None
+    encoded = (
+        [_example(row, decoder) for row in encode_for(config, num_labels, limit, tokenizer, some)]
+        for some in (examples, held_out)
     )
-    return PoolData(examples, held_out)
+    return config, PoolData(*encoded)
 
 
-def _pair(row: PairRow, model: Any) -> Example:  # noqa: ANN401  (encoder-decoders have no type that says so)
-    labels = torch.tensor([row["labels"]])
-    (decoder_ids,) = model.prepare_decoder_input_ids_from_labels(labels).tolist()
+def _example(row: TokenRow | PairRow | SequenceRow, decoder: Any) -> Example:  # noqa: ANN401  (no type says so)
+    if "label" in row:
+        return Example(tuple(row["input_ids"]), row["label"])
+    decoder_ids: list[int] = []
+    if decoder is not None:
+        (decoder_ids,) = decoder.prepare_decoder_input_ids_from_labels(torch.tensor([row["labels"]])).tolist()
     return Example(tuple(row["input_ids"]), tuple(row["labels"]), tuple(decoder_ids))
 
 
@@ -162,6 +162,7 @@ def job_of(config: RunConfig, checkpoint: Checkpoint, data: PoolData, holdings: 
         kept=_kept_of(config, checkpoint, holdings.cache, model) if isinstance(method, SideConfig) else None,
         held_out=HeldOut(data.held_out, config.batch_size, every),
         memory=holdings.memory,
+        num_labels=num_outputs(config.task, config.num_labels),
     )
 
 
@@ -217,13 +218,14 @@ def _kept_blocks(cache: Path, identity: CacheIdentity) -> list[range]:
 
 
 def _packed(examples: Sequence[Example]) -> torch.Tensor:
-    """Return examples as one vector: how many there are, the lengths of what each has, and all that."""
-    parts = [part for each in examples for part in (each.input_ids, each.labels, each.decoder_ids)]
-    return torch.tensor([len(examples), *map(len, parts), *(number for part in parts for number in part)])
+    """Return examples as one int64 vector: the bytes of their JSON, which may end with blanks."""
+    text = json.dumps([(each.input_ids, each.labels, each.decoder_ids) for each in examples]).encode()
+    return torch.frombuffer(bytearray(text.ljust(-(-len(text) // 8) * 8)), dtype=torch.int64)
 
 
 def _unpacked(numbers: torch.Tensor) -> list[Example]:
-    count, *values = numbers.tolist()
-    lengths, given = values[: 3 * count], iter(values[3 * count :])
-    parts = [tuple(islice(given, length)) for length in lengths]
-    return [Example(*parts[first : first + 3]) for first in range(0, len(parts), 3)]
+    rows = json.loads(numbers.numpy().tobytes())
+    return [
+        Example(tuple(ids), tuple(labels) if isinstance(labels, list) else labels, tuple(decoder_ids))
+        for ids, labels, decoder_ids in rows
+    ]

@@ -9,7 +9,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, final
 
+import numpy as np
+
 from tidelock.pool.timeline import summary, to_json
+from tidelock.run.metrics import sequence_metrics
 from tidelock.run.pool_checkpoint import save_progress
 from tidelock.run.trainer import Observer
 from tidelock.units import format_bytes
@@ -17,6 +20,7 @@ from tidelock.units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tidelock.pool.held_out import Measured
     from tidelock.pool.job import PoolJob
     from tidelock.pool.meeting import MeetingPlace
     from tidelock.pool.recipe import Progress
@@ -72,6 +76,7 @@ class PoolNotes:
         self._desk = desk
         self._observer = observer
         self._per_epoch = job.recipe.steps_per_epoch(len(job.examples))
+        self._held_out = job.held_out.examples
         self._began = time.monotonic()
         observer.start(job.recipe.epochs * self._per_epoch, job.begin.steps)
 
@@ -90,12 +95,19 @@ class PoolNotes:
         if self._desk is not None:
             save_progress(progress, self._desk.folder, self._desk.keep)
 
-    def evaluated(self, step: int, loss: float) -> None:
+    def evaluated(self, step: int, found: Measured) -> None:
         """Take an evaluation."""
-        self.eval_loss = loss
-        self._observer.say(f"After step {step}, loss on the evaluation data {loss:.4f}.")
+        self.eval_loss = found.loss
+        metrics = {}
+        if found.outputs_BC.shape[1]:
+            metrics = sequence_metrics(
+                found.outputs_BC.numpy(), np.array([example.labels for example in self._held_out])
+            )
+        said = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
+        self._observer.say(f"After step {step}, loss on the evaluation data {found.loss:.4f}{said}.")
         if self._desk is not None:
-            self._desk.folder.append_metrics({"step": step, _EVAL_LOSS: loss, "epoch": step / self._per_epoch})
+            measured = {_EVAL_LOSS: found.loss, **{f"eval_{name}": value for name, value in metrics.items()}}
+            self._desk.folder.append_metrics({"step": step, **measured, "epoch": step / self._per_epoch})
         self._began = time.monotonic()
 
     def owes_evaluation(self, step: int) -> bool:

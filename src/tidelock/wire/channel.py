@@ -41,8 +41,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 # A restarted cloud should be found again within a second or two; gRPC's own default goes up to two minutes.
 _RECONNECT_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2000),
+    # Not a pause, whatever its name: how long an attempt may take, TCP's and TLS's several round trips and all.
+    ("grpc.min_reconnect_backoff_ms", 10_000),
 )
 _PROBE_SECONDS = 5.0
 

@@ -67,6 +67,18 @@ def test_bytes_by_hand(job):
         assert all(second > 0 for seconds in table for second in seconds)
 
 
+@pytest.mark.parametrize("config", [SideConfig(init="random"), LoraConfig(r=2, target_modules=["*"])])
+def test_a_head_for_whole_texts_takes_the_place_of_the_models_own(job, config):
+    job, ends = replace(job, config=config), Ends(read_config(job.source.folder), job.source)
+    whole = measure_device(job, ROWS).blocks[-1]
+    texts = replace(job, num_labels=3, examples=[replace(example, labels=1) for example in job.examples])
+    found = measure_device(texts, ROWS).blocks[-1]
+    head = 4 * 3 * 32
+    assert found.gradient_bytes == whole.gradient_bytes + head
+    held = 4 * (ends.embedding.numel() + ends.head.weight.numel())
+    assert found.parameter_bytes == whole.parameter_bytes - held + head
+
+
 @pytest.mark.parametrize("layers", [None, [2]])
 def test_where_gradients_go_through_the_blocks(job, layers):
     job = replace(job, config=LoraConfig(r=2, target_modules=["*"], layers_to_transform=layers), kept=None)
@@ -145,10 +157,12 @@ def test_a_device_is_measured_once(job, tmp_path, monkeypatch):
     profile(lora, DEVICE)
     profile(lora, DEVICE)
     assert len(calls) == 4
+    profile(replace(lora, num_labels=2, examples=[replace(example, labels=1) for example in job.examples]), DEVICE)
+    assert len(calls) == 5
     for kept in (tmp_path / "cache" / "profiles").glob("*.json"):
         kept.write_text("{")
     profile(job, DEVICE)
-    assert len(calls) == 5
+    assert len(calls) == 6
 
 
 def test_what_is_not_kept_is_said(job, tmp_path):
