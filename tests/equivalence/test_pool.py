@@ -18,9 +18,10 @@ from tidelock.device.side_model import SideModel
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.peft.side import SideConfig
 from tidelock.peft.side_part import join_parts
+from tidelock.pool.example import Example
 from tidelock.pool.layout import PoolLayout, Stage
 from tidelock.pool.peers import Peers
-from tidelock.pool.pipeline import Example, Pipeline, sum_of_losses
+from tidelock.pool.pipeline import Pipeline, sum_of_losses
 from tidelock.pool.side_stage import SideStage
 
 CONFIG = SideConfig(init="random", zero_upsample=False)

@@ -36,10 +36,11 @@ from tidelock.model.part_seq2seq import Seq2SeqPart
 from tidelock.model.sizes import sizes_of
 from tidelock.peft.side import SideConfig
 from tidelock.peft.side_seq2seq_part import SideSeq2SeqPart
+from tidelock.pool.example import Example
 from tidelock.pool.held_out import HeldOut
 from tidelock.pool.layout import PoolLayout, Stage
 from tidelock.pool.peers import Peers
-from tidelock.pool.pipeline import Example, Pipeline
+from tidelock.pool.pipeline import Pipeline
 from tidelock.pool.redistribute import key_of
 from tidelock.pool.seq2seq_stage import Seq2SeqStage
 from tidelock.pool.side_stage import padded

@@ -27,12 +27,12 @@ from tidelock.errors import MemoryExceeded, PeerError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import read_config
 from tidelock.model.sizes import sizes_of
+from tidelock.pool.example import Example
 from tidelock.pool.held_out import HeldOut, Measured
 from tidelock.pool.job import PoolJob
 from tidelock.pool.layout import PoolLayout, Stage, one_forward_one_backward
 from tidelock.pool.memory import MemoryLimit
 from tidelock.pool.peers import Peers
-from tidelock.pool.pipeline import Example
 from tidelock.pool.recipe import Progress, Recipe
 from tidelock.pool.redistribute import Kept
 from tidelock.pool.side_stage import padded

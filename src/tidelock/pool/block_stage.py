@@ -19,9 +19,10 @@ from tidelock.model.geometry import geometry_of
 from tidelock.model.part import ModelPart
 from tidelock.model.rows import Rows
 from tidelock.peft.site_part import SitePart
+from tidelock.pool.example import Boundary, Width
 from tidelock.pool.full_part import FullConfig, FullPart
 from tidelock.pool.loss_head import LossHead, load_ends
-from tidelock.pool.pipeline import Boundary, Kept, Width
+from tidelock.pool.pipeline import Kept
 from tidelock.pool.side_stage import back_through, padded
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from tidelock.model.cut import SiteVisitor
     from tidelock.model.rows import Layout
     from tidelock.peft.methods import ModuleConfig
-    from tidelock.pool.pipeline import Example
+    from tidelock.pool.example import Example
 
 
 class Learning(Protocol):

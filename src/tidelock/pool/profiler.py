@@ -32,17 +32,18 @@ from tidelock.peft.side import SideConfig
 from tidelock.plan.inputs import Block, Device, Link, LinkBetween, Links, Profile
 from tidelock.pool.beside import side_stage
 from tidelock.pool.block_stage import BlockStage
+from tidelock.pool.example import Width
 from tidelock.pool.full_part import FullConfig
-from tidelock.pool.pipeline import Width
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
+    from tidelock.pool.example import Example
     from tidelock.pool.job import PoolJob
     from tidelock.pool.peers import Peers
-    from tidelock.pool.pipeline import Example, StageCompute
+    from tidelock.pool.pipeline import StageCompute
 
 _REPEATS = 5
 _PROBE_FLOATS = 1 << 20

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from tidelock.cache.store import ActivationCache
     from tidelock.model.sizes import ModelSizes
+    from tidelock.pool.example import Example
     from tidelock.pool.peers import Peers, Transfer
-    from tidelock.pool.pipeline import Example
     from tidelock.pool.recipe import Optimizer
 
 # Examples whose outputs are on their way at the same time.

@@ -23,7 +23,8 @@ from tidelock.model.part_seq2seq import Seq2SeqPart
 from tidelock.model.rows import Rows
 from tidelock.model.seq2seq import Seq2SeqEnds
 from tidelock.peft.side_seq2seq_part import SideSeq2SeqPart
-from tidelock.pool.pipeline import Boundary, Kept, Width
+from tidelock.pool.example import Boundary, Width
+from tidelock.pool.pipeline import Kept
 from tidelock.pool.side_stage import back_through
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from tidelock.model.part_seq2seq import StackPart
     from tidelock.model.rows import Layout
     from tidelock.peft.side import SideConfig
-    from tidelock.pool.pipeline import Example
+    from tidelock.pool.example import Example
     from tidelock.pool.side_stage import OnOutputs
 
 

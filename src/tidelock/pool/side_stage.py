@@ -18,8 +18,9 @@ from tidelock.model.geometry import geometry_of
 from tidelock.model.part import ModelPart
 from tidelock.model.rows import Rows
 from tidelock.peft.side_part import SidePart
+from tidelock.pool.example import IGNORED, Boundary, Example, Width
 from tidelock.pool.loss_head import LossHead, load_ends
-from tidelock.pool.pipeline import IGNORED, Boundary, Example, Kept, Width
+from tidelock.pool.pipeline import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

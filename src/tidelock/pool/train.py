@@ -39,11 +39,12 @@ if TYPE_CHECKING:
 
     from tidelock.device.beside_blocks import BesideBlocks
     from tidelock.peft.methods import ModuleConfig
+    from tidelock.pool.example import Example
     from tidelock.pool.held_out import Measured
     from tidelock.pool.job import PoolJob, Trained, Watcher
     from tidelock.pool.layout import PoolLayout
     from tidelock.pool.peers import Peers
-    from tidelock.pool.pipeline import Example, StageCompute
+    from tidelock.pool.pipeline import StageCompute
     from tidelock.pool.recipe import Progress
     from tidelock.pool.redistribute import Kept
     from tidelock.pool.seq2seq_stage import Seq2SeqStage

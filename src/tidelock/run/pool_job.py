@@ -22,11 +22,11 @@ from tidelock.cache.identity import CacheIdentity
 from tidelock.model.ends import empty_model, read_config, tokenizer_sha256
 from tidelock.model.sizes import sizes_of
 from tidelock.peft.side import SideConfig
+from tidelock.pool.example import Example
 from tidelock.pool.full_part import FullConfig
 from tidelock.pool.held_out import HeldOut
 from tidelock.pool.job import PoolJob
 from tidelock.pool.memory import MemoryLimit
-from tidelock.pool.pipeline import Example
 from tidelock.pool.profiler import DeviceFacts, measure_pool
 from tidelock.pool.recipe import Recipe
 from tidelock.pool.redistribute import Kept

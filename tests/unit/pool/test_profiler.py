@@ -19,8 +19,8 @@ from tidelock.model.geometry import Place, SiteId
 from tidelock.model.part import ModelPart
 from tidelock.peft.side import SideConfig
 from tidelock.pool import profiler
+from tidelock.pool.example import Example
 from tidelock.pool.job import PoolJob
-from tidelock.pool.pipeline import Example
 from tidelock.pool.profiler import DeviceFacts, measure_device, measure_pool
 from tidelock.pool.recipe import Progress, Recipe
 

@@ -9,7 +9,7 @@ from tests.support.pool import all_of, in_pool
 from tidelock.cache.config import CacheConfig
 from tidelock.cache.identity import CacheIdentity
 from tidelock.errors import CacheError, PeerError
-from tidelock.pool.pipeline import Example
+from tidelock.pool.example import Example
 from tidelock.pool.redistribute import Kept, Widths, find_routes, key_of, redistribute
 
 EXAMPLES = [
