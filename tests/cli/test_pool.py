@@ -178,8 +178,8 @@ def test_an_encoder_decoder_learns_in_a_pool(
     [
         ("answer_model", (), "an encoder-decoder (t5) in a pool: expected --task text-to-text, got --task causal-lm"),
         ("answer_model", ("--task", "text-to-text", "--method", "lora"), "expected --method side, got --method lora"),
-        ("chat_model", ("--task", "text-to-text"), "a decoder (llama) in a pool: expected --task causal-lm, got"),
-        ("chat_model", ("--task", "regression"), "--task causal-lm or text-to-text, got --task regression"),
+        ("answer_model", ("--task", "regression"), "expected --task text-to-text, got --task regression"),
+        ("chat_model", ("--task", "text-to-text"), "a decoder (llama) in a pool: expected --task causal-lm, classif"),
     ],
 )
 def test_a_task_of_the_other_kind_of_model_is_refused(

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 # Those that a pool trains.
 METHODS = ("side", "lora", "adapter", "full")
-_TASKS = ("causal-lm", "classification", "regression")  # of decoders
 
 _CONFIG, _LAYOUT, _MODEL, _MEASURES = "configuration", "layout", "model's fingerprint", "word whether to measure"
 
@@ -339,7 +338,8 @@ def _check_task(config: RunConfig, checkpoint: Checkpoint) -> None:
     rules = [("--task text-to-text", config.task == "text-to-text", f"--task {config.task}"),
              ("--method side", config.method == "side", f"--method {config.method}")]  # fmt: skip
     if not model.is_encoder_decoder:
-        rules = [("--task " + " or ".join(_TASKS), config.task in _TASKS, f"--task {config.task}")]
+        expected = "--task causal-lm, classification or regression"
+        rules = [(expected, config.task != "text-to-text", f"--task {config.task}")]
     kind = "an encoder-decoder" if model.is_encoder_decoder else "a decoder"
     for expected, holds, got in rules:
         if not holds:
