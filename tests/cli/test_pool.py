@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.answer_model import save_answer_model
 from tests.support.chat_model import save_chat_model
 from tests.support.tidelock_process import TidelockProcess
 from tidelock.cli.main import run
@@ -134,6 +135,65 @@ def test_what_is_in_the_blocks_is_trained_too(
     assert tide(*one, *LEARN[:-2], "--out", tmp_path / "one") == 0
     assert losses(run_folder)[:4] == pytest.approx(losses(tmp_path / "one")[:4], rel=1e-3)
     assert tide("plan", "pool", tmp_path / "one" / "profile.json", "--batch-rows", 4) == 0
+
+
+@pytest.fixture(scope="module")
+def answer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_answer_model(tmp_path_factory.mktemp("answer") / "model")
+
+
+@pytest.fixture
+def facts_to_answer(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"where is key {number}?", "completion": "in the box"} for number in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_an_encoder_decoder_learns_in_a_pool(
+    capsys: Capture, answer_model: Path, facts_to_answer: Path, tmp_path: Path
+) -> None:
+    run_folder = tmp_path / "run"
+    command = ("pool", "train", facts_to_answer, "--task", "text-to-text", "--model", answer_model, *LEARN)
+    stages = ("--local", 2, "--stage", "0-1@1", "--stage", "2-4@0", "--eval-data", facts_to_answer)
+    assert tide(*command, *stages, "--out", run_folder) == 0
+    assert "blocks 0 to 1 on peers 1; blocks 2 to 4 on peers 0." in capsys.readouterr().err
+    measured = [row["eval_loss"] for row in read_rows(run_folder / "metrics.jsonl") if "eval_loss" in row]
+    # Here the pool is measured and planned.
+    assert tide(*command, "--local", 1, "--out", tmp_path / "one") == 0
+    assert losses(run_folder)[:3] == pytest.approx(losses(tmp_path / "one")[:3], rel=1e-3)
+    capsys.readouterr()
+    assert tide("plan", "pool", tmp_path / "one" / "profile.json", "--batch-rows", 4, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["stages"][-1]["last_block"] == 4
+    assert tide("generate", run_folder, "--prompt", "where is key 1?", "--max-new-tokens", 12) == 0
+    assert capsys.readouterr().out == "in the box\n"
+    assert tide("eval", run_folder, "--data", facts_to_answer, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["loss"] == pytest.approx(measured[-1], rel=1e-4)
+    assert tide("export", run_folder, "--to", "adapter", tmp_path / "out") == 0
+    assert tide("report", run_folder) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("answer_model", (), "an encoder-decoder (t5) in a pool: expected --task text-to-text, got --task causal-lm"),
+        ("answer_model", ("--task", "text-to-text", "--method", "lora"), "expected --method side, got --method lora"),
+        ("answer_model", ("--task", "regression"), "expected --task text-to-text, got --task regression"),
+        ("chat_model", ("--task", "text-to-text"), "a decoder (llama) in a pool: expected --task causal-lm, classif"),
+    ],
+)
+def test_a_task_of_the_other_kind_of_model_is_refused(
+    capsys: Capture,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    kind: str,
+    options: tuple[str, ...],
+    expected: str,
+) -> None:
+    command = ("pool", "train", tmp_path / "data.jsonl", "--model", request.getfixturevalue(kind), "--local", 1)
+    assert tide(*command, "--out", tmp_path / "run", *options) == ConfigError.exit_code
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run" / "run.toml").exists()
 
 
 def test_an_unknown_pool_is_measured_and_planned(

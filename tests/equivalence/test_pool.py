@@ -13,13 +13,15 @@ from tests.support.parity import token_batch
 from tests.support.plain_side import randomise_side, side_model
 from tests.support.pool import all_of, in_pool
 from tests.support.tiny_models import ALL_MODELS, BLOCKS
+from tidelock.device.beside_blocks import BesideBlocks
 from tidelock.device.side_model import SideModel
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.peft.side import SideConfig
 from tidelock.peft.side_part import join_parts
+from tidelock.pool.example import Example
 from tidelock.pool.layout import PoolLayout, Stage
 from tidelock.pool.peers import Peers
-from tidelock.pool.pipeline import Example, Pipeline, sum_of_losses
+from tidelock.pool.pipeline import Pipeline, sum_of_losses
 from tidelock.pool.side_stage import SideStage
 
 CONFIG = SideConfig(init="random", zero_upsample=False)
@@ -81,7 +83,7 @@ def padded(batch: list[Example]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-def state_of(model: SideModel) -> dict[str, torch.Tensor]:
+def state_of(model: BesideBlocks) -> dict[str, torch.Tensor]:
     """Return what is trained by its names in a pool."""
     return {name.removeprefix("network."): value for name, value in model.state_dict().items()}
 

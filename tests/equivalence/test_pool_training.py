@@ -20,9 +20,14 @@ from tidelock.cache.config import CacheConfig
 from tidelock.cache.folder import CacheFolder
 from tidelock.cache.identity import CacheIdentity
 from tidelock.data.batch import Collator
+from tidelock.device.beside_blocks import BesideBlocks
 from tidelock.device.side_model import SideModel
+from tidelock.device.side_seq2seq import SideSeq2SeqModel
 from tidelock.errors import MemoryExceeded, PeerError
 from tidelock.model.checkpoint import Checkpoint
+from tidelock.model.ends import read_config
+from tidelock.model.sizes import sizes_of
+from tidelock.pool.example import Example
 from tidelock.pool.held_out import HeldOut, Measured
 from tidelock.pool.job import PoolJob
 from tidelock.pool.layout import PoolLayout, Stage, one_forward_one_backward
@@ -38,6 +43,25 @@ RECIPE = Recipe(epochs=3, batch_size=4, learning_rate=1e-2, warmup_steps=2, clip
 COUNT = 10
 # The layouts that are always tried where all are tried with something else too.
 QUICK = ("data parallel", "straight pipeline", "hybrid")
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a side network stands beside, and what it learns from."""
+
+    model: Callable[[Path], SideModel | SideSeq2SeqModel]
+    examples: Callable[[int], list[Example]]
+
+
+def decoder(num_labels: int | None) -> Beside:
+    """Return a decoder as a run begins with it; a head for whole texts is drawn from the global generator."""
+
+    def begun_model(folder: Path) -> SideModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            return side_model(folder, CONFIG, num_labels)
+
+    return Beside(begun_model, lambda count: texts(count, num_labels))
 
 
 class Notes:
@@ -121,6 +145,7 @@ def run_in_pool(
     places: Sequence[int] | None = None,
     held_out: HeldOut | None = None,
     recipe: Recipe = RECIPE,
+    beside: Beside | None = None,
     num_labels: int | None = None,
     **lead: Any,
 ) -> list[Outcome]:
@@ -134,10 +159,13 @@ def run_in_pool(
         places: Number of each peer's cache; by default that of the peer.
         held_out: What it is measured on.
         recipe: How it is trained; with another one than `RECIPE` no checkpoint is written within an epoch.
-        num_labels: Of a head for whole texts.
+        beside: What kind of model it is; a decoder if it is not said.
+        num_labels: Of a decoder's head for whole texts.
         lead: `dies_at` of the last peer, `grows_after` so many steps beyond its memory, `changes_after` of peer 0.
     """
-    first = begin or Progress(0, start_of(folder, num_labels), {})
+    kind = beside or decoder(num_labels)
+    first = begin or Progress(0, state_of(kind.model(folder)), {})
+    num_blocks = sizes_of(read_config(folder)).num_blocks
 
     def work(peers: Peers) -> Outcome:
         place = tmp_path / str(peers.peer if places is None else places[peers.peer])
@@ -149,13 +177,13 @@ def run_in_pool(
         there = [range(found.taps[0], found.taps[-1] + 1) for _, found in CacheFolder(place).groups() if found]
         dies_at = lead.get("dies_at") if peers.peer == peers.count - 1 else None
         notes = Notes(first.steps, dies_at, lead.get("changes_after") if peers.peer == 0 else None)
-        kept, looks = Kept(open_cache, there, BLOCKS), itertools.count()
+        kept, looks = Kept(open_cache, there, num_blocks), itertools.count()
         most_steps = lead.get("grows_after", RECIPE.epochs * PER_EPOCH) if peers.peer == peers.count - 1 else COUNT
         # The first two looks are at what there was before, and at the blocks.
         memory = MemoryLimit(10, lambda: 11 if next(looks) > 1 and len(notes.losses) >= most_steps else 0)
         save_every = 2 if recipe == RECIPE else COUNT
-        source, measured, rows = Checkpoint.open(str(folder)), held_out or HeldOut(), texts(COUNT, num_labels)
-        job = PoolJob("llama", source, CONFIG, first, rows, recipe, save_every, kept, measured, memory, num_labels)
+        source, measured, rows = Checkpoint.open(str(folder)), held_out or HeldOut(), kind.examples(COUNT)
+        job = PoolJob("tiny", source, CONFIG, first, rows, recipe, save_every, kept, measured, memory, num_labels)
         training, trained, error = PoolTraining(peers, layout, job, notes), None, None
         try:
             trained = training.run()
@@ -163,7 +191,7 @@ def run_in_pool(
             error = lost.with_traceback(None)  # which would keep the round's connections open
         finally:
             peers.close()
-        state = state_of(trained) if isinstance(trained, SideModel) else None
+        state = state_of(trained) if isinstance(trained, BesideBlocks) else None
         return Outcome(notes, training.progress, state, error)
 
     outcomes = in_pool(layout.num_peers, work)
@@ -172,26 +200,17 @@ def run_in_pool(
     return all_of([outcome for outcome in outcomes if outcome not in died])
 
 
-def begun_model(folder: Path, num_labels: int | None) -> SideModel:
-    """Return the model as a run begins with it; only a head for whole texts is drawn from the global generator."""
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        return side_model(folder, CONFIG, num_labels)
-
-
-def start_of(folder: Path, num_labels: int | None) -> dict[str, torch.Tensor]:
-    return state_of(begun_model(folder, num_labels))
-
-
 def one_process(
     folder: Path,
     recipe: Recipe = RECIPE,
-    measure: Callable[[int, SideModel], None] | None = None,
+    measure: Callable[[int, SideModel | SideSeq2SeqModel], None] | None = None,
+    beside: Beside | None = None,
     num_labels: int | None = None,
-):
+) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Train as a person would, on the batches that the pool has; measure after each step."""
-    model, losses = begun_model(folder, num_labels), []
-    rows, steps = texts(COUNT, num_labels), recipe.epochs * recipe.steps_per_epoch(COUNT)
+    kind = beside or decoder(num_labels)
+    model, losses = kind.model(folder), []
+    rows, steps = kind.examples(COUNT), recipe.epochs * recipe.steps_per_epoch(COUNT)
     adam = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     warm, order = recipe.warmup_steps, recipe.order(COUNT, 0)
     batches = [order[first : first + recipe.batch_size] for first in range(0, COUNT, recipe.batch_size)]
@@ -213,9 +232,11 @@ def one_process(
     return state_of(model), losses
 
 
-def assert_is_that_of_one_process(folder: Path, state: dict[str, torch.Tensor], num_labels: int | None = None) -> None:
-    expected, _ = one_process(folder, num_labels=num_labels)
-    start = start_of(folder, num_labels)
+def assert_is_that_of_one_process(
+    folder: Path, state: dict[str, torch.Tensor], beside: Beside | None = None, num_labels: int | None = None
+) -> None:
+    expected, _ = one_process(folder, beside=beside, num_labels=num_labels)
+    start = state_of((beside or decoder(num_labels)).model(folder))
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
         assert not torch.equal(state[name], start[name]), name
@@ -241,7 +262,7 @@ def test_a_run_is_that_of_one_process(layout: str, num_labels: int | None, tiny_
         assert all(torch.equal(outcome.state[name], first[name]) for name in first)
         assert len(outcome.notes.sent) == 1
         assert outcome.notes.filled == []
-    assert_is_that_of_one_process(tiny_models / "llama", first, num_labels)
+    assert_is_that_of_one_process(tiny_models / "llama", first, num_labels=num_labels)
 
 
 HELD_OUT = examples(COUNT + 6)[COUNT:]
@@ -255,7 +276,7 @@ def evaluations_of_one_process(tiny_models: Path, tmp_path_factory: pytest.TempP
     where = str(tmp_path_factory.mktemp("trainer"))
     arguments = TrainingArguments(where, per_device_eval_batch_size=RECIPE.batch_size, use_cpu=True)
 
-    def measure(step: int, model: SideModel) -> None:
+    def measure(step: int, model: SideModel | SideSeq2SeqModel) -> None:
         trainer = Trainer(model, arguments, data_collator=Collator(0), eval_dataset=rows)
         found[step] = trainer.evaluate()["eval_loss"]
 
@@ -302,7 +323,7 @@ def test_what_a_head_for_whole_texts_gives_is_measured(
     rows, expected = texts(COUNT + 6, num_labels)[COUNT:], {}
 
     @torch.no_grad()
-    def measure(step: int, model: SideModel) -> None:
+    def measure(step: int, model: SideModel | SideSeq2SeqModel) -> None:
         found = model(**padded(rows))
         expected[step] = (float(found.loss), found.logits)
 
@@ -497,7 +518,7 @@ def test_a_head_for_whole_texts_is_not_lost_with_a_peer(dies_at: str, tiny_model
     assert all(outcome.error is not None for outcome in left)  # the last one had the head
     for outcome in run_in_pool(folder, AFTERWARDS[2], tmp_path, left[0].progress, num_labels=3):
         assert outcome.state is not None
-        assert_is_that_of_one_process(folder, outcome.state, 3)
+        assert_is_that_of_one_process(folder, outcome.state, num_labels=3)
 
 
 def test_a_lost_peer_costs_fewer_than_five_steps(tiny_models: Path, tmp_path: Path) -> None:

@@ -69,6 +69,11 @@ class ModelPart:
         self.decoder = model.get_submodule(self.cut.geometry.family.decoder)
         self.config: PretrainedConfig = model.config
 
+    @property
+    def working_widths(self) -> tuple[int, int]:
+        """How many numbers a token takes while a block is computed: what linears give, all at once; 0 of a target."""
+        return sum(parameter.shape[0] for parameter in self.cut.parameters() if parameter.ndim == 2), 0
+
     def learn(self) -> dict[str, nn.Parameter]:
         """Have all weights learn that the outcome of `through` depends on; return them by their names in the model."""
         layout = Rows((0,), (2,), 2).layout(self.cut.device)

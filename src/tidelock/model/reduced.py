@@ -76,11 +76,10 @@ def reduced_config(
         **dict.fromkeys(_HEAD, lambda _: small_head),
         **dict.fromkeys(_SAME_AS_HIDDEN, lambda _: hidden),
         **dict.fromkeys(_LIKE_HEAD, lambda scale: max(1, round(scale * small_head / full_head))),
-        **dict.fromkeys(_DECODER_BLOCKS, lambda _: len(decoder_blocks)),
         "rope_parameters": lambda rope: _reduced_rope(rope, small_head),
     }
     dropouts = {name: dropout for name, value in facts.items() if _is_dropout(name, value)}
-    changes = {"hidden_size": hidden, **dropouts, **_apply(rules, facts), **_of_blocks(facts, blocks)}
+    changes = {"hidden_size": hidden, **dropouts, **_apply(rules, facts), **_of_blocks(facts, blocks, decoder_blocks)}
     try:
         return _changed(config, changes)
     except (StrictDataclassError, AttributeError, TypeError, ValueError) as error:
@@ -91,14 +90,23 @@ def _is_dropout(name: str, value: object) -> bool:
     return ("dropout" in name or name.endswith("pdrop")) and isinstance(value, int | float)
 
 
-def part_config(config: PretrainedConfig, blocks: Sequence[int]) -> PretrainedConfig:
-    """Return a copy of a model's configuration with these blocks only, at their full width, and no vocabulary."""
-    return _changed(config, _of_blocks(config.to_dict(), blocks))
+def part_config(
+    config: PretrainedConfig, blocks: Sequence[int], decoder_blocks: Sequence[int] = ()
+) -> PretrainedConfig:
+    """Return a copy of a model's configuration with these blocks only, at their full width, and no vocabulary.
+
+    Args:
+        config: The model's text configuration.
+        blocks: The blocks that the copy has.
+        decoder_blocks: Those of the decoder, where `blocks` are the encoder's.
+    """
+    return _changed(config, _of_blocks(config.to_dict(), blocks, decoder_blocks))
 
 
-def _of_blocks(facts: dict[str, Any], blocks: Sequence[int]) -> dict[str, Any]:
+def _of_blocks(facts: dict[str, Any], blocks: Sequence[int], decoder_blocks: Sequence[int]) -> dict[str, Any]:
     """Return what changes in a configuration when there are only these blocks, and no vocabulary."""
     rules: dict[str, Callable[[Any], Any]] = {
+        **dict.fromkeys(_DECODER_BLOCKS, lambda _: len(decoder_blocks)),
         **dict.fromkeys(_PER_BLOCK, lambda values: [values[block] for block in blocks]),
         **dict.fromkeys(_IDS, lambda _: None),
     }

@@ -23,7 +23,7 @@ from tidelock.model.taps import Taps
 from tidelock.model.watch import reading, watch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from transformers import Cache, PretrainedConfig, PreTrainedModel
@@ -42,12 +42,14 @@ class EncoderDecoderFamily:
         encoder: From the model with a language-model head to its encoder.
         decoder: And to its decoder.
         blocks: From either to its list of blocks.
+        shared: A parameter that only the first block of a stack has and that all its blocks read: from the block.
     """
 
     name: str
     encoder: str
     decoder: str
     blocks: str
+    shared: str | None = None
 
 
 # Of BART: added to the logits.
@@ -56,7 +58,9 @@ _BIAS = "final_logits_bias"
 ENCODER_DECODERS: dict[str, EncoderDecoderFamily] = {
     family.name: family
     for family in (
-        EncoderDecoderFamily("t5", "encoder", "decoder", "block"),
+        EncoderDecoderFamily(
+            "t5", "encoder", "decoder", "block", "layer.0.SelfAttention.relative_attention_bias.weight"
+        ),
         EncoderDecoderFamily("bart", "model.encoder", "model.decoder", "layers"),
     )
 }
@@ -76,6 +80,15 @@ def encoder_decoder_family(config: PretrainedConfig) -> EncoderDecoderFamily:
         )
         raise ModelError(msg)
     return family
+
+
+def stack_sizes(model: PreTrainedModel, family: EncoderDecoderFamily) -> tuple[int, int]:
+    """Return how many blocks the encoder has, and the decoder."""
+    encoder, decoder = (
+        len(cast("nn.ModuleList", model.get_submodule(f"{path}.{family.blocks}")))
+        for path in (family.encoder, family.decoder)
+    )
+    return encoder, decoder
 
 
 @final
@@ -181,11 +194,7 @@ class Seq2SeqEnds:
         self.folder = folder
         self.width: int = model.config.hidden_size
         self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
-        encoder, decoder = (
-            len(cast("nn.ModuleList", model.get_submodule(f"{path}.{family.blocks}")))
-            for path in (family.encoder, family.decoder)
-        )
-        self.num_blocks = (encoder, decoder)
+        self.num_blocks = stack_sizes(model, family)
         self._embedding = model.get_input_embeddings().eval().requires_grad_(requires_grad=False)
         without_encoder = _with_stub(model, family.encoder)
         # The model's own forward around a stub, so that T5's scaling and BART's bias are done.
@@ -211,6 +220,16 @@ class Seq2SeqEnds:
         """Move both ends."""
         self._embedding.to(device)
         self._head_model.to(device)
+
+    @property
+    def embedding(self) -> Tensor:
+        """The word embedding's weight, of shape (V, D)."""
+        return self._embedding.get_parameter("weight")
+
+    def weights(self) -> Iterator[Tensor]:
+        """Yield the weights of both ends."""
+        yield self.embedding
+        yield from self._head_model.parameters()
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:

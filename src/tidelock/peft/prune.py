@@ -155,7 +155,7 @@ def copy_pruned(
     heads = Heads.of(stack.config)
     if residual is None:
         residual = residual_scores(stack, blocks, scores)
-    kept = {RESIDUAL: _highest(residual, small.config.hidden_size)}
+    kept = {RESIDUAL: highest(residual, small.config.hidden_size)}
     if encoder_residual is not None:
         kept[ENCODER_RESIDUAL] = encoder_residual
     small_heads = Heads.of(small.config)
@@ -211,16 +211,16 @@ def _choose(group: Group, scores: Tensor, count: int, heads: tuple[Heads, Heads]
     """Return which channels of a group are kept, in the order in which the small block has them."""
     full, small = heads
     if group.kind != "query-key" or not full.rotary:
-        return _highest(scores, count)
+        return highest(scores, count)
     pairs, small_pairs = full.rotary // 2, small.rotary // 2
     of_pairs = scores[:pairs] + scores[pairs : full.rotary]
     bands = [range(i * pairs // small_pairs, (i + 1) * pairs // small_pairs) for i in range(small_pairs)]
     chosen = torch.tensor([max(band, key=lambda pair: float(of_pairs[pair])) for band in bands])
-    rest = full.rotary + _highest(scores[full.rotary :], count - small.rotary)
+    rest = full.rotary + highest(scores[full.rotary :], count - small.rotary)
     return torch.cat([chosen, pairs + chosen, rest])
 
 
-def _highest(scores: Tensor, count: int) -> Tensor:
+def highest(scores: Tensor, count: int) -> Tensor:
     """Return the indices of the highest scores, ascending."""
     return scores.topk(count).indices.sort().values
 

@@ -50,6 +50,7 @@ class SidePart(nn.Module):
         is_first: Whether the whole network begins here.
         is_last: Whether it ends here.
         names: Of each own parameter that the outcome depends on, its name in the whole network.
+        slices: Where in a parameter of the whole network this part's is, if it is not all of it.
 
     Raises:
         ConfigError: The configuration chooses or narrows taps.
@@ -58,17 +59,13 @@ class SidePart(nn.Module):
 
     def __init__(self, config: SideConfig, model_config: PretrainedConfig, geometry: Geometry, blocks: range) -> None:
         super().__init__()
-        if config.taps is not None or config.tap_width is not None:
-            msg = (
-                f"Side network in a pool: expected every block to be read, whole, got taps={config.taps} and "
-                f"tap_width={config.tap_width}. Leave these out."
-            )
-            raise ConfigError(msg)
+        require_whole_taps(config)
         self.network = SideNetwork(replace(config, taps=tuple(blocks)), model_config, geometry)
         self.blocks = blocks
         self.is_first = blocks.start == 0
         self.is_last = blocks.stop == geometry.num_blocks
         self.names = self._names_in_whole()
+        self.slices = {GATES: slice(blocks.start, blocks.stop)}
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the parameters that are this part's to train, under their names in the whole network."""
@@ -84,8 +81,7 @@ class SidePart(nn.Module):
 
     def own_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what is this part's of tensors that are shaped as the whole network's parameters, by their names."""
-        mine = slice(self.blocks.start, self.blocks.stop)
-        return {name: whole[name][mine] if name == GATES else whole[name] for name in self.names.values()}
+        return {name: whole[name][self.slices.get(name, ...)] for name in self.names.values()}
 
     def residual_scores(self, frozen: ModelPart, embedding_VE: Tensor | None) -> Tensor:
         """Return this part's share of the residual channels' scores by magnitude, shape (D,); see `start_from`.
@@ -170,6 +166,20 @@ class SidePart(nn.Module):
             parameters = list(network.parameters())
             found = torch.autograd.grad(result.sum(), parameters, allow_unused=True)
         return {id(p) for p, gradient in zip(parameters, found, strict=True) if gradient is not None}
+
+
+def require_whole_taps(config: SideConfig) -> None:
+    """Refuse what a part of a network does not do.
+
+    Raises:
+        ConfigError: The configuration chooses or narrows taps.
+    """
+    if config.taps is not None or config.tap_width is not None:
+        msg = (
+            f"Side network in a pool: expected every block to be read, whole, got taps={config.taps} and "
+            f"tap_width={config.tap_width}. Leave these out."
+        )
+        raise ConfigError(msg)
 
 
 def join_parts(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -124,7 +124,13 @@ class SideStack(nn.Module):
         return layout.unpack(self.start(embeddings_NE.to(self.gates)))
 
     def forward_part(
-        self, state_BTS: Tensor, taps_ND: Sequence[Tensor], layout: Layout, *, is_first: bool
+        self,
+        state_BTS: Tensor,
+        taps_ND: Sequence[Tensor],
+        layout: Layout,
+        *,
+        is_first: bool,
+        more: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the last block's output and the final state, each (B, T, S), of a stack that is part of a longer one.
 
@@ -133,8 +139,9 @@ class SideStack(nn.Module):
             taps_ND: The tapped blocks' outputs at the real tokens.
             layout: How these tokens lie in the padded batch.
             is_first: Whether the part is the first: only then is what a stack does before its first block done.
+            more: What else the stack takes.
         """
-        return self._run(state_BTS, taps_ND, layout, given_BTS=None if is_first else state_BTS)
+        return self._run(state_BTS, taps_ND, layout, more=more, given_BTS=None if is_first else state_BTS)
 
     def _run(
         self,

@@ -3,8 +3,8 @@
 Forward sends a block's output, and back comes its gradient, as wide: what PAC's baselines do (arXiv 2408.10746, section
 6.1), and what a side network saves.
 
-Shapes: N real tokens, M tokens with a label, D hidden width. May import `pool`, `device`, `peft`, `model`, errors and
-libraries.
+Shapes: N real tokens, M tokens with a label, D hidden width, P numbers of a message. May import `pool`, `device`,
+`peft`, `model`, errors and libraries.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from tidelock.model.geometry import geometry_of
 from tidelock.model.part import ModelPart
 from tidelock.model.rows import Rows
 from tidelock.peft.site_part import SitePart
+from tidelock.pool.example import Boundary, Width
 from tidelock.pool.full_part import FullConfig, FullPart
 from tidelock.pool.loss_head import LossHead, load_ends
 from tidelock.pool.pipeline import Kept
-from tidelock.pool.side_stage import padded
+from tidelock.pool.side_stage import back_through, padded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from tidelock.model.cut import SiteVisitor
     from tidelock.model.rows import Layout
     from tidelock.peft.methods import ModuleConfig
-    from tidelock.pool.pipeline import Example
+    from tidelock.pool.example import Example
 
 
 class Learning(Protocol):
@@ -70,12 +71,14 @@ class BlockStage:
         self, part: ModelPart, learning: Learning, ends: Ends | None = None, texts: nn.Linear | None = None
     ) -> None:
         self.part = part
-        self.tied: tuple[str, ...] = learning.tied if isinstance(learning, FullPart) else ()
+        self.tied: Mapping[str, Collection[int]] = learning.tied if isinstance(learning, FullPart) else {}
+        self.slices: Mapping[str, slice] = {}
         self._learning = learning
         self._ends = ends
         self._head = LossHead(ends, texts)
-        self.forward_width = part.cut.geometry.block_width
-        self.backward_width = self.forward_width if learning.learns_until else 0
+        width = Width(part.cut.geometry.block_width)
+        self.before = Boundary(width, width if learning.learns_before else None)
+        self.after = Boundary(width, width if learning.learns_until else None)
 
     @classmethod
     def load(
@@ -126,7 +129,7 @@ class BlockStage:
     def forward(
         self,
         examples: Sequence[Example],
-        received_NW: Tensor | None,
+        received_P: Tensor | None,
         num_labels: int,
         dropout_seeds: Sequence[int] | None = None,
     ) -> tuple[Kept, Tensor]:
@@ -134,20 +137,20 @@ class BlockStage:
         batch = padded(examples)
         rows = Rows.from_mask(batch["attention_mask"])
         layout = self.part.cut.layout(rows)
-        if received_NW is None:
+        state_in_ND = None
+        if received_P is None:
             given_NW = cast("Ends", self._ends).embed(packed_ids(batch["input_ids"], rows))
         else:
-            given_NW = received_NW.requires_grad_(self._learning.learns_before)
+            given_NW = state_in_ND = received_P.view(-1, self.before.forward.text)
+            state_in_ND.requires_grad_(self._learning.learns_before)
         drops = None if dropout_seeds is None else list(zip(rows.lengths, dropout_seeds, strict=True))
         state_ND = self.part.through(given_NW, layout, self._learning.visitor(layout, drops))
         if not self.part.is_last:
-            return Kept(received_NW, state_ND), state_ND.detach()
+            return Kept(state_in_ND, state_ND), state_ND.detach()
         select_M, targets_M = self._head.select(batch, rows)
         loss, outputs_BC = self._head.loss(state_ND[select_M], targets_M, num_labels)
-        return Kept(received_NW, loss, outputs_BC), loss.detach()
+        return Kept(state_in_ND, loss, outputs_BC), loss.detach()
 
-    def backward(self, kept: Kept, received_NS: Tensor | None) -> Tensor | None:
+    def backward(self, kept: Kept, received_P: Tensor | None) -> Tensor | None:
         """Return the gradient for the stage before; see `StageCompute`."""
-        if kept.result.requires_grad:
-            torch.autograd.backward(kept.result, received_NS)
-        return None if kept.state_in_NS is None else kept.state_in_NS.grad
+        return back_through(kept, received_P) if kept.result.requires_grad else None

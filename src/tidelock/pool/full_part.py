@@ -45,7 +45,8 @@ class FullPart:
     Attributes:
         learns_before: Whether a gradient must go to a part before this one.
         learns_until: Whether something learns in this part or before.
-        tied: Name of the weight that is embedding and head at once, where another part has it too.
+        tied: Of the weight that is embedding and head at once, where another part has it too, the first block and the
+            last: the parts with these have it.
     """
 
     learns_until = True
@@ -53,12 +54,13 @@ class FullPart:
     def __init__(self, part: ModelPart, ends: Ends | None, *, with_own_head: bool) -> None:
         self.learns_before = not part.is_first
         self._parameters = part.learn()
-        self.tied: tuple[str, ...] = ()
+        self.tied: dict[str, tuple[int, ...]] = {}
         if ends is not None:
             learning = ends.learn(embedding=part.is_first, head=part.is_last and with_own_head)
             self._parameters |= learning
             if with_own_head and ends.is_tied and part.is_first != part.is_last:
-                self.tied = tuple(name for name, parameter in learning.items() if parameter is ends.embedding)
+                parts = 0, ends.geometry.num_blocks - 1
+                self.tied = {name: parts for name, parameter in learning.items() if parameter is ends.embedding}
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the parameters, by their names in the whole model."""

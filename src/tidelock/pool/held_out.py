@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from tidelock.pool.example import Example
     from tidelock.pool.peers import Peers
-    from tidelock.pool.pipeline import Example
 
 
 @final

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from tidelock.model.checkpoint import TensorSource
     from tidelock.peft.methods import MethodConfig
+    from tidelock.pool.example import Example
     from tidelock.pool.held_out import Measured
-    from tidelock.pool.pipeline import Example
     from tidelock.pool.recipe import Progress, Recipe
     from tidelock.pool.redistribute import Kept
     from tidelock.pool.timeline import Activity, Timeline

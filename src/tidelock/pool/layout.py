@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, final
 from tidelock.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
 Work: TypeAlias = Literal["forward", "backward"]
 
@@ -82,10 +82,13 @@ class PoolLayout:
         """Return the number of a peer's stage; None when it is idle."""
         return next((number for number, stage in enumerate(self.stages) if peer in stage.peers), None)
 
-    @property
-    def peers_of_ends(self) -> tuple[int, ...]:
-        """The peers with the first block or the last one, in order."""
-        return tuple(sorted({*self.stages[0].peers, *self.stages[-1].peers}))
+    def stages_with(self, blocks: Collection[int]) -> list[int]:
+        """Return the numbers of the stages that have one of these blocks or several, in order."""
+        return [number for number, stage in enumerate(self.stages) if any(block in blocks for block in stage.blocks)]
+
+    def peers_with(self, blocks: Collection[int]) -> tuple[int, ...]:
+        """Return the peers that have one of these blocks or several, in order."""
+        return tuple(sorted(peer for number in self.stages_with(blocks) for peer in self.stages[number].peers))
 
     def rows_of(self, batch_rows: int) -> list[list[dict[int, range]]]:
         """Return which rows of a batch each peer computes: by micro-batch and stage, then by peer.

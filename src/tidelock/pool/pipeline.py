@@ -4,8 +4,10 @@ PAC (arXiv 2408.10746, section 4.1): with a side network forward carries the fro
 back comes the gradient of the side state alone, as nothing flows through the frozen blocks. With a method whose
 gradient goes through the blocks both carry as much. What is trained is summed once a batch over the peers of a stage.
 
-Shapes: N real tokens, D hidden width, S side width, B rows, C classes (1 for a number). May import `pool`, `model`,
-errors and libraries.
+A message is one vector: what is sent of one example after the other (`Boundary`), so that peers with other shares of
+the rows find theirs in it.
+
+Shapes: P numbers of a message, B rows, C classes (1 for a number). May import `pool`, `model`, errors and libraries.
 """
 
 from __future__ import annotations
@@ -16,91 +18,85 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, final
 
 import torch
 
+from tidelock.pool.example import Boundary, Example, Width
 from tidelock.pool.held_out import sum_of_measures
 from tidelock.pool.layout import one_forward_one_backward
 from tidelock.pool.memory import MemoryLimit
 from tidelock.pool.timeline import Timeline
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
-    from tidelock.model.part import ModelPart
     from tidelock.pool.held_out import Measured
     from tidelock.pool.layout import PoolLayout
     from tidelock.pool.peers import Peers, Transfer
 
-IGNORED = -100
 # What tells a stage's forward messages and the backward ones of a micro-batch apart.
 _FORWARD, _BACKWARD, _KINDS = 0, 1, 2
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One example.
+class BlocksPart(Protocol):
+    """The blocks of a stage: a `ModelPart`, or a `Seq2SeqPart`.
 
     Attributes:
-        input_ids: Its tokens.
-        labels: As long as these, -100 where there is no loss; or one for the whole text, an int is a class, a float a
-            number to be predicted.
+        is_first: Whether they begin with the model's first one.
+        is_last: Whether they end with its last one.
     """
 
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...] | float
+    is_first: bool
+    is_last: bool
 
     @property
-    def selected(self) -> tuple[int, ...]:
-        """Which of the tokens predict a label: those before one; of a whole text its last."""
-        if isinstance(self.labels, tuple):
-            return tuple(place for place, label in enumerate(self.labels[1:]) if label != IGNORED)
-        return (len(self.input_ids) - 1,)
-
-    @property
-    def num_labels(self) -> int:
-        """How many of the tokens predict a label."""
-        return len(self.selected)
+    def working_widths(self) -> tuple[int, int]:
+        """How many numbers are there while a block is computed, as `Width` counts them."""
+        ...
 
 
 class StageCompute(Protocol):
     """What a stage computes; a peer's own rows of a micro-batch at a time.
 
     Attributes:
-        part: Its blocks.
-        forward_width: Numbers per token that it sends.
-        backward_width: Likewise of what is sent back to it; 0 when nothing learns here or before, and nothing is sent.
-        tied: Names of parameters that the first and the last stage both have.
+        before: What crosses between it and the stage before.
+        after: And between it and the next one.
+        tied: Of a parameter that other stages have too, blocks: the stages with one of them have it.
+        slices: Where in a parameter of the whole this stage's is, if it is not all of it.
     """
 
-    part: ModelPart
-    forward_width: int
-    backward_width: int
-    tied: tuple[str, ...]
+    before: Boundary
+    after: Boundary
+    tied: Mapping[str, Collection[int]]
+    slices: Mapping[str, slice]
+
+    @property
+    def part(self) -> BlocksPart:
+        """Its blocks."""
+        ...
 
     def forward(
         self,
         examples: Sequence[Example],
-        received_NW: Tensor | None,
+        received_P: Tensor | None,
         num_labels: int,
         dropout_seeds: Sequence[int] | None = None,
     ) -> tuple[Kept, Tensor]:
-        """Return what the backward needs, and what goes to the next stage: (N, forward width); the last one's loss.
+        """Return what the backward needs, and the message to the next stage, of any shape; the last one's loss.
 
         Args:
             examples: The rows.
-            received_NW: From the stage before; None in the first.
+            received_P: From the stage before; None in the first.
             num_labels: What the loss is divided by: the labels of the whole batch.
             dropout_seeds: For each row, what its dropout masks follow from; None leaves dropout off.
         """
         ...
 
-    def backward(self, kept: Kept, received_NS: Tensor | None) -> Tensor | None:
-        """Return the gradient for the stage before, (N, its backward width); None where none is sent.
+    def backward(self, kept: Kept, received_P: Tensor | None) -> Tensor | None:
+        """Return the gradient for the stage before, of any shape; None where none is sent.
 
         Args:
             kept: From the forward.
-            received_NS: From the next stage; None in the last, and where nothing is sent.
+            received_P: From the next stage; None in the last, and where nothing is sent.
         """
         ...
 
@@ -123,17 +119,17 @@ class Kept:
     """What is kept of a micro-batch from its forward to its backward.
 
     Attributes:
-        state_in_NS: The state that came in, a leaf of the graph; None in the first stage.
+        state_in: The state that came in, a leaf of the graph; None in the first stage.
         result: The state that goes out, or the loss.
         outputs_BC: What a head for whole texts gave for the rows; None without one.
     """
 
-    state_in_NS: Tensor | None
+    state_in: Tensor | None
     result: Tensor
     outputs_BC: Tensor | None = None
 
 
-# Where among the tokens of a peer's rows those are that another peer of the next stage, or of the one before, has.
+# Where in a message of a peer's rows those are that another peer of the next stage, or of the one before, has.
 _Parts: TypeAlias = "list[tuple[int, slice]]"
 
 
@@ -168,8 +164,8 @@ class Pipeline:
         self._number = number
         self._stage = layout.stages[number]
         peers.join(self._stage.peers)
-        if compute.tied:
-            peers.join(layout.peers_of_ends)
+        for blocks in compute.tied.values():
+            peers.join(layout.peers_with(blocks))
 
     def run(self, batch: Sequence[Example], dropout_seeds: Sequence[int] | None = None) -> float:
         """Compute the gradients of a batch, which are then the same on all peers of a stage; return the batch's loss.
@@ -193,7 +189,9 @@ class Pipeline:
         with self.timeline.during("all-reduce"):
             trained, tied = self._compute.trained(), self._compute.tied
             sum_gradients(self._peers, [p for name, p in trained.items() if name not in tied], self._stage.peers)
-            sum_gradients(self._peers, [trained[name] for name in tied], self._layout.peers_of_ends)
+            # In one order everywhere: nobody waits for somebody who waits for him.
+            for name, blocks in tied.items():
+                sum_gradients(self._peers, [trained[name]], self._layout.peers_with(blocks))
         return sum_of_losses(self._peers, step.loss)
 
     @torch.no_grad()
@@ -247,11 +245,10 @@ class _Step:
         examples = self._own(number)
         if not examples:
             return
-        width = self.compute.forward_width
         received = None
         if self.number > 0:
             with self.timeline.during("wait-forward", number):
-                received = self._receive(number, self.number - 1, _FORWARD, width)
+                received = self._receive(number, self.number - 1, _FORWARD, self.compute.before.forward)
         num_labels = sum(example.num_labels for example in self.batch)
         own = self._own_rows(number)
         seeds = None if self.dropout_seeds is None else self.dropout_seeds[own.start : own.stop]
@@ -261,22 +258,23 @@ class _Step:
         if is_last:
             self.loss += float(result)
         else:
-            self._send(result, number, self.number + 1, _FORWARD)
+            self._send(result, number, self.number + 1, _FORWARD, self.compute.after.forward)
 
     def backward(self, number: int, *, is_last: bool) -> None:
         """Compute the backward of a micro-batch, and send what comes of it."""
         if number not in self._kept:
             return
-        width = self.compute.backward_width
+        width = self.compute.after.backward
         received = None
-        if width and not is_last:
+        if width is not None and not is_last:
             with self.timeline.during("wait-backward", number):
                 received = self._receive(number, self.number + 1, _BACKWARD, width)
         with self.timeline.during("backward", number):
             gradient = self.compute.backward(self._kept.pop(number), received)
         self.memory.look()
-        if gradient is not None:
-            self._send(gradient, number, self.number - 1, _BACKWARD)
+        width = self.compute.before.backward
+        if gradient is not None and width is not None:
+            self._send(gradient, number, self.number - 1, _BACKWARD, width)
 
     def finish(self) -> None:
         """Wait until all that was sent has arrived."""
@@ -297,25 +295,25 @@ class _Step:
         rows = self._own_rows(number)
         return self.batch[rows.start : rows.stop]
 
-    def _send(self, tensor_NW: Tensor, number: int, stage: int, kind: int) -> None:
-        for peer, tokens in self._parts(number, stage):
-            part = tensor_NW[tokens].contiguous()
-            self._sent.append(self.peers.send(part, peer, number * _KINDS + kind))
+    def _send(self, message: Tensor, number: int, stage: int, kind: int, width: Width) -> None:
+        message_P = message.flatten()
+        for peer, part in self._parts(number, stage, width):
+            self._sent.append(self.peers.send(message_P[part], peer, number * _KINDS + kind))
 
-    def _receive(self, number: int, stage: int, kind: int, width: int) -> Tensor:
-        tokens = sum(len(example.input_ids) for example in self._own(number))
-        into = torch.empty(tokens, width)
+    def _receive(self, number: int, stage: int, kind: int, width: Width) -> Tensor:
+        into_P = torch.empty(sum(width.numbers(example) for example in self._own(number)))
         arriving = [
-            self.peers.receive(into[part], peer, number * _KINDS + kind) for peer, part in self._parts(number, stage)
+            self.peers.receive(into_P[part], peer, number * _KINDS + kind)
+            for peer, part in self._parts(number, stage, width)
         ]
         for part in arriving:
             part.wait()
-        return into
+        return into_P
 
-    def _parts(self, number: int, stage: int) -> _Parts:
-        """Return the peers of a neighbouring stage with rows of this peer's, and which of its tokens these are."""
+    def _parts(self, number: int, stage: int, width: Width) -> _Parts:
+        """Return the peers of a neighbouring stage with rows of this peer's, and where in the message these are."""
         own = self._own_rows(number)
-        ends = [0, *accumulate(len(self.batch[row].input_ids) for row in own)]
+        ends = [0, *accumulate(width.numbers(self.batch[row]) for row in own)]
         found = []
         for peer, rows in self.rows[number][stage].items():
             first, end = max(own.start, rows.start), min(own.stop, rows.stop)

@@ -1,7 +1,7 @@
 """Measures a pool: what each device takes for a block, and what the links between them carry.
 
 PAC's calibration run (arXiv 2408.10746, section 4): seconds of each block forward and backward by rows of a
-micro-batch, bytes of what is kept and sent, bandwidth. Blocks of a decoder are alike but for what the first and the
+micro-batch, bytes of what is kept and sent, bandwidth. Blocks of a stack are alike but for what the first and the
 last one have around them, and for whether they, or blocks before them, have a module: one of each kind is measured.
 
 May import `pool`, `plan`, `model`, `peft`, errors and libraries.
@@ -26,22 +26,24 @@ from tidelock.model.cache_folder import cache_folder, write_atomically
 from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
 from tidelock.model.memory import give_back_memory
+from tidelock.model.sizes import sizes_of
 from tidelock.peft.methods import targets_of
 from tidelock.peft.side import SideConfig
 from tidelock.plan.inputs import Block, Device, Link, LinkBetween, Links, Profile
+from tidelock.pool.beside import side_stage
 from tidelock.pool.block_stage import BlockStage
+from tidelock.pool.example import Width
 from tidelock.pool.full_part import FullConfig
-from tidelock.pool.side_stage import SideStage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
-    from tidelock.model.part import ModelPart
+    from tidelock.pool.example import Example
     from tidelock.pool.job import PoolJob
     from tidelock.pool.peers import Peers
-    from tidelock.pool.pipeline import Example, StageCompute
+    from tidelock.pool.pipeline import StageCompute
 
 _REPEATS = 5
 _PROBE_FLOATS = 1 << 20
@@ -130,7 +132,7 @@ class MeasuredDevice(BaseModel):
 
 def _known_or_measured(job: PoolJob, rows: Sequence[int], device: DeviceFacts) -> MeasuredDevice:
     """Return what is known of a device, or measure it; two processes of one device never measure at once."""
-    lengths = [len(example.input_ids) for example in _middling(job.examples, max(rows))]
+    lengths = [(len(each.input_ids), len(each.decoder_ids)) for each in _middling(job.examples, max(rows))]
     asked = [device.key, type(job.config).__name__, asdict(job.config), job.num_labels, list(rows), lengths]
     text = json.dumps(asked, default=sorted)  # a LoraConfig's names are sets
     path = cache_folder() / "profiles" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
@@ -170,12 +172,13 @@ def measure_device(job: PoolJob, rows: Sequence[int]) -> MeasuredDevice:
 
 def _alike(job: PoolJob) -> list[int]:
     """Return for each block the first one of its kind."""
-    geometry = geometry_of(empty_model(read_config(job.source.folder)))
-    learning = set(range(geometry.num_blocks))
+    model_config = read_config(job.source.folder)
+    sizes = sizes_of(model_config)
+    learning = set(range(sizes.num_blocks))
     if not isinstance(job.config, SideConfig | FullConfig):
-        learning = {site.block for site in targets_of(job.config, geometry)}
-    last = geometry.num_blocks - 1
-    kinds = [(n == 0, n == last, n in learning, n > min(learning)) for n in range(geometry.num_blocks)]
+        learning = {site.block for site in targets_of(job.config, geometry_of(empty_model(model_config)))}
+    seam, last = sizes.num_encoder_blocks, sizes.num_blocks - 1
+    kinds = [(n in {0, seam}, n == last, n < seam, n in learning, n > min(learning)) for n in range(sizes.num_blocks)]
     return [kinds.index(kind) for kind in kinds]
 
 
@@ -183,7 +186,7 @@ def _measure_block(job: PoolJob, number: int, rows: Sequence[int]) -> _Measured:
     blocks = range(number, number + 1)
     stage: StageCompute
     if isinstance(job.config, SideConfig):
-        stage = SideStage.load(job.source, job.config, blocks, job.num_labels)
+        stage = side_stage(job.source, job.config, blocks, job.num_labels)
     else:
         stage = BlockStage.load(job.source, job.config, blocks, job.num_labels)
     trained = _bytes_of(stage.trained().values())
@@ -197,16 +200,15 @@ def _measure_block(job: PoolJob, number: int, rows: Sequence[int]) -> _Measured:
             seconds.append(statistics.median(found))
             spreads.append((max(found) - min(found)) / statistics.median(found))
     examples = _middling(job.examples, rows[-1])
-    tokens = sum(len(example.input_ids) for example in examples) / len(examples)
     block = Block(
         name=str(number),
         parameter_bytes=_bytes_of(stage.weights()),
         gradient_bytes=trained,
         optimizer_bytes=_MOMENTS * trained,
         kept_bytes_per_row=_kept_bytes(stage, examples) // len(examples),
-        working_bytes_per_row=int(4 * tokens * _widest(stage.part)),
-        forward_bytes_per_row=int(4 * tokens * stage.forward_width),
-        backward_bytes_per_row=int(4 * tokens * stage.backward_width),
+        working_bytes_per_row=_bytes_per_row(Width(*stage.part.working_widths), examples),
+        forward_bytes_per_row=_bytes_per_row(stage.after.forward, examples),
+        backward_bytes_per_row=_bytes_per_row(stage.after.backward, examples),
     )
     give_back_memory()
     return _Measured(block, forward_seconds, backward_seconds, statistics.median(spreads))
@@ -226,12 +228,20 @@ def _bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
+def _bytes_per_row(width: Width | None, examples: Sequence[Example]) -> int:
+    """Return the bytes of an fp32 message, in the mean over examples."""
+    return 0 if width is None else int(4 * _numbers(width, examples) / len(examples))
+
+
+def _numbers(width: Width, examples: Sequence[Example]) -> int:
+    return sum(width.numbers(example) for example in examples)
+
+
 def _inputs(stage: StageCompute, examples: Sequence[Example]) -> tuple[Tensor | None, Tensor | None]:
     """Return what another stage would have sent: forward, and back."""
-    tokens = sum(len(example.input_ids) for example in examples)
-    received = None if stage.part.is_first else torch.randn(tokens, stage.forward_width)
-    is_sent_back = stage.backward_width and not stage.part.is_last
-    return received, torch.randn(tokens, stage.backward_width) if is_sent_back else None
+    received = None if stage.part.is_first else torch.randn(_numbers(stage.before.forward, examples))
+    back = None if stage.part.is_last else stage.after.backward
+    return received, None if back is None else torch.randn(_numbers(back, examples))
 
 
 def _time(stage: StageCompute, examples: Sequence[Example]) -> tuple[float, float]:
@@ -259,11 +269,6 @@ def _kept_bytes(stage: StageCompute, examples: Sequence[Example]) -> int:
         held = stage.forward(examples, received, 1, range(len(examples)))
     del held
     return sum(kept.values())
-
-
-def _widest(part: ModelPart) -> int:
-    """Return how many numbers a token takes while a block is computed: what its linears give, all at once."""
-    return sum(p.shape[0] for p in part.cut.parameters() if p.ndim == 2)
 
 
 def _measure_links(peers: Peers) -> dict[tuple[int, int], Link]:

@@ -4,8 +4,8 @@ PAC (arXiv 2408.10746, section 5.2) does so after the first epoch. While the pip
 blocks gave; then who has an example's outputs sends them to who will learn from it, once. From where they come is found
 from what every peer has, whatever has happened before: so this can be repeated where it broke off, and by other peers.
 
-Shapes: N real tokens of an example, M of them with a label, D hidden width, F width of the final state. May import
-`pool`, `cache`, errors and libraries.
+Shapes: N tokens of an example that a block reads, M of them with a label, D hidden width, F width of the final state.
+May import `pool`, `cache`, `model`, errors and libraries.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tidelock.cache.store import ActivationCache
+    from tidelock.model.sizes import ModelSizes
+    from tidelock.pool.example import Example
     from tidelock.pool.peers import Peers, Transfer
-    from tidelock.pool.pipeline import Example
     from tidelock.pool.recipe import Optimizer
 
 # Examples whose outputs are on their way at the same time.
@@ -33,13 +34,17 @@ _AT_ONCE = 8
 # Numbers that are summed at once when what is trained is gathered: 16 MiB in fp32.
 _SUMMED_NUMBERS = 1 << 22
 
-# As `SideModel.examples_of` has it, so that a side model finds the entries.
-Key: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]]"
+# As `SideModel.examples_of` and `SideSeq2SeqModel.examples_of` have it, so that they find the entries.
+Key: TypeAlias = "tuple[tuple[int, ...], ...]"
 
 
 def key_of(example: Example) -> Key:
-    """Return an example as a cache has it: its ids, and where it begins and which tokens predict a label."""
-    return example.input_ids, (0, *example.selected)
+    """Return an example as a cache has it: its ids, and where it begins and which tokens predict a label.
+
+    Of an encoder-decoder, the source's ids, the decoder's, and these of the decoder's.
+    """
+    ids = (example.input_ids, example.decoder_ids) if example.decoder_ids else (example.input_ids,)
+    return *ids, (0, *example.selected)
 
 
 @final
@@ -78,18 +83,21 @@ class Kept:
         return {blocks: [n for n, key in enumerate(keys) if key in cache] for blocks, cache in self._caches.items()}
 
     def keep(
-        self, blocks: range, examples: Sequence[Example], outputs_ND: Sequence[Tensor], final_MF: Tensor | None
+        self,
+        blocks: range,
+        examples: Sequence[Example],
+        outputs: Sequence[Sequence[Tensor]],
+        final_MF: Tensor | None,
     ) -> None:
-        """Keep what blocks gave for examples; the other arguments as `SideStage` tells them.
+        """Keep what blocks gave for examples; the other arguments as a stage tells them (`OnOutputs`).
 
         Raises:
             StorageError: There is no room.
         """
         keys = [key_of(example) for example in examples]
-        tokens = [len(ids) for ids, _ in keys]
-        by_example = [list(parts) for parts in zip(*(out.float().split(tokens) for out in outputs_ND), strict=True)]
+        by_example = [[part.float() for part in parts] for parts in zip(*outputs, strict=True)]
         if final_MF is not None:
-            for parts, final in zip(by_example, final_MF.split([len(place) - 1 for _, place in keys]), strict=True):
+            for parts, final in zip(by_example, final_MF.split([len(key[-1]) - 1 for key in keys]), strict=True):
                 parts.append(final.float())
         for key, parts in zip(keys, by_example, strict=True):
             self.of(blocks).put(key, parts)
@@ -172,17 +180,25 @@ class Widths:
         num_blocks: How many blocks it has.
         hidden: D.
         final: F.
+        encoder_blocks: How many of the blocks are an encoder's, which are the first.
     """
 
     num_blocks: int
     hidden: int
     final: int
+    encoder_blocks: int = 0
+
+    @classmethod
+    def of(cls, sizes: ModelSizes) -> Widths:
+        """Return them of a model of these sizes."""
+        return cls(sizes.num_blocks, sizes.block_width, sizes.final_width, sizes.num_encoder_blocks)
 
     def shapes(self, example: Example, blocks: range) -> list[tuple[int, int]]:
         """Return the shapes of what blocks give for an example."""
-        ids, (_, *selected) = key_of(example)
+        *_, (_, *selected) = key_of(example)
         last = [(len(selected), self.final)] if blocks.stop == self.num_blocks else []
-        return [(len(ids), self.hidden)] * len(blocks) + last
+        source, target = len(example.input_ids), len(example.decoder_ids or example.input_ids)
+        return [(source if block < self.encoder_blocks else target, self.hidden) for block in blocks] + last
 
 
 def redistribute(

@@ -1,13 +1,13 @@
 """A stage of the side method: frozen blocks run without a graph, and the side blocks beside them.
 
-Shapes: N real tokens, M tokens with a label, D hidden width, S side width. May import `pool`, `device`, `peft`,
-`model`, errors and libraries.
+Shapes: N real tokens, M tokens with a label, D hidden width, S side width, P numbers of a message.
+May import `pool`, `device`, `peft`, `model`, errors and libraries.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, cast, final
+from typing import TYPE_CHECKING, TypeAlias, cast, final
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -18,16 +18,20 @@ from tidelock.model.geometry import geometry_of
 from tidelock.model.part import ModelPart
 from tidelock.model.rows import Rows
 from tidelock.peft.side_part import SidePart
+from tidelock.pool.example import IGNORED, Boundary, Example, Width
 from tidelock.pool.loss_head import LossHead, load_ends
-from tidelock.pool.pipeline import IGNORED, Example, Kept
+from tidelock.pool.pipeline import Kept
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
     from tidelock.model.checkpoint import TensorSource
     from tidelock.peft.side import SideConfig
+
+# Told of examples, of each block's outputs for each of them, and of the final states at all their labelled tokens.
+OnOutputs: TypeAlias = "Callable[[Sequence[Example], list[tuple[Tensor, ...]], Tensor | None], None]"
 
 
 @final
@@ -39,10 +43,9 @@ class SideStage:
         side: What is beside them.
         ends: The embedding, for the first stage, and the head, for the last one; None between.
         texts: The head for whole texts instead, for the last stage.
-        on_outputs: Told of the rows' blocks' outputs, and of the final states at labelled tokens in the last stage.
+        on_outputs: Told of each block's outputs for each of the rows, and of the final states at labelled tokens in the
+            last stage.
     """
-
-    tied: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -50,16 +53,17 @@ class SideStage:
         side: SidePart,
         ends: Ends | None = None,
         texts: nn.Linear | None = None,
-        on_outputs: Callable[[Sequence[Example], list[Tensor], Tensor | None], None] | None = None,
+        on_outputs: OnOutputs | None = None,
     ) -> None:
         self.part = part
         self.side = side
+        self.tied: Mapping[str, Collection[int]] = {}
+        self.slices: Mapping[str, slice] = side.slices
         self._ends = ends
         self._head = LossHead(ends, texts)
         self._on_outputs = on_outputs
-        self._hidden_width = part.cut.geometry.block_width
-        self.backward_width = side.network.side.start.out_features
-        self.forward_width = self._hidden_width + self.backward_width
+        self._widths = part.cut.geometry.block_width, side.network.side.start.out_features
+        self.before = self.after = Boundary(Width(sum(self._widths)), Width(self._widths[1]))
 
     @classmethod
     def load(
@@ -68,7 +72,7 @@ class SideStage:
         config: SideConfig,
         blocks: range,
         num_labels: int | None = None,
-        on_outputs: Callable[[Sequence[Example], list[Tensor], Tensor | None], None] | None = None,
+        on_outputs: OnOutputs | None = None,
     ) -> SideStage:
         """Return a stage of a stored model's blocks, with a fresh part of a side network, and of a head.
 
@@ -91,6 +95,10 @@ class SideStage:
     def residual_scores(self) -> Tensor:
         """Return the scores of the residual channels in this part; see `SidePart.residual_scores`."""
         return self.side.residual_scores(self.part, None if self._ends is None else self._ends.embedding)
+
+    def start_from(self, scores: Tensor) -> None:
+        """Begin by the weights' magnitude, given the sum of all stages' scores; see `SidePart.start_from`."""
+        self.side.start_from(self.part, scores)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the stage's parameters, by their names in the whole network, and the head's."""
@@ -118,7 +126,7 @@ class SideStage:
     def forward(
         self,
         examples: Sequence[Example],
-        received_NW: Tensor | None,
+        received_P: Tensor | None,
         num_labels: int,
         dropout_seeds: Sequence[int] | None = None,  # noqa: ARG002  (a pool's side networks have no dropout)
     ) -> tuple[Kept, Tensor]:
@@ -126,12 +134,12 @@ class SideStage:
         batch = padded(examples)
         rows = Rows.from_mask(batch["attention_mask"])
         layout = self.part.cut.layout(rows)
-        if received_NW is None:
+        if received_P is None:
             embeddings_NE = cast("Ends", self._ends).embed(packed_ids(batch["input_ids"], rows))
             hidden_NW, state_in_NS = embeddings_NE, None
             state_NS = self.side.begin(embeddings_NE, layout)
         else:
-            hidden_NW, state_in_NS = received_NW[:, : self._hidden_width], received_NW[:, self._hidden_width :]
+            hidden_NW, state_in_NS = received_P.view(-1, sum(self._widths)).split(self._widths, 1)
             state_NS = state_in_NS = state_in_NS.clone().requires_grad_()
         outputs_ND, final_ND = self.part.forward(hidden_NW, layout)
         state_NS, side_final_NS = self.side(state_NS, outputs_ND, layout)
@@ -145,14 +153,21 @@ class SideStage:
         loss, outputs_BC = self._head.loss(final_MF, targets_M, num_labels)
         return Kept(state_in_NS, loss, outputs_BC), loss.detach()
 
-    def backward(self, kept: Kept, received_NS: Tensor | None) -> Tensor | None:
+    def backward(self, kept: Kept, received_P: Tensor | None) -> Tensor | None:
         """Return the gradient for the stage before; see `StageCompute`."""
-        torch.autograd.backward(kept.result, received_NS)
-        return None if kept.state_in_NS is None else kept.state_in_NS.grad
+        return back_through(kept, received_P)
 
     def _tell(self, examples: Sequence[Example], outputs_ND: list[Tensor], final_MF: Tensor | None) -> None:
         if self._on_outputs is not None:
-            self._on_outputs(examples, outputs_ND, final_MF)
+            lengths = [len(example.input_ids) for example in examples]
+            self._on_outputs(examples, [output_ND.split(lengths) for output_ND in outputs_ND], final_MF)
+
+
+def back_through(kept: Kept, received_P: Tensor | None) -> Tensor | None:
+    """Compute the gradients of a stage, given that of its result or None of a loss; return that of what came in."""
+    gradient = None if received_P is None else received_P.view_as(kept.result)
+    torch.autograd.backward(kept.result, gradient)
+    return None if kept.state_in is None else kept.state_in.grad
 
 
 def padded(examples: Sequence[Example]) -> dict[str, Tensor]:

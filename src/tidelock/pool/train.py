@@ -11,43 +11,44 @@ May import `pool`, `device`, `cache`, `peft`, `model`, errors and libraries.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn, cast, final
+from typing import TYPE_CHECKING, cast, final
 
 import psutil
 import torch
 
-from tidelock.device.side_model import SideModel
-from tidelock.device.tap_source import TapSource
-from tidelock.errors import CacheError
-from tidelock.model.ends import Ends, empty_model, read_config
-from tidelock.model.geometry import geometry_of
+from tidelock.model.ends import read_config
 from tidelock.model.memory import give_back_memory
+from tidelock.model.sizes import sizes_of
 from tidelock.peft.adapter_files import HEAD
 from tidelock.peft.side import SideConfig
-from tidelock.peft.side_part import GATES
+from tidelock.pool.beside import cached_model, no_scores, side_stage
 from tidelock.pool.block_stage import BlockStage
 from tidelock.pool.full_part import FullConfig
 from tidelock.pool.held_out import sum_of_measures
 from tidelock.pool.pipeline import Pipeline, sum_gradients, sum_of_losses
 from tidelock.pool.recipe import Optimizer
 from tidelock.pool.redistribute import Widths, find_routes, gather, redistribute
-from tidelock.pool.side_stage import SideStage, padded
+from tidelock.pool.side_stage import padded
 from tidelock.pool.timeline import Timeline, activities, from_json, to_json
 from tidelock.pool.trained import TrainedModel, TrainedModules
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
 
+    from tidelock.device.beside_blocks import BesideBlocks
     from tidelock.peft.methods import ModuleConfig
+    from tidelock.pool.example import Example
     from tidelock.pool.held_out import Measured
     from tidelock.pool.job import PoolJob, Trained, Watcher
     from tidelock.pool.layout import PoolLayout
     from tidelock.pool.peers import Peers
-    from tidelock.pool.pipeline import Example, StageCompute
+    from tidelock.pool.pipeline import StageCompute
     from tidelock.pool.recipe import Progress
     from tidelock.pool.redistribute import Kept
+    from tidelock.pool.seq2seq_stage import Seq2SeqStage
+    from tidelock.pool.side_stage import SideStage
 
 # Of the steps of a round, the one whose timelines are kept: what the first one does once is no part of it.
 _SHOWN_STEP = 2
@@ -134,12 +135,11 @@ class PoolTraining:
                 return True
         return False
 
-    def _on_outputs(self, config: SideConfig, kept: Kept) -> SideModel | None:
+    def _on_outputs(self, config: SideConfig, kept: Kept) -> BesideBlocks | None:
         """Learn from what the blocks gave; return the model, or None when the pool is to change."""
         peers, job = self._peers, self._job
         self._share_outputs(kept)
-        ends = Ends(read_config(job.source.folder), job.source)
-        model = SideModel(ends, TapSource(_no_blocks, kept.whole), config, num_labels=job.num_labels)
+        model = cached_model(job.source, config, kept.whole, job.num_labels)
         gathered = self._gathered.parameters.items()
         model.load_state_dict({name if name == HEAD else f"network.{name}": value for name, value in gathered})
         parameters = {name.removeprefix("network."): parameter for name, parameter in model.named_parameters()}
@@ -162,8 +162,7 @@ class PoolTraining:
     def _share_outputs(self, kept: Kept) -> None:
         """Bring the outputs of all examples to the peers that learn from them, and let the blocks go."""
         peers, job = self._peers, self._job
-        geometry = geometry_of(empty_model(read_config(job.source.folder)))
-        widths = Widths(geometry.num_blocks, geometry.block_width, geometry.final_width)
+        widths = Widths.of(sizes_of(read_config(job.source.folder)))
         examples = [*job.examples, *job.held_out.examples]
         owners = job.recipe.owners(len(job.examples), peers.count) + job.held_out.owners(peers.count)
         find = partial(find_routes, peers, kept, examples, owners, widths.num_blocks)
@@ -176,7 +175,7 @@ class PoolTraining:
         self._stages.let_go()
         self._watcher.redistributed(redistribute(peers, examples, routes, owners, kept, widths))
 
-    def _cached_step(self, model: SideModel, optimizer: Optimizer, numbers: Sequence[Sequence[int]]) -> None:
+    def _cached_step(self, model: BesideBlocks, optimizer: Optimizer, numbers: Sequence[Sequence[int]]) -> None:
         """Learn from this peer's share of a batch, which says by peer whose examples are whose.
 
         The gradients are those of the whole batch.
@@ -204,7 +203,7 @@ class PoolTraining:
             timeline.memory_bytes = psutil.Process().memory_info().rss
             self._watcher.activity(step, activities(self._peers.gather(timeline.numbers())))
 
-    def _on_share(self, model: SideModel, shards: Sequence[Sequence[Example]]) -> tuple[Tensor, Tensor] | None:
+    def _on_share(self, model: BesideBlocks, shards: Sequence[Sequence[Example]]) -> tuple[Tensor, Tensor] | None:
         """Return this peer's part of a batch's loss, and the logits of its examples; None where it has none.
 
         Args:
@@ -219,7 +218,7 @@ class PoolTraining:
         return result.loss, result.logits
 
     @torch.no_grad()
-    def _measure_cached(self, model: SideModel, batch: Sequence[Example]) -> Measured:
+    def _measure_cached(self, model: BesideBlocks, batch: Sequence[Example]) -> Measured:
         """Return what a batch gives that is held out, of which each peer computes its share."""
         shards = self._job.held_out.shards(batch, self._peers.count)
         result = self._on_share(model, shards)
@@ -270,7 +269,7 @@ class _Stages:
         if self._compute is not None and self._stage is not None:
             trained = self._compute.trained()
             replicas = dict.fromkeys(trained, len(self._stage.peers))
-            replicas |= dict.fromkeys(self._compute.tied, len(self._layout.peers_of_ends))
+            replicas |= {name: len(self._layout.peers_with(blocks)) for name, blocks in self._compute.tied.items()}
             own = {kind: self._compute.own_of(values) for kind, values in job.begin.moments.items()}
         optimizer = Optimizer(self._peers, trained, replicas, job.recipe, steps)
         optimizer.go_on(job.begin.steps, own)
@@ -308,11 +307,13 @@ class _Stages:
 
     def gather(self, optimizer: Optimizer) -> Progress:
         """Return all that is trained; see `redistribute.gather`."""
-        stage = self._stage
-        slices = {} if stage is None else {GATES: slice(stage.blocks.start, stage.blocks.stop)}
+        slices: Mapping[str, slice] = {}
         speaks_for = {*optimizer.parameters} if self._leads else set()
-        if self._compute is not None and self._number:
-            speaks_for -= {*self._compute.tied}  # for these the first stage does
+        if self._compute is not None:
+            slices = self._compute.slices
+            # For what several stages have, the first of these does.
+            tied = self._compute.tied.items()
+            speaks_for -= {name for name, blocks in tied if self._layout.stages_with(blocks)[0] != self._number}
         keeps = self._peers.peer == 0 or not isinstance(self._job.config, FullConfig)
         shapes = self._job.shapes()
         return gather(self._peers, optimizer, shapes, slices, speaks_for=speaks_for, keeps=keeps)
@@ -348,28 +349,19 @@ class _Stages:
         stage.load_whole(self._job.begin.parameters)
         return stage
 
-    def _side_stage(self, method: SideConfig) -> SideStage | None:
+    def _side_stage(self, method: SideConfig) -> SideStage | Seq2SeqStage | None:
         """Return what this peer computes, begun as the configuration says."""
         peers, job = self._peers, self._job
         by_magnitude = method.init == "magnitude" and job.begin.steps == 0
         if self._stage is None:
             if by_magnitude:
-                geometry = geometry_of(empty_model(read_config(job.source.folder)))
-                peers.sum(torch.zeros(geometry.block_width), range(peers.count))
+                peers.sum(no_scores(job.source), range(peers.count))
             return None
         keep = partial(cast("Kept", job.kept).keep, self._stage.blocks)
-        stage = SideStage.load(job.source, method, self._stage.blocks, job.num_labels, keep)
+        stage = side_stage(job.source, method, self._stage.blocks, job.num_labels, keep)
         stage.load_whole(job.begin.parameters)
         if by_magnitude:
             scores = stage.residual_scores()
             peers.sum(scores if self._leads else scores.zero_(), range(peers.count))
-            stage.side.start_from(stage.part, scores)
+            stage.start_from(scores)
         return stage
-
-
-def _no_blocks() -> NoReturn:
-    msg = (
-        "Pool: expected the outputs of all blocks for an example to be kept, got damaged ones, and the blocks are let "
-        "go. Let this peer join again, or go on with `tidelock pool resume`: they are computed again."
-    )
-    raise CacheError(msg)

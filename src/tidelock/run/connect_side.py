@@ -81,8 +81,7 @@ def connect_side(  # noqa: PLR0913  (the public door: every argument has a defau
             need, or to a state that is loaded.
         cache: Where the blocks' outputs are kept; None computes them each time.
         codec: How embeddings and taps cross: `fp32`, `bf16`, `int8`, `int4`.
-        in_flight: Examples on their way through the blocks at once; None is 2 with a cloud, and with `local` one
-            for each of torch's threads.
+        in_flight: Examples on their way through the blocks at once; None is 2 with a cloud, one a core with `local`.
 
     Raises:
         CacheError, StorageError: The cache is of another key, or cannot be written.

@@ -16,6 +16,7 @@ from tidelock.device.beside_blocks import BesideBlocks
 from tidelock.device.model import DeviceModel
 from tidelock.model.ends import Ends, empty_model, read_config
 from tidelock.model.geometry import geometry_of
+from tidelock.model.sizes import sizes_of
 from tidelock.peft.methods import targets_of
 from tidelock.peft.side import SideConfig
 from tidelock.pool.full_part import FullConfig
@@ -66,17 +67,19 @@ def facts_of(model: DeviceLM, rows: EncodedRows, eval_rows: EncodedRows) -> RunF
 def facts_of_pool(job: PoolJob) -> RunFacts:
     """Return the facts of a run in a pool; the machine is that of peer 0."""
     config = read_config(job.source.folder)
-    geometry = geometry_of(empty_model(config))
-    is_side = isinstance(job.config, SideConfig)
-    targets = {} if isinstance(job.config, SideConfig | FullConfig) else targets_of(job.config, geometry)
+    sizes = sizes_of(config)
+    sites: tuple[SiteFacts, ...] = ()
+    if not isinstance(job.config, SideConfig | FullConfig):
+        geometry = geometry_of(empty_model(config))
+        sites = _sites(targets_of(job.config, geometry), geometry, None)
     shape = ModelFacts(
         family=config.model_type,
-        num_blocks=geometry.num_blocks,
-        embedding_width=geometry.embedding_width,
-        final_width=geometry.final_width,
+        num_blocks=sizes.num_blocks,
+        embedding_width=sizes.embedding_width,
+        final_width=sizes.final_width,
         trained_parameters=sum(shape.numel() for shape in job.shapes().values()),
-        sites=_sites(targets, geometry, None),
-        tapped=tuple(range(geometry.num_blocks)) if is_side else (),
+        sites=sites,
+        tapped=tuple(range(sizes.num_blocks)) if isinstance(job.config, SideConfig) else (),
     )
     train, evaluation = (
         DataFacts(

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TypeAlias, cast, final
 
 from tidelock.errors import ConfigError, ModelMismatch, PeerError
 from tidelock.model.checkpoint import Checkpoint
-from tidelock.model.ends import empty_model, read_config
-from tidelock.model.geometry import geometry_of
+from tidelock.model.ends import read_config
+from tidelock.model.sizes import sizes_of
 from tidelock.pool.train import PoolTraining
 from tidelock.run.config import RunConfig
 from tidelock.run.facts import facts_of_pool
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 # Those that a pool trains.
 METHODS = ("side", "lora", "adapter", "full")
-_TASKS = ("causal-lm", "classification", "regression")
 
 _CONFIG, _LAYOUT, _MODEL, _MEASURES = "configuration", "layout", "model's fingerprint", "word whether to measure"
 
@@ -96,6 +95,7 @@ def lead(
     folder = RunFolder.new(Path(config.out))
     checkpoint = Checkpoint.open(str(config.model))
     checkpoint.materialise()
+    _check_task(config, checkpoint)
     layout_of(_num_blocks(checkpoint), count, None)  # refuses a layout that cannot be before anybody comes
     config, data = read_data(config, checkpoint)
     folder.write_config(config)
@@ -329,7 +329,22 @@ def _introduce(peers: Peers, layout: PoolLayout, observer: PoolObserver) -> None
 
 
 def _num_blocks(checkpoint: Checkpoint) -> int:
-    return geometry_of(empty_model(read_config(checkpoint.folder))).num_blocks
+    return sizes_of(read_config(checkpoint.folder)).num_blocks
+
+
+def _check_task(config: RunConfig, checkpoint: Checkpoint) -> None:
+    """Refuse a task or a method that is for the other kind of model."""
+    model = read_config(checkpoint.folder)
+    rules = [("--task text-to-text", config.task == "text-to-text", f"--task {config.task}"),
+             ("--method side", config.method == "side", f"--method {config.method}")]  # fmt: skip
+    if not model.is_encoder_decoder:
+        expected = "--task causal-lm, classification or regression"
+        rules = [(expected, config.task != "text-to-text", f"--task {config.task}")]
+    kind = "an encoder-decoder" if model.is_encoder_decoder else "a decoder"
+    for expected, holds, got in rules:
+        if not holds:
+            msg = f"Training {kind} ({model.model_type}) in a pool: expected {expected}, got {got}. Change it."
+            raise ConfigError(msg)
 
 
 def _check(config: RunConfig) -> None:
@@ -337,7 +352,6 @@ def _check(config: RunConfig) -> None:
     rules = (
         ("--method " + " or ".join(METHODS), config.method in METHODS, f"--method {config.method}"),
         ("every block to be read with --method side", config.method != "side" or not config.layer, "--layer"),
-        ("--task causal-lm, classification or regression", config.task in _TASKS, f"--task {config.task}"),
         ("no dropout with --method side", config.method != "side" or not config.dropout, f"--dropout {config.dropout}"),
         ("no weight decay with --method full", config.method != "full" or not config.weight_decay, "--weight-decay"),
         ("whole epochs", config.epochs == int(config.epochs) >= 1, f"--epochs {config.epochs}"),

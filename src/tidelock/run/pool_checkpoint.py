@@ -20,8 +20,10 @@ from tidelock.device.causal_lm import fresh_head
 from tidelock.errors import CheckpointError
 from tidelock.model.ends import empty_model, read_config
 from tidelock.model.geometry import geometry_of
+from tidelock.model.sizes import sizes_of
 from tidelock.peft.adapter_files import HEAD
 from tidelock.peft.side import SideConfig, SideNetwork
+from tidelock.peft.side_seq2seq import SideSeq2Seq
 from tidelock.pool.full_part import FullConfig, learning_weights
 from tidelock.pool.recipe import MOMENTS, Progress
 from tidelock.run.connect import num_outputs
@@ -33,8 +35,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
+    from transformers import PretrainedConfig
 
     from tidelock.model.checkpoint import Checkpoint
+    from tidelock.model.geometry import Geometry
     from tidelock.pool.peers import Peers
     from tidelock.run.config import RunConfig
     from tidelock.run.folder import RunFolder
@@ -123,16 +127,22 @@ def _fresh(config: RunConfig, checkpoint: Checkpoint) -> dict[str, torch.Tensor]
     """Return all that a run trains, as it begins on one device; of a model's own weights, only what they are like."""
     set_seed(config.seed)
     model_config, method = read_config(checkpoint.folder), pool_method_of(config)
-    geometry, num_labels = geometry_of(empty_model(model_config)), num_outputs(config.task, config.num_labels)
+    num_labels = num_outputs(config.task, config.num_labels)
     if isinstance(method, FullConfig):
         trained = learning_weights(model_config, with_own_head=num_labels is None)
+    elif isinstance(method, SideConfig) and model_config.is_encoder_decoder:
+        trained = dict(SideSeq2Seq(method, model_config, sizes_of(model_config).of_stacks).named_parameters())
     elif isinstance(method, SideConfig):
-        trained = dict(SideNetwork(method, model_config, geometry).named_parameters())
+        trained = dict(SideNetwork(method, model_config, _geometry(model_config)).named_parameters())
     else:
-        trained = dict(Bank(method, geometry).named_parameters())
+        trained = dict(Bank(method, _geometry(model_config)).named_parameters())
     if num_labels is not None:
-        trained[HEAD] = cast("nn.Parameter", fresh_head(model_config, geometry, num_labels).weight)
+        trained[HEAD] = cast("nn.Parameter", fresh_head(model_config, _geometry(model_config), num_labels).weight)
     return {name: parameter.detach() for name, parameter in trained.items()}
+
+
+def _geometry(config: PretrainedConfig) -> Geometry:
+    return geometry_of(empty_model(config))
 
 
 def _check_shapes(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:

@@ -12,7 +12,7 @@ import socket
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import psutil
 import torch
@@ -20,13 +20,13 @@ import torch
 from tidelock.cache.folder import CacheFolder
 from tidelock.cache.identity import CacheIdentity
 from tidelock.model.ends import empty_model, read_config, tokenizer_sha256
-from tidelock.model.geometry import geometry_of
+from tidelock.model.sizes import sizes_of
 from tidelock.peft.side import SideConfig
+from tidelock.pool.example import Example
 from tidelock.pool.full_part import FullConfig
 from tidelock.pool.held_out import HeldOut
 from tidelock.pool.job import PoolJob
 from tidelock.pool.memory import MemoryLimit
-from tidelock.pool.pipeline import Example
 from tidelock.pool.profiler import DeviceFacts, measure_pool
 from tidelock.pool.recipe import Recipe
 from tidelock.pool.redistribute import Kept
@@ -91,17 +91,25 @@ def read_data(config: RunConfig, checkpoint: Checkpoint) -> tuple[RunConfig, Poo
     """Return a run with its classes counted, and its examples; errors as those of the data."""
     examples, held_out = read_run_examples(config)
     config = with_classes_counted(config, [*examples, *held_out])
-    limit = geometry_of(empty_model(read_config(checkpoint.folder))).max_positions
+    model_config = read_config(checkpoint.folder)
+    limit = sizes_of(model_config).max_positions
     num_labels, tokenizer = num_outputs(config.task, config.num_labels), load_tokenizer(checkpoint.folder)
+    # It knows what its decoder is given to predict labels.
+    decoder = empty_model(model_config) if model_config.is_encoder_decoder else None
     encoded = (
-        [_example(row) for row in encode_for(config, num_labels, limit, tokenizer, some)]
+        [_example(row, decoder) for row in encode_for(config, num_labels, limit, tokenizer, some)]
         for some in (examples, held_out)
     )
     return config, PoolData(*encoded)
 
 
-def _example(row: TokenRow | PairRow | SequenceRow) -> Example:
-    return Example(tuple(row["input_ids"]), row["label"] if "label" in row else tuple(row["labels"]))
+def _example(row: TokenRow | PairRow | SequenceRow, decoder: Any) -> Example:  # noqa: ANN401  (no type says so)
+    if "label" in row:
+        return Example(tuple(row["input_ids"]), row["label"])
+    decoder_ids: list[int] = []
+    if decoder is not None:
+        (decoder_ids,) = decoder.prepare_decoder_input_ids_from_labels(torch.tensor([row["labels"]])).tolist()
+    return Example(tuple(row["input_ids"]), tuple(row["labels"]), tuple(decoder_ids))
 
 
 def shared_data(peers: Peers, data: PoolData | None) -> PoolData:
@@ -177,7 +185,7 @@ def _kept_of(config: RunConfig, checkpoint: Checkpoint, cache: Path, model: str)
     def open_cache(taps: tuple[int, ...]) -> ActivationCache:
         return cache_config_of(config, cache).open(replace(identity, taps=taps))
 
-    num_blocks = geometry_of(empty_model(read_config(checkpoint.folder))).num_blocks
+    num_blocks = sizes_of(read_config(checkpoint.folder)).num_blocks
     return Kept(open_cache, _kept_blocks(cache, identity), num_blocks)
 
 
@@ -211,10 +219,13 @@ def _kept_blocks(cache: Path, identity: CacheIdentity) -> list[range]:
 
 def _packed(examples: Sequence[Example]) -> torch.Tensor:
     """Return examples as one int64 vector: the bytes of their JSON, which may end with blanks."""
-    text = json.dumps([(example.input_ids, example.labels) for example in examples]).encode()
+    text = json.dumps([(each.input_ids, each.labels, each.decoder_ids) for each in examples]).encode()
     return torch.frombuffer(bytearray(text.ljust(-(-len(text) // 8) * 8)), dtype=torch.int64)
 
 
 def _unpacked(numbers: torch.Tensor) -> list[Example]:
     rows = json.loads(numbers.numpy().tobytes())
-    return [Example(tuple(ids), tuple(labels) if isinstance(labels, list) else labels) for ids, labels in rows]
+    return [
+        Example(tuple(ids), tuple(labels) if isinstance(labels, list) else labels, tuple(decoder_ids))
+        for ids, labels, decoder_ids in rows
+    ]

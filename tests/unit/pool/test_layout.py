@@ -24,6 +24,14 @@ def test_rows_by_hand():
     assert layout.rows_of(1) == [[{0: range(0), 2: range(1)}, {1: range(1)}]]
 
 
+def test_who_has_blocks_by_hand():
+    stages = (Stage(range(2), (0, 3), (1, 1), 2), Stage(range(2, 4), (1,), (1,)), Stage(range(4, 6), (2,), (1,)))
+    layout = PoolLayout(stages, 1)
+    assert layout.stages_with(range(1, 3)) == [0, 1]
+    assert layout.peers_with(range(1, 3)) == (0, 1, 3)
+    assert layout.peers_with((0, 5)) == (0, 2, 3)
+
+
 @given(rows=st.integers(0, 40), shares=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_rows_are_divided_whole_and_in_proportion(rows, shares):
     parts = divide(range(5, 5 + rows), shares)

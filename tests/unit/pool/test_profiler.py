@@ -9,8 +9,9 @@ import torch
 from peft import LoraConfig
 
 from tests.equivalence.test_pool import examples
+from tests.support.plain_seq2seq import DECODER_BLOCKS, ENCODER_BLOCKS, tiny_seq2seq
 from tests.support.pool import all_of, in_pool
-from tests.support.tiny_models import BLOCKS, save_tiny_model
+from tests.support.tiny_models import BLOCKS, VOCAB, save_tiny_model
 from tidelock.errors import PeerError
 from tidelock.model.checkpoint import Checkpoint
 from tidelock.model.ends import Ends, read_config
@@ -18,6 +19,7 @@ from tidelock.model.geometry import Place, SiteId
 from tidelock.model.part import ModelPart
 from tidelock.peft.side import SideConfig
 from tidelock.pool import profiler
+from tidelock.pool.example import Example
 from tidelock.pool.job import PoolJob
 from tidelock.pool.profiler import DeviceFacts, measure_device, measure_pool
 from tidelock.pool.recipe import Progress, Recipe
@@ -95,6 +97,35 @@ def test_where_gradients_go_through_the_blocks(job, layers):
         assert block.backward_bytes_per_row == (wide if number >= min(learning) else 0)
         # Where no gradient comes nothing is kept; where one does, that is more than what came in.
         assert block.kept_bytes_per_row == 0 if number < min(learning) else block.kept_bytes_per_row > 2 * wide
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_decoders_bytes_by_hand(name, tmp_path):
+    tiny_seq2seq(name).save_pretrained(tmp_path / "model")
+    source = Checkpoint.open(str(tmp_path / "model"))
+    rows = [Example((5,) * length, (6,) * (length - 1), (7,) * (length - 1)) for length in (3, 4, 8)]
+    job = PoolJob(name, source, SideConfig(init="random"), Progress(0, {}, {}), rows, Recipe(), 1, NotImplemented)
+    found = measure_device(job, ROWS)
+    encoder, decoder = found.blocks[:ENCODER_BLOCKS], found.blocks[ENCODER_BLOCKS:]
+    assert len(decoder) == DECODER_BLOCKS
+    side = {"t5": 4, "bart": 8}[name]  # a hidden width of 32 by 8; BART's heads share it and have no less than 2
+    for block in encoder:  # 5 tokens of a source in the mean, the last one's final state as wide
+        assert (block.forward_bytes_per_row, block.backward_bytes_per_row) == (4 * 5 * (32 + side), 4 * 5 * side)
+    for block in decoder:  # and 4 of a target
+        assert (block.forward_bytes_per_row, block.backward_bytes_per_row) == (4 * 9 * (32 + side), 4 * 9 * side)
+    # Attention and the two linears after it; in the decoder keys and values of the source too.
+    inner = {"t5": (48, 48), "bart": (48, 40)}[name]
+    extra = {"t5": 8, "bart": 0}[name]  # the table of relative positions
+    assert encoder[1].working_bytes_per_row == 4 * 5 * (5 * 32 + inner[0] + extra)
+    assert decoder[1].working_bytes_per_row == 4 * (4 * (7 * 32 + inner[1] + extra) + 5 * 2 * 32)
+    embedding = 4 * VOCAB * 32
+    held = [block.parameter_bytes - block.gradient_bytes for block in found.blocks]
+    assert held[0] - held[1] == held[ENCODER_BLOCKS] - held[ENCODER_BLOCKS + 1] == embedding  # and head, which is tied
+    assert held[-1] == held[ENCODER_BLOCKS]
+    assert decoder[1].gradient_bytes > encoder[1].gradient_bytes
+    assert decoder[2].kept_bytes_per_row > decoder[1].kept_bytes_per_row > encoder[1].kept_bytes_per_row
+    for table in (found.device.forward_seconds, found.device.backward_seconds):
+        assert all(len(seconds) == len(found.blocks) and min(seconds) > 0 for seconds in table)
 
 
 def test_a_device_is_measured_once(job, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from tests.support.pool import all_of, in_pool
 from tidelock.cache.config import CacheConfig
 from tidelock.cache.identity import CacheIdentity
 from tidelock.errors import CacheError, PeerError
-from tidelock.pool.pipeline import Example
+from tidelock.pool.example import Example
 from tidelock.pool.redistribute import Kept, Widths, find_routes, key_of, redistribute
 
 EXAMPLES = [
@@ -44,7 +44,7 @@ def keep_own(kept, have):
         for number in numbers:
             *outputs, last = outputs_of(number)
             final = last if blocks.stop == WIDTHS.num_blocks else None
-            kept.keep(blocks, [EXAMPLES[number]], outputs[blocks.start : blocks.stop], final)
+            kept.keep(blocks, [EXAMPLES[number]], [[out] for out in outputs[blocks.start : blocks.stop]], final)
 
 
 def test_each_example_comes_once_and_unchanged(tmp_path):

@@ -12,7 +12,7 @@ from tests.support.pool import all_of, in_pool
 from tests.support.tiny_models import save_tiny_model
 from tidelock.device.device_lm import DeviceLM
 from tidelock.model.checkpoint import Checkpoint
-from tidelock.pool.pipeline import Example
+from tidelock.pool.example import Example
 from tidelock.run.config import RunConfig
 from tidelock.run.open_model import open_model
 from tidelock.run.pool_checkpoint import shared_begin
