@@ -109,7 +109,7 @@ SCREEN = (
     *(Variant("seeded", 16, scale, 1e-3) for scale in (16.0, 32.0)),
     Variant("seeded", 24, 20.0, 1e-3),
 )
-FINAL = (_lora(3e-3), *(Variant("seeded", rank, scale, 1e-3) for rank, scale in ((32, 16.0), (24, 20.0), (16, 32.0))))
+FINAL = (_lora(3e-3), *(Variant("seeded", rank, scale, 1e-3) for rank, scale in ((16, 32.0), (24, 20.0), (32, 16.0))))
 
 
 def main() -> None:
