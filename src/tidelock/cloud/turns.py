@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # Passes that compute at the same time on a CPU: while one encodes and decodes, another's blocks run.
 AT_ONCE_ON_CPU = 2
-# What a tenant can have in hand that had nothing to compute for a while, in seconds.
+# What a tenant can have in hand that had nothing to compute for a while, in seconds, over how many are in line: while a
+# device computes the accounts of many rise slowly, and whoever was there before has to wait for what all have in hand.
 _CLAIM = 1.0
 
 
@@ -62,7 +63,7 @@ class ComputeQueue:
         ticket = Ticket(tenant)
         with self._lock:
             if not any(other.tenant == tenant for other in (*self._waiting, *self._computing)):
-                self._accounts[tenant] = max(self._accounts[tenant], self._now - _CLAIM)
+                self._accounts[tenant] = max(self._accounts[tenant], self._now - _CLAIM / (1 + self.length))
             self._waiting.append(ticket)
             self._call()
         ticket.called.wait()
