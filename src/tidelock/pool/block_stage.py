@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, cast, final
 
-import torch
-
 from tidelock.device.causal_lm import packed_ids
 from tidelock.model.ends import Ends, empty_model, read_config
 from tidelock.model.geometry import geometry_of
@@ -107,12 +105,10 @@ class BlockStage:
         """Return the stage's parameters, by their names in the whole."""
         return self._learning.trained() | self._head.trained()
 
-    @torch.no_grad()
     def load_whole(self, state: Mapping[str, Tensor]) -> None:
         """Take this stage's parameters out of those of the whole."""
         self._learning.load_whole(state)
-        for name, parameter in self._head.trained().items():
-            parameter.copy_(state[name])
+        self._head.load_whole(state)
 
     def own_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what is this stage's of tensors that are shaped as the whole's parameters, by their names."""

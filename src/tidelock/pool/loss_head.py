@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast, final
 
+import torch
+
 from tidelock.device.causal_lm import fresh_head
 from tidelock.device.loss import causal_loss, labelled_tokens, last_tokens, sequence_loss
 from tidelock.model.ends import Ends, empty_model, read_config
@@ -40,6 +42,12 @@ class LossHead:
     def trained(self) -> dict[str, nn.Parameter]:
         """Return what is trained of it, by its name among all that is."""
         return {} if self._texts is None else {HEAD: cast("nn.Parameter", self._texts.weight)}
+
+    @torch.no_grad()
+    def load_whole(self, state: Mapping[str, Tensor]) -> None:
+        """Take what is trained of it out of all that is."""
+        for name, parameter in self.trained().items():
+            parameter.copy_(state[name])
 
     def select(self, batch: Mapping[str, Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
         """Return which of the packed tokens predict a label, int64 of shape (M,), and those labels.

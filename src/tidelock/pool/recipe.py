@@ -149,7 +149,7 @@ class Optimizer:
         self._replicas = replicas
         self._clip = recipe.clip
         self.steps = 0
-        # As `transformers.Trainer` has it; hundreds of small parameters are moved in a quarter of the time.
+        # As `transformers.Trainer` has it: all of hundreds of small parameters are moved in one operation.
         self._adam = torch.optim.AdamW(
             [{"params": list(parameters.values())}],
             lr=recipe.learning_rate,

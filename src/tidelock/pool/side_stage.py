@@ -104,12 +104,10 @@ class SideStage:
         """Return the stage's parameters, by their names in the whole network, and the head's."""
         return self.side.trained() | self._head.trained()
 
-    @torch.no_grad()
     def load_whole(self, state: Mapping[str, Tensor]) -> None:
         """Take this stage's parameters out of those of the whole."""
-        own = self.own_of(state)
-        for name, parameter in self.trained().items():
-            parameter.copy_(own[name])
+        self.side.load_whole(state)
+        self._head.load_whole(state)
 
     def own_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what is this stage's of tensors that are shaped as the whole's parameters, by their names."""
