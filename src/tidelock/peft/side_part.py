@@ -1,6 +1,6 @@
 """A part of a side network: the side blocks beside the consecutive blocks that one device of a pool holds.
 
-Its parameters have in the whole network the names that `SidePart.names` gives them; the gates, one vector there, are
+Its parameters have in the whole network the names that `NetworkPart.names` gives them; the gates, one vector there, are
 the concatenation of the parts' vectors.
 
 Shapes: N real tokens, M selected tokens, E embedding width, D hidden width, S side width, F width of the state that
@@ -13,10 +13,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tidelock.errors import ConfigError
 from tidelock.model.rows import Rows
+from tidelock.peft.network_part import NetworkPart
 from tidelock.peft.prune import Stack, magnitude_scores, residual_scores
 from tidelock.peft.side import SideNetwork
 
@@ -35,7 +36,7 @@ GATES = "side.gates"
 
 
 @final
-class SidePart(nn.Module):
+class SidePart(NetworkPart):
     """The side blocks beside blocks `first` to `end - 1`, and what is before the first and after the last one.
 
     Args:
@@ -49,8 +50,6 @@ class SidePart(nn.Module):
         blocks: As given.
         is_first: Whether the whole network begins here.
         is_last: Whether it ends here.
-        names: Of each own parameter that the outcome depends on, its name in the whole network.
-        slices: Where in a parameter of the whole network this part's is, if it is not all of it.
 
     Raises:
         ConfigError: The configuration chooses or narrows taps.
@@ -64,24 +63,8 @@ class SidePart(nn.Module):
         self.blocks = blocks
         self.is_first = blocks.start == 0
         self.is_last = blocks.stop == geometry.num_blocks
-        self.names = self._names_in_whole()
+        self.names = self.names_in_whole()
         self.slices = {GATES: slice(blocks.start, blocks.stop)}
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that are this part's to train, under their names in the whole network."""
-        parameters = dict(self.network.named_parameters())
-        return {whole: parameters[own] for own, whole in self.names.items()}
-
-    @torch.no_grad()
-    def load_whole(self, state: Mapping[str, Tensor]) -> None:
-        """Take this part's parameters out of those of the whole network."""
-        own = self.own_of(state)
-        for name, parameter in self.trained().items():
-            parameter.copy_(own[name])
-
-    def own_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what is this part's of tensors that are shaped as the whole network's parameters, by their names."""
-        return {name: whole[name][self.slices.get(name, ...)] for name in self.names.values()}
 
     def residual_scores(self, frozen: ModelPart, embedding_VE: Tensor | None) -> Tensor:
         """Return this part's share of the residual channels' scores by magnitude, shape (D,); see `start_from`.
@@ -130,42 +113,28 @@ class SidePart(nn.Module):
         )
         return layout.pack(state_BTS), layout.pack(final_BTS)
 
-    def _names_in_whole(self) -> dict[str, str]:
-        """Return for each parameter that has a part in the outcome its name in the whole network."""
-        network, first = self.network, self.blocks.start
-        paths = ("side.taps.", f"side.stack.{network.family.blocks}.")
-        used = self._used()
-        names = {}
-        for own, parameter in network.named_parameters():
-            if id(parameter) not in used:
-                continue
-            whole = own
-            for path in paths:
-                if own.startswith(path):
-                    number, _, rest = own.removeprefix(path).partition(".")
-                    whole = f"{path}{first + int(number)}.{rest}"
-            names[own] = whole
-        return names
+    def whole_name(self, own: str) -> str:
+        """Return the name in the whole network: taps and blocks are numbered there from its first block on."""
+        whole = own.removeprefix("network.")
+        for path in ("side.taps.", f"side.stack.{self.network.family.blocks}."):
+            if whole.startswith(path):
+                number, _, rest = whole.removeprefix(path).partition(".")
+                return f"{path}{self.blocks.start + int(number)}.{rest}"
+        return whole
 
-    def _used(self) -> set[int]:
-        """Return the ids of the parameters that this part's outcome depends on, seen from one pass of two tokens."""
+    def outcome(self) -> Tensor:
+        """Return what goes on to the next part, or to the head that the network is before."""
         network = self.network
         layout = Rows((0,), (2,), 2).layout(network.side.gates.device)
         outputs_ND = [torch.zeros(2, network.tap_width) for _ in self.blocks]
-        width = network.side.start.out_features
-        with torch.enable_grad():
-            state_NS = (
-                self.begin(torch.zeros(2, network.side.start.in_features), layout)
-                if self.is_first
-                else torch.zeros(2, width)
-            )
-            state_NS, final_NS = self(state_NS, outputs_ND, layout)
-            result = state_NS
-            if self.is_last:
-                result = network.head(final_NS, torch.zeros(2, network.head.up.out_features))
-            parameters = list(network.parameters())
-            found = torch.autograd.grad(result.sum(), parameters, allow_unused=True)
-        return {id(p) for p, gradient in zip(parameters, found, strict=True) if gradient is not None}
+        state_NS = torch.zeros(2, network.side.start.out_features)
+        if self.is_first:
+            state_NS = self.begin(torch.zeros(2, network.side.start.in_features), layout)
+        state_NS, final_NS = self.forward(state_NS, outputs_ND, layout)
+        if not self.is_last:
+            return state_NS
+        final_NF: Tensor = network.head(final_NS, torch.zeros(2, network.head.up.out_features))
+        return final_NF
 
 
 def require_whole_taps(config: SideConfig) -> None:

@@ -18,6 +18,7 @@ from tidelock.model.part_seq2seq import whole_name
 from tidelock.model.reduced import reduced_config, reduced_encoder_decoder
 from tidelock.model.rows import Rows
 from tidelock.model.seq2seq import encoder_decoder_family
+from tidelock.peft.network_part import NetworkPart
 from tidelock.peft.prune import Stack, highest, magnitude_scores, residual_scores
 from tidelock.peft.side_part import require_whole_taps
 from tidelock.peft.side_stack import SideHead, SideStack
@@ -36,7 +37,7 @@ _ENCODER, _DECODER = "encoder", "decoder"
 
 
 @final
-class SideSeq2SeqPart(nn.Module):
+class SideSeq2SeqPart(NetworkPart):
     """The side blocks beside some of an encoder-decoder's blocks, and what is before the first and after the last one.
 
     Args:
@@ -50,8 +51,6 @@ class SideSeq2SeqPart(nn.Module):
         decoder: And beside blocks of the decoder.
         head: What follows the last block, where the part has that.
         side_width: S.
-        names: Of each own parameter that the outcome depends on, its name in the whole network.
-        slices: Where in a parameter of the whole network this part's is, if it is not all of it.
         tied: Of a parameter that other parts have too, the blocks beside which they stand.
 
     Raises:
@@ -81,25 +80,9 @@ class SideSeq2SeqPart(nn.Module):
             self.head = SideHead(self.side_width, sizes.final_width, config) if is_last else None
         self._blocks = {_ENCODER: of_encoder, _DECODER: of_decoder}
         self._ends_encoder = bool(of_encoder) and of_encoder.stop == sizes.num_encoder_blocks
-        self.names = self._names_in_whole()
+        self.names = self.names_in_whole()
         self.slices = {f"{stack}.gates": slice(own.start, own.stop) for stack, own in self._blocks.items() if own}
         self.tied = self._tied(sizes)
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that are this part's to train, under their names in the whole network."""
-        parameters = dict(self.named_parameters())
-        return {whole: parameters[own] for own, whole in self.names.items()}
-
-    @torch.no_grad()
-    def load_whole(self, state: Mapping[str, Tensor]) -> None:
-        """Take this part's parameters out of those of the whole network."""
-        own = self.own_of(state)
-        for name, parameter in self.trained().items():
-            parameter.copy_(own[name])
-
-    def own_of(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what is this part's of tensors that are shaped as the whole network's parameters, by their names."""
-        return {name: whole[name][self.slices.get(name, ...)] for name in self.names.values()}
 
     def residual_scores(self, frozen: Seq2SeqPart, embedding_VE: Tensor | None) -> Tensor:
         """Return this part's share of the residual channels' scores by magnitude, shape (2, D); see `start_from`.
@@ -195,41 +178,31 @@ class SideSeq2SeqPart(nn.Module):
             if 0 < len(own) < len(everywhere[stack])
         }
 
-    def _names_in_whole(self) -> dict[str, str]:
-        """Return for each parameter that has a part in the outcome its name in the whole network."""
-        used = self._used()
-        names = {}
-        for own, parameter in self.named_parameters():
-            if id(parameter) not in used:
-                continue
-            stack, _, rest = own.partition(".")
-            kind, _, name = rest.partition(".")
-            first = self._blocks[stack].start if stack in self._blocks else 0
-            if kind == "taps":
-                number, _, last = name.partition(".")
-                rest = f"taps.{first + int(number)}.{last}"
-            elif kind == "stack":
-                rest = f"stack.{whole_name(name, self.family, first)}"
-            names[own] = f"{stack}.{rest}"
-        return names
+    def whole_name(self, own: str) -> str:
+        """Return the name in the whole network: taps and blocks are numbered there from their stack's first on."""
+        stack, _, rest = own.partition(".")
+        kind, _, name = rest.partition(".")
+        first = self._blocks[stack].start if stack in self._blocks else 0
+        if kind == "taps":
+            number, _, last = name.partition(".")
+            rest = f"taps.{first + int(number)}.{last}"
+        elif kind == "stack":
+            rest = f"stack.{whole_name(name, self.family, first)}"
+        return f"{stack}.{rest}"
 
-    def _used(self) -> set[int]:
-        """Return the ids of the parameters that this part's outcome depends on, seen from one pass of two tokens."""
+    def outcome(self) -> Tensor:
+        """Return what goes on to the next part, or to the head that the network is before."""
         layout = Rows((0,), (2,), 2).layout(torch.device("cpu"))
         result = torch.zeros(2, self.side_width)
-        with torch.enable_grad():
-            if self.encoder is not None:
-                state_NS, final_NS = self.encode(*self._nothing(_ENCODER, self.encoder), layout)
-                result = final_NS if self._ends_encoder else state_NS
-            if self.decoder is not None:
-                nothing = self._nothing(_DECODER, self.decoder)
-                state_KS, final_KS = self.decode(*nothing, layout, (result, layout))
-                result = state_KS
-                if self.head is not None:
-                    result = self.head(final_KS, torch.zeros(2, self.head.up.out_features))
-            parameters = list(self.parameters())
-            found = torch.autograd.grad(result.sum(), parameters, allow_unused=True)
-        return {id(p) for p, gradient in zip(parameters, found, strict=True) if gradient is not None}
+        if self.encoder is not None:
+            state_NS, final_NS = self.encode(*self._nothing(_ENCODER, self.encoder), layout)
+            result = final_NS if self._ends_encoder else state_NS
+        if self.decoder is not None:
+            nothing = self._nothing(_DECODER, self.decoder)
+            result, final_KS = self.decode(*nothing, layout, (result, layout))
+            if self.head is not None:
+                result = self.head(final_KS, torch.zeros(2, self.head.up.out_features))
+        return result
 
     def _nothing(self, which: str, side: SideStack) -> tuple[Tensor, list[Tensor]]:
         """Return states and outputs of two tokens that are all zero."""
